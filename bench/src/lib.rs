@@ -1,0 +1,1 @@
+//! Benchmarks of farpage against its baselines.

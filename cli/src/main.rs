@@ -1,0 +1,3 @@
+//! The `farpage` command.
+
+fn main() {}

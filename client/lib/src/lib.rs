@@ -1,0 +1,1 @@
+//! Far memory for Rust programs.

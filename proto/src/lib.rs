@@ -1,0 +1,1 @@
+//! The gRPC control plane's messages, generated code and checked types.
