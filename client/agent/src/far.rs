@@ -1,0 +1,340 @@
+//! Far memory as this agent holds it: extents granted to it, slots in them, references and hashes per slot.
+//!
+//! A slot is never overwritten while anybody names it: a changed page goes to a fresh slot and the old one is
+//! released. So a slot's bytes are fixed from the write that fills it to its release, its hash can be checked
+//! on every fetch, and a fork shares it by counting one reference more.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use farpage_fabric::RemoteSlice;
+
+use crate::entry::{EXTENT_BITS, PAGE_IN_EXTENT_BITS, Slot};
+
+const PAGE: u64 = 4096;
+
+/// Free slots below which the control plane is asked for another extent: what a pager can fill (at 1 GB/s)
+/// while the coordinator answers (some milliseconds).
+const LOW_WATER_SLOTS: u64 = 4096;
+
+/// An extent as the coordinator granted it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// The coordinator's number for it.
+    pub id: u64,
+    /// Where the node's data path is, as a fabric address.
+    pub address: String,
+    /// The extent's index in the node's pool.
+    pub index: u32,
+    /// The key under which it may be read and written.
+    pub key: u64,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// What is kept of each slot: 24 bytes, beside 8 for an entry, 32 per far page.
+#[derive(Debug, Default)]
+struct SlotRecord {
+    references: AtomicU32,
+    hash: [AtomicU64; 2],
+}
+
+const _: () = assert!(size_of::<SlotRecord>() + size_of::<u64>() <= 32, "metadata per far page");
+
+/// An extent this agent holds.
+#[derive(Debug)]
+pub struct Extent {
+    /// Its number within this agent.
+    pub number: u32,
+    /// How it was granted.
+    pub grant: Grant,
+    slots: Box<[SlotRecord]>,
+    free: Mutex<FreeSlots>,
+}
+
+#[derive(Debug)]
+struct FreeSlots {
+    bits: Vec<u64>,
+    count: u64,
+    cursor: usize,
+}
+
+impl FreeSlots {
+    fn new(slots: usize) -> Self {
+        let mut bits = vec![u64::MAX; slots.div_ceil(64)];
+        if !slots.is_multiple_of(64)
+            && let Some(last) = bits.last_mut()
+        {
+            *last = (1 << (slots % 64)) - 1;
+        }
+        Self { bits, count: slots as u64, cursor: 0 }
+    }
+
+    fn is_free(&self, slot: usize) -> bool {
+        self.bits.get(slot / 64).is_some_and(|word| word >> (slot % 64) & 1 == 1)
+    }
+
+    /// Takes a run of up to `most` neighbouring slots, the next one free behind the last taken.
+    fn take_run(&mut self, most: usize) -> Option<(usize, usize)> {
+        let words = self.bits.len();
+        let first_word = (0..=words).map(|i| (self.cursor / 64 + i) % words).find(|word| self.bits[*word] != 0)?;
+        let start = first_word * 64 + self.bits[first_word].trailing_zeros() as usize;
+        let mut len = 0;
+        while len < most && self.is_free(start + len) {
+            self.bits[(start + len) / 64] &= !(1 << ((start + len) % 64));
+            len += 1;
+        }
+        self.count -= len as u64;
+        self.cursor = start + len;
+        if self.cursor >= words * 64 {
+            self.cursor = 0;
+        }
+        Some((start, len))
+    }
+
+    fn give_back(&mut self, slot: usize) {
+        self.bits[slot / 64] |= 1 << (slot % 64);
+        self.count += 1;
+    }
+}
+
+/// Neighbouring slots just taken, each with one reference and no contents yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotRun {
+    /// The first.
+    pub first: Slot,
+    /// How many.
+    pub len: u16,
+}
+
+/// The extents of this agent and the slots in them. Shared by all pagers.
+#[derive(Debug, Default)]
+pub struct FarMemory {
+    extents: RwLock<Vec<Option<Arc<Extent>>>>,
+    free: AtomicU64,
+    used: AtomicU64,
+    lost: RwLock<HashSet<u32>>,
+}
+
+impl FarMemory {
+    /// Takes an extent into use. `None` where the agent's numbers for extents have run out, or where the grant's
+    /// size does not fit the entry word.
+    pub fn add(&self, grant: Grant) -> Option<u32> {
+        let slots = grant.bytes / PAGE;
+        if slots == 0 || slots > 1 << PAGE_IN_EXTENT_BITS {
+            return None;
+        }
+        let mut extents = self.extents.write().unwrap_or_else(PoisonError::into_inner);
+        let number = extents.iter().position(Option::is_none).unwrap_or(extents.len());
+        let number32 = u32::try_from(number).ok().filter(|number| *number < 1 << EXTENT_BITS)?;
+        let extent = Arc::new(Extent {
+            number: number32,
+            grant,
+            slots: (0..slots).map(|_| SlotRecord::default()).collect(),
+            free: Mutex::new(FreeSlots::new(slots as usize)),
+        });
+        if number == extents.len() {
+            extents.push(Some(extent));
+        } else {
+            extents[number] = Some(extent);
+        }
+        self.free.fetch_add(slots, Ordering::Relaxed);
+        Some(number32)
+    }
+
+    /// Gives up extents of which no slot is in use, keeping `spare_slots` free ones. Returns their grants.
+    pub fn retire(&self, spare_slots: u64) -> Vec<Grant> {
+        let mut extents = self.extents.write().unwrap_or_else(PoisonError::into_inner);
+        let mut retired = Vec::new();
+        for place in extents.iter_mut() {
+            let Some(extent) = place else { continue };
+            let slots = extent.slots.len() as u64;
+            let unused = lock(&extent.free).count == slots;
+            if unused && self.free.load(Ordering::Relaxed).saturating_sub(slots) >= spare_slots {
+                self.free.fetch_sub(slots, Ordering::Relaxed);
+                retired.push(extent.grant.clone());
+                *place = None;
+            }
+        }
+        retired
+    }
+
+    /// The extent of this number.
+    #[must_use]
+    pub fn extent(&self, number: u32) -> Option<Arc<Extent>> {
+        let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
+        extents.get(number as usize)?.clone()
+    }
+
+    /// Marks every extent of these grants as lost: their contents are gone for good.
+    pub fn lose(&self, grant_ids: &[u64]) {
+        let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
+        let mut lost = self.lost.write().unwrap_or_else(PoisonError::into_inner);
+        lost.extend(extents.iter().flatten().filter(|e| grant_ids.contains(&e.grant.id)).map(|e| e.number));
+    }
+
+    /// Whether a slot's extent is lost.
+    #[must_use]
+    pub fn is_lost(&self, slot: Slot) -> bool {
+        let lost = self.lost.read().unwrap_or_else(PoisonError::into_inner);
+        !lost.is_empty() && lost.contains(&slot.extent())
+    }
+
+    /// Takes a run of up to `most` slots that are free, each with one reference.
+    pub fn take_run(&self, most: u16) -> Option<SlotRun> {
+        let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
+        let lost = self.lost.read().unwrap_or_else(PoisonError::into_inner);
+        for extent in extents.iter().flatten().filter(|extent| !lost.contains(&extent.number)) {
+            let Some((start, len)) = lock(&extent.free).take_run(usize::from(most)) else { continue };
+            for record in &extent.slots[start..start + len] {
+                record.references.store(1, Ordering::Relaxed);
+            }
+            self.free.fetch_sub(len as u64, Ordering::Relaxed);
+            self.used.fetch_add(len as u64, Ordering::Relaxed);
+            let first = Slot::new(extent.number, u16::try_from(start).ok()?)?;
+            return Some(SlotRun { first, len: len as u16 });
+        }
+        None
+    }
+
+    fn record<R>(&self, slot: Slot, use_it: impl FnOnce(&Extent, &SlotRecord) -> R) -> Option<R> {
+        let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
+        let extent = extents.get(slot.extent() as usize)?.as_ref()?;
+        Some(use_it(extent, extent.slots.get(usize::from(slot.page()))?))
+    }
+
+    /// One reference more.
+    pub fn share(&self, slot: Slot) {
+        self.record(slot, |_, record| record.references.fetch_add(1, Ordering::Relaxed));
+    }
+
+    /// One reference less; the last one frees the slot. Returns whether it did.
+    pub fn release(&self, slot: Slot) -> bool {
+        let freed = self.record(slot, |extent, record| {
+            let before = record.references.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
+            let last = before == Ok(1);
+            if last {
+                lock(&extent.free).give_back(usize::from(slot.page()));
+            }
+            last
+        });
+        if freed == Some(true) {
+            self.free.fetch_add(1, Ordering::Relaxed);
+            self.used.fetch_sub(1, Ordering::Relaxed);
+            return true;
+        }
+        false
+    }
+
+    /// How many entries name this slot.
+    #[must_use]
+    pub fn references(&self, slot: Slot) -> u32 {
+        self.record(slot, |_, record| record.references.load(Ordering::Acquire)).unwrap_or(0)
+    }
+
+    /// Notes what a slot now holds.
+    pub fn set_hash(&self, slot: Slot, hash: u128) {
+        self.record(slot, |_, record| {
+            record.hash[0].store(hash as u64, Ordering::Relaxed);
+            record.hash[1].store((hash >> 64) as u64, Ordering::Release);
+        });
+    }
+
+    /// What a slot should hold.
+    #[must_use]
+    pub fn hash(&self, slot: Slot) -> Option<u128> {
+        self.record(slot, |_, record| {
+            let high = record.hash[1].load(Ordering::Acquire);
+            (u128::from(high) << 64) | u128::from(record.hash[0].load(Ordering::Relaxed))
+        })
+    }
+
+    /// Where a slot is on the fabric: its node's address and the slice.
+    #[must_use]
+    pub fn locate(&self, slot: Slot) -> Option<(Arc<Extent>, RemoteSlice)> {
+        let extent = self.extent(slot.extent())?;
+        let remote = RemoteSlice {
+            extent: extent.grant.index,
+            key: extent.grant.key,
+            offset: u64::from(slot.page()) * PAGE,
+        };
+        Some((extent, remote))
+    }
+
+    /// Whether another extent should be asked for.
+    #[must_use]
+    pub fn is_low(&self) -> bool {
+        self.free.load(Ordering::Relaxed) < LOW_WATER_SLOTS
+    }
+
+    /// Slots in use.
+    #[must_use]
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Slots free in the extents held.
+    #[must_use]
+    pub fn free(&self) -> u64 {
+        self.free.load(Ordering::Relaxed)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn far(extents: u64, slots: u64) -> FarMemory {
+        let far = FarMemory::default();
+        for id in 0..extents {
+            far.add(Grant { id, address: String::new(), index: id as u32, key: id, bytes: slots * PAGE }).unwrap();
+        }
+        far
+    }
+
+    proptest! {
+        #[test]
+        fn slots_are_held_once_and_come_back(ops in proptest::collection::vec((1u16..40, 0usize..50), 1..80)) {
+            let far = far(3, 100);
+            let mut held: Vec<Slot> = Vec::new();
+            for (most, drop) in ops {
+                if let Some(run) = far.take_run(most) {
+                    prop_assert!(run.len >= 1 && run.len <= most);
+                    for i in 0..run.len {
+                        let slot = Slot::new(run.first.extent(), run.first.page() + i).unwrap();
+                        prop_assert!(!held.contains(&slot));
+                        held.push(slot);
+                    }
+                } else {
+                    prop_assert_eq!(held.len(), 300);
+                }
+                for slot in held.drain(..drop.min(held.len())) {
+                    far.share(slot);
+                    prop_assert!(!far.release(slot));
+                    prop_assert!(far.release(slot));
+                }
+                prop_assert_eq!(far.used(), held.len() as u64);
+                prop_assert_eq!(far.free() + far.used(), 300);
+            }
+        }
+    }
+
+    #[test]
+    fn only_unused_extents_retire() {
+        let far = far(2, 64);
+        let run = far.take_run(1).unwrap();
+        let retired = far.retire(0);
+        assert_eq!(retired.len(), 1);
+        assert_ne!(retired[0].id, u64::from(run.first.extent()));
+        assert!(far.release(run.first));
+        assert_eq!(far.retire(0).len(), 1);
+        assert_eq!(far.free(), 0);
+    }
+}

@@ -1,0 +1,185 @@
+//! A job: the process tree of one `farpage run`, its limits, and what was counted for it.
+
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::latency::Latencies;
+use crate::mailbox::SpaceHandle;
+
+/// What one run asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Pages of anonymous memory that may be resident.
+    pub local_pages: u64,
+    /// Slots that may be used.
+    pub far_pages: u64,
+}
+
+/// Counters of a job. All are totals since its start unless they say otherwise.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Page faults answered.
+    pub faults: AtomicU64,
+    /// Pages read from memory nodes, prefetched ones included.
+    pub pages_fetched: AtomicU64,
+    /// Pages read ahead of their fault.
+    pub pages_prefetched: AtomicU64,
+    /// Prefetched pages that a later fault proved used.
+    pub prefetch_hits: AtomicU64,
+    /// Pages taken out of the programs' memory.
+    pub pages_evicted: AtomicU64,
+    /// Pages written to memory nodes.
+    pub pages_written_back: AtomicU64,
+    /// Pages lost: their fault was answered with SIGBUS.
+    pub pages_poisoned: AtomicU64,
+    /// Processes that attached.
+    pub processes: AtomicU64,
+    /// Processes seen in the tree that did not attach.
+    pub processes_unmanaged: AtomicU64,
+}
+
+/// One job.
+#[derive(Debug)]
+pub struct Job {
+    /// Its token, by which programs name it.
+    pub token: u64,
+    /// The user who opened it; only this user's processes (and root's) may join.
+    pub uid: u32,
+    /// Its limits.
+    pub limits: Limits,
+    /// What was counted.
+    pub counters: Counters,
+    /// How long faults took, from their message to the wake-up.
+    pub latencies: Latencies,
+    /// Resident pages that tables know of, over all address spaces.
+    managed: AtomicI64,
+    /// Resident pages that no table knows of; measured by the sampler.
+    unmanaged: AtomicU64,
+    /// Slots that entries of this job name, each once per table.
+    far_used: AtomicI64,
+    far_peak: AtomicU64,
+    local_peak: AtomicU64,
+    unmanaged_peak: AtomicU64,
+    armed: AtomicBool,
+    spaces: Mutex<Vec<Arc<SpaceHandle>>>,
+}
+
+impl Job {
+    /// A job without processes.
+    #[must_use]
+    pub fn new(token: u64, uid: u32, limits: Limits) -> Self {
+        Self {
+            token,
+            uid,
+            limits,
+            counters: Counters::default(),
+            latencies: Latencies::default(),
+            managed: AtomicI64::new(0),
+            unmanaged: AtomicU64::new(0),
+            far_used: AtomicI64::new(0),
+            far_peak: AtomicU64::new(0),
+            local_peak: AtomicU64::new(0),
+            unmanaged_peak: AtomicU64::new(0),
+            armed: AtomicBool::new(false),
+            spaces: Mutex::new(Vec::new()),
+        }
+    }
+
+    /// Pages that may still be installed before the limit is reached; negative past it.
+    #[must_use]
+    pub fn room(&self) -> i64 {
+        self.limits.local_pages as i64 - self.resident()
+    }
+
+    /// Resident pages as far as is known between two samples.
+    #[must_use]
+    pub fn resident(&self) -> i64 {
+        self.managed.load(Ordering::Relaxed) + self.unmanaged.load(Ordering::Relaxed) as i64
+    }
+
+    /// Resident pages that tables know of.
+    #[must_use]
+    pub fn managed(&self) -> u64 {
+        self.managed.load(Ordering::Relaxed).max(0) as u64
+    }
+
+    /// Counts pages installed (positive) or taken out (negative).
+    pub fn charge(&self, pages: i64) {
+        self.managed.fetch_add(pages, Ordering::Relaxed);
+    }
+
+    /// Counts references to slots taken (positive) or given back (negative).
+    pub fn charge_far(&self, slots: i64) {
+        let used = self.far_used.fetch_add(slots, Ordering::Relaxed) + slots;
+        self.far_peak.fetch_max(used.max(0) as u64, Ordering::Relaxed);
+    }
+
+    /// References to slots that entries of this job hold.
+    #[must_use]
+    pub fn far_used(&self) -> u64 {
+        self.far_used.load(Ordering::Relaxed).max(0) as u64
+    }
+
+    /// Slots that may still be taken.
+    #[must_use]
+    pub fn far_room(&self) -> u64 {
+        self.limits.far_pages.saturating_sub(self.far_used())
+    }
+
+    /// The sampler's measurement of the tree.
+    pub fn note_sample(&self, measured: u64, unmanaged: u64) {
+        self.unmanaged.store(unmanaged, Ordering::Relaxed);
+        self.unmanaged_peak.fetch_max(unmanaged, Ordering::Relaxed);
+        self.local_peak.fetch_max(measured, Ordering::Relaxed);
+    }
+
+    /// Most pages resident at any sample.
+    #[must_use]
+    pub fn local_peak(&self) -> u64 {
+        self.local_peak.load(Ordering::Relaxed)
+    }
+
+    /// Most slot references at any time.
+    #[must_use]
+    pub fn far_peak(&self) -> u64 {
+        self.far_peak.load(Ordering::Relaxed)
+    }
+
+    /// Most resident pages that no table knew of.
+    #[must_use]
+    pub fn unmanaged_peak(&self) -> u64 {
+        self.unmanaged_peak.load(Ordering::Relaxed)
+    }
+
+    /// Whether memory is managed already (it is left alone while it fits).
+    #[must_use]
+    pub fn is_armed(&self) -> bool {
+        self.armed.load(Ordering::Acquire)
+    }
+
+    /// Begins managing memory; returns whether this call was the first.
+    pub fn arm(&self) -> bool {
+        !self.armed.swap(true, Ordering::AcqRel)
+    }
+
+    /// A process joined.
+    pub fn add(&self, space: Arc<SpaceHandle>) {
+        self.counters.processes.fetch_add(1, Ordering::Relaxed);
+        self.lock().push(space);
+    }
+
+    /// A process's address space is gone.
+    pub fn remove(&self, space: u64) {
+        self.lock().retain(|handle| handle.id != space);
+    }
+
+    /// The address spaces now.
+    #[must_use]
+    pub fn spaces(&self) -> Vec<Arc<SpaceHandle>> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Arc<SpaceHandle>>> {
+        self.spaces.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

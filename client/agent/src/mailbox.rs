@@ -1,0 +1,141 @@
+//! How the rest of the agent speaks to a pager: a handle per address space with a mailbox and a doorbell.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError, mpsc};
+
+use crate::sys::control::SharedBlock;
+use crate::sys::process::Process;
+use crate::sys::uffd::Uffd;
+
+/// Most requests waiting for one pager; the sender is told when there are more.
+const MAX_REQUESTS: usize = 64;
+
+/// What a pager may be asked.
+#[derive(Debug)]
+pub enum Request {
+    /// Begin to manage memory: register what is there.
+    Arm,
+    /// Look at the mappings again.
+    Rescan,
+    /// Take this many pages out although no fault asks for it.
+    Shrink(u64),
+    /// A forked child has come to the door with its own ranges: is it this address space? Answers with the
+    /// uffd for its helper, or gives the offer back.
+    Adopt(Box<HelperOffer>, mpsc::SyncSender<Result<OwnedFd, Box<HelperOffer>>>),
+    /// The helper of an adopted child runs.
+    HelperUp(Process),
+    /// A region that a library user named: manage it now, within a resident limit of its own.
+    Region(Range<u64>, mpsc::SyncSender<bool>),
+    /// End: the process is gone, or must go.
+    Close,
+}
+
+/// What a process brings that wants a helper.
+#[derive(Debug)]
+pub struct HelperOffer {
+    /// Its pid.
+    pub process: Process,
+    /// Its holding range.
+    pub holding: Range<u64>,
+    /// Its drain range.
+    pub drain: Range<u64>,
+    /// The uffd of its drain range, enabled.
+    pub drain_uffd: Uffd,
+    /// Its control block.
+    pub shared: SharedBlock,
+    /// The eventfd by which the helper wakes its pager.
+    pub event: OwnedFd,
+    /// The helper's lifeline; closing it starts the dead-man switch.
+    pub lifeline: OwnedFd,
+}
+
+/// Figures of one address space, published by its pager.
+#[derive(Debug, Default)]
+pub struct Figures {
+    /// Pages resident as its table knows.
+    pub local: AtomicU64,
+    /// Pages only in slots, or zeros held nowhere.
+    pub far: AtomicU64,
+    /// Faults answered.
+    pub faults: AtomicU64,
+    /// Pages that turned out not to be movable (locked, pinned, read-only).
+    pub stuck: AtomicU64,
+    /// Resident pages of mappings that are not managed, when last counted.
+    pub unmanaged: AtomicU64,
+}
+
+/// An address space as the rest of the agent sees it.
+#[derive(Debug)]
+pub struct SpaceHandle {
+    /// Its number.
+    pub id: u64,
+    /// Its process's pid; 0 for a forked child that has not shown itself yet.
+    pub pid: AtomicU64,
+    /// Its figures.
+    pub figures: Figures,
+    /// Whether the pager has ended.
+    pub closed: AtomicBool,
+    requests: Mutex<VecDeque<Request>>,
+    doorbell: OwnedFd,
+}
+
+impl SpaceHandle {
+    /// A handle with an empty mailbox.
+    ///
+    /// # Errors
+    /// The kernel's errno when no eventfd can be made.
+    pub fn new(id: u64, pid: i32) -> std::io::Result<Self> {
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        Ok(Self {
+            id,
+            pid: AtomicU64::new(pid.unsigned_abs().into()),
+            figures: Figures::default(),
+            closed: AtomicBool::new(false),
+            requests: Mutex::new(VecDeque::new()),
+            doorbell: rustix::event::eventfd(0, flags)?,
+        })
+    }
+
+    /// Puts a request into the mailbox and rings. Returns whether it was taken.
+    pub fn ask(&self, request: Request) -> bool {
+        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        if requests.len() >= MAX_REQUESTS || self.closed.load(Ordering::Acquire) {
+            return false;
+        }
+        requests.push_back(request);
+        drop(requests);
+        self.ring();
+        true
+    }
+
+    /// Wakes the pager.
+    pub fn ring(&self) {
+        let _ = rustix::io::write(&self.doorbell, &1u64.to_ne_bytes());
+    }
+
+    /// The next request.
+    pub fn next_request(&self) -> Option<Request> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
+    /// Makes the doorbell quiet again.
+    pub fn quiet(&self) {
+        let mut count = [0u8; 8];
+        let _ = rustix::io::read(&self.doorbell, &mut count);
+    }
+
+    /// Its process's pid, if known.
+    #[must_use]
+    pub fn pid(&self) -> Option<i32> {
+        i32::try_from(self.pid.load(Ordering::Acquire)).ok().filter(|pid| *pid > 0)
+    }
+}
+
+impl AsFd for SpaceHandle {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.doorbell.as_fd()
+    }
+}

@@ -1,0 +1,128 @@
+//! The program's own memory calls: the table follows what the kernel tells of them.
+
+use std::ops::Range;
+
+use super::Pager;
+use crate::entry::{Entry, State};
+use crate::sys::uffd::Message;
+use crate::table::{Page, pages_of};
+
+impl Pager {
+    /// Follows one event. Faults are not events.
+    pub(super) fn follow(&mut self, event: Message) {
+        match event {
+            Message::Fault { .. } => {}
+            Message::Fork(uffd) => self.forked(uffd),
+            Message::Remap { from, to, len } => self.remapped(from, to, len),
+            Message::Remove(range) => self.removed(&range),
+            Message::Unmap(range) => self.unmapped(&range),
+        }
+    }
+
+    /// `madvise` discards: what is there goes, the registration stays, the next touch reads zeros.
+    fn removed(&mut self, range: &Range<u64>) {
+        if self.is_own_drop(range) {
+            return;
+        }
+        self.discard_pages(pages_of(range.clone()));
+    }
+
+    fn unmapped(&mut self, range: &Range<u64>) {
+        self.registered.remove(range);
+        self.discard_pages(pages_of(range.clone()));
+    }
+
+    /// `mremap` moved pages. With MREMAP_DONTUNMAP the old range stays registered and empty; without it an
+    /// unmap of the old range follows, and finds nothing.
+    fn remapped(&mut self, from: u64, to: u64, len: u64) {
+        let pages = len.div_ceil(4096);
+        let (from_page, to_page) = (Page::of(from), Page::of(to));
+        self.leave_transit(from_page..from_page.plus(pages));
+        self.leave_transit(to_page..to_page.plus(pages));
+        let mut released = Vec::new();
+        self.table.remap(from_page, to_page, pages, |_, entry| released.push(entry));
+        for entry in released {
+            self.forget_entry(entry);
+        }
+        for (page, entry) in self.table.touched(to_page..to_page.plus(pages)).collect::<Vec<_>>() {
+            if entry.state() == State::Local {
+                self.residents.arrived(page);
+            }
+        }
+        self.registered.insert(to..to.saturating_add(len));
+        self.tidy_residents();
+    }
+
+    /// Forgets a range: slots are given back, transfers under way lose their say.
+    pub(super) fn discard_pages(&mut self, range: Range<Page>) {
+        for (page, entry) in self.table.touched(range.clone()).collect::<Vec<_>>() {
+            match entry.state() {
+                State::Fetching => self.forget_fetch(page),
+                State::Evicting => self.forget_staged(page),
+                _ => {}
+            }
+        }
+        let mut released = Vec::new();
+        self.table.discard(range, |_, entry| released.push(entry));
+        for entry in released {
+            self.forget_entry(entry);
+        }
+        self.tidy_residents();
+    }
+
+    fn forget_entry(&mut self, entry: Entry) {
+        if entry.state() == State::Local {
+            self.job.charge(-1);
+        }
+        self.release_slot_of(entry);
+    }
+
+    /// Brings pages in transit to a state that can be moved to another address: fetches are given up, pages
+    /// on their way out are waited for, since their bytes are in staging under their old address.
+    fn leave_transit(&mut self, range: Range<Page>) {
+        let in_transit: Vec<(Page, Entry)> = self
+            .table
+            .touched(range)
+            .filter(|(_, entry)| matches!(entry.state(), State::Fetching | State::Evicting))
+            .collect();
+        if in_transit.iter().any(|(_, entry)| entry.state() == State::Evicting) {
+            let kept = self.settle(super::SETTLE_DEADLINE);
+            self.keep_messages(kept);
+        }
+        for (page, entry) in in_transit {
+            if entry.state() == State::Fetching {
+                self.forget_fetch(page);
+                self.table.change(page, Entry::fetch_dropped);
+            }
+        }
+    }
+
+    /// Messages that came while something had to be settled first: faults wait, events are followed.
+    pub(super) fn keep_messages(&mut self, kept: Vec<Message>) {
+        for message in kept {
+            match message {
+                Message::Fault { address, write, protected, thread } => self.waiting.push_back(super::Fault::new(
+                    address,
+                    write,
+                    protected,
+                    thread,
+                    std::time::Instant::now(),
+                )),
+                event => self.follow(event),
+            }
+        }
+    }
+
+    /// Discards leave pages behind in the queues; when those are the greater part, they are swept.
+    fn tidy_residents(&mut self) {
+        let local = self.table.local_pages() as usize;
+        if self.residents.len() > 2 * local + SWEEP_SLACK {
+            let table = &self.table;
+            let mut seen = std::collections::HashSet::with_capacity(local);
+            self.residents.retain(|page| table.get(page).state() == State::Local && seen.insert(page));
+        }
+    }
+}
+
+/// Queue entries tolerated beside twice the resident pages before a sweep.
+const SWEEP_SLACK: usize = 65_536;

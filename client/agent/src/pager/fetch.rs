@@ -1,0 +1,413 @@
+//! Bringing far pages home: claim, read, check, hand over to install.
+//!
+//! A fetch is a run of neighbouring pages with a frame for each. It begins because a thread waits for its first
+//! page, or ahead of a stream's next fault; in that case it stays in its frames until a fault asks for it, so
+//! that what was read in vain never displaces anything.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use farpage_fabric::memory::{MemoryOptions, RegisteredMemory};
+use farpage_fabric::{LocalSlice, WorkId};
+
+use super::install::Installed;
+use super::links::Work;
+use super::{Fault, Pager};
+use crate::entry::{Entry, Slot, State};
+use crate::prefetch::MAX_WINDOW;
+use crate::table::Page;
+
+/// Fetches under way or kept ahead at once in one address space.
+const MAX_FETCHES: usize = 16;
+/// How often a page whose bytes fail their check is read again before it counts as lost.
+const MAX_RETRIES: u8 = 3;
+
+const FRAMES_BYTES: u64 = (MAX_FETCHES as u64 * MAX_WINDOW + 1) * 4096;
+const ZERO_FRAME: usize = MAX_FETCHES * MAX_WINDOW as usize * 4096;
+
+const _: () = assert!(MAX_WINDOW <= 64, "a fetch keeps one bit per page");
+
+#[derive(Debug)]
+struct Fetch {
+    first: Page,
+    slots: Vec<Slot>,
+    /// Pages that were discarded or otherwise taken from this fetch.
+    dropped: u64,
+    /// Reads posted and not completed.
+    outstanding: u32,
+    /// First of the slots for which no read has been posted yet.
+    posted: usize,
+    failed: bool,
+    checked: bool,
+    retries: u8,
+    /// A thread waits for it (else it was read ahead).
+    wanted: bool,
+    waiters: Vec<Fault>,
+}
+
+impl Fetch {
+    fn index_of(&self, page: Page) -> Option<usize> {
+        let index = page.0.checked_sub(self.first.0)? as usize;
+        (index < self.slots.len() && self.dropped >> index & 1 == 0).then_some(index)
+    }
+
+    fn is_complete(&self) -> bool {
+        self.outstanding == 0 && (self.failed || self.posted == self.slots.len())
+    }
+}
+
+/// The fetches of one address space and their frames.
+#[derive(Debug)]
+pub(crate) struct Fetches {
+    frames: Option<Arc<RegisteredMemory>>,
+    zero_hash: u128,
+    places: [Option<Fetch>; MAX_FETCHES],
+    /// Places read ahead, oldest first: the first to go when a frame is needed.
+    ahead: VecDeque<usize>,
+}
+
+impl Default for Fetches {
+    fn default() -> Self {
+        let options = MemoryOptions { huge_pages: false, lock: false };
+        let frames = RegisteredMemory::create("farpage-frames", FRAMES_BYTES, options);
+        let frames = frames.inspect_err(|error| tracing::error!(%error, "no frames: pages cannot be fetched")).ok();
+        let frames = frames.map(|(memory, _)| Arc::new(memory));
+        Self {
+            zero_hash: frames.as_ref().and_then(|frames| frames.hash128(ZERO_FRAME as u64, 4096).ok()).unwrap_or(0),
+            frames,
+            places: std::array::from_fn(|_| None),
+            ahead: VecDeque::new(),
+        }
+    }
+}
+
+impl Fetches {
+    /// A page of zeros, for `UFFDIO_COPY`.
+    pub(super) fn zero_page(&self) -> *const u8 {
+        self.frames.as_ref().map_or(std::ptr::null(), |frames| frames.as_ptr().wrapping_add(ZERO_FRAME))
+    }
+
+    /// The hash of a page of zeros.
+    pub(super) fn zero_hash(&self) -> u128 {
+        self.zero_hash
+    }
+
+    fn frame(&self, place: usize, index: usize) -> *const u8 {
+        let offset = frame_offset(place, index) as usize;
+        self.frames.as_ref().map_or(std::ptr::null(), |frames| frames.as_ptr().wrapping_add(offset))
+    }
+
+    /// The memory that reads go to.
+    pub(super) fn memory(&self) -> Option<Arc<RegisteredMemory>> {
+        self.frames.clone()
+    }
+
+    fn find(&self, page: Page) -> Option<usize> {
+        self.places.iter().position(|place| place.as_ref().is_some_and(|fetch| fetch.index_of(page).is_some()))
+    }
+
+    fn get(&mut self, place: usize) -> Option<&mut Fetch> {
+        self.places.get_mut(place)?.as_mut()
+    }
+}
+
+fn frame_offset(place: usize, index: usize) -> u64 {
+    (place as u64 * MAX_WINDOW + index as u64) * 4096
+}
+
+impl Pager {
+    /// A fault on a far page: reads it with the window that its stream has earned, and the next window ahead.
+    pub(super) fn start_fetch(&mut self, fault: Fault) -> Option<Fault> {
+        if self.job.room() <= 0 {
+            return Some(fault);
+        }
+        let Some(place) = self.free_place() else { return Some(fault) };
+        let window = self.prefetcher.fault(fault.page);
+        self.job.counters.prefetch_hits.fetch_add(window.hits, Relaxed);
+        let room = (self.job.room() as u64 / 4).max(1);
+        let pages = self.claim_run(place, fault.page, window.pages.min(room));
+        if let Some(fetch) = self.fetches.get(place) {
+            fetch.wanted = true;
+            fetch.waiters.push(fault);
+        }
+        self.job.counters.pages_prefetched.fetch_add(pages.saturating_sub(1), Relaxed);
+        self.post_reads(place);
+        if window.pages > 1 && pages == window.pages {
+            self.read_ahead(fault.page.plus(pages), window.pages);
+        }
+        None
+    }
+
+    /// A fault on a page that is on its way: the fetch is wanted now. If it was read ahead, its stream goes on.
+    pub(super) fn join_fetch(&mut self, fault: Fault) -> Option<Fault> {
+        let Some(place) = self.fetches.find(fault.page) else {
+            // Claimed, but in no list: cannot be. The page goes back to far and is fetched anew.
+            tracing::error!(page = ?fault.page, entry = ?self.table.get(fault.page), "a page in transit without a transfer");
+            self.table.change(fault.page, Entry::fetch_dropped);
+            return Some(fault);
+        };
+        let was_ahead = self.fetches.get(place).is_some_and(|fetch| !std::mem::replace(&mut fetch.wanted, true));
+        if let Some(fetch) = self.fetches.get(place) {
+            fetch.waiters.push(fault);
+        }
+        if was_ahead {
+            self.fetches.ahead.retain(|ahead| *ahead != place);
+            let window = self.prefetcher.fault(fault.page);
+            self.job.counters.prefetch_hits.fetch_add(window.hits, Relaxed);
+            let end = self.fetches.get(place).map(|fetch| fetch.first.plus(fetch.slots.len() as u64));
+            self.try_install(place);
+            if let Some(end) = end.filter(|_| window.pages > 1) {
+                self.read_ahead(end, window.pages);
+            }
+        } else {
+            self.try_install(place);
+        }
+        None
+    }
+
+    /// Reads a window that no fault asks for yet.
+    fn read_ahead(&mut self, first: Page, pages: u64) {
+        if !self.table.get(first).is_far() || self.links.credits() < 2 {
+            return;
+        }
+        let Some(place) = self.free_place() else { return };
+        let claimed = self.claim_run(place, first, pages);
+        self.job.counters.pages_prefetched.fetch_add(claimed, Relaxed);
+        self.fetches.ahead.push_back(place);
+        self.post_reads(place);
+    }
+
+    /// A place for a fetch; one that was read ahead and not asked for gives way.
+    fn free_place(&mut self) -> Option<usize> {
+        if let Some(place) = self.fetches.places.iter().position(Option::is_none) {
+            return Some(place);
+        }
+        let oldest = self.fetches.ahead.iter().copied().find(|place| {
+            self.fetches.places[*place].as_ref().is_some_and(|fetch| fetch.outstanding == 0)
+        })?;
+        self.drop_fetch(oldest);
+        Some(oldest)
+    }
+
+    /// Claims neighbouring far pages from `first` on for a fetch at `place`. Returns how many.
+    fn claim_run(&mut self, place: usize, first: Page, most: u64) -> u64 {
+        let mut slots = Vec::with_capacity(most as usize);
+        while (slots.len() as u64) < most.min(MAX_WINDOW) {
+            match self.table.change(first.plus(slots.len() as u64), Entry::claim_fetch) {
+                Some((_, claimed)) => slots.extend(claimed.slot()),
+                None => break,
+            }
+        }
+        let pages = slots.len() as u64;
+        self.fetches.places[place] = Some(Fetch {
+            first,
+            slots,
+            dropped: 0,
+            outstanding: 0,
+            posted: 0,
+            failed: false,
+            checked: false,
+            retries: 0,
+            wanted: false,
+            waiters: Vec::new(),
+        });
+        pages
+    }
+
+    /// Posts the reads of a fetch, one for each run of neighbouring slots, as far as the window allows.
+    pub(super) fn post_reads(&mut self, place: usize) {
+        let Some(memory) = self.fetches.memory() else { return };
+        while let Some(fetch) = self.fetches.get(place) {
+            let (index, slots) = (fetch.posted, &fetch.slots);
+            let Some(slot) = slots.get(index).copied() else { break };
+            let mut len = 1;
+            while let Some(next) = slots.get(index + len)
+                && slots[index + len - 1].next() == Some(*next)
+            {
+                len += 1;
+            }
+            let work = Work::Read { place: place as u8, index: index as u8 };
+            let to = LocalSlice { region: self.links.frames_region(), offset: frame_offset(place, index), len: len as u32 * 4096 };
+            match self.links.read(&self.shared.far, &memory, work, to, slot) {
+                Ok(()) => {
+                    let Some(fetch) = self.fetches.get(place) else { break };
+                    fetch.posted += len;
+                    fetch.outstanding += 1;
+                    self.job.counters.pages_fetched.fetch_add(len as u64, Relaxed);
+                }
+                Err(super::links::LinkError::Busy) => break,
+                Err(super::links::LinkError::Unreachable) => {
+                    let Some(fetch) = self.fetches.get(place) else { break };
+                    fetch.failed = true;
+                    break;
+                }
+            }
+        }
+        self.links.flush();
+    }
+
+    /// A read has completed.
+    pub(super) fn read_done(&mut self, place: usize, ok: bool) {
+        if let Some(fetch) = self.fetches.get(place) {
+            fetch.outstanding = fetch.outstanding.saturating_sub(1);
+            fetch.failed |= !ok;
+        }
+        self.post_reads(place);
+        self.try_install(place);
+    }
+
+    /// Tries what arrived and could not be installed at once.
+    pub(super) fn install_arrived(&mut self) -> bool {
+        let mut worked = false;
+        for place in 0..MAX_FETCHES {
+            let Some(fetch) = self.fetches.get(place) else { continue };
+            if fetch.posted < fetch.slots.len() && !fetch.failed {
+                self.post_reads(place);
+            }
+            worked |= self.try_install(place);
+        }
+        worked
+    }
+
+    /// Installs a fetch that is complete and wanted. Returns whether it is finished.
+    fn try_install(&mut self, place: usize) -> bool {
+        let Some(fetch) = self.fetches.get(place) else { return false };
+        if !fetch.is_complete() {
+            return false;
+        }
+        if fetch.failed {
+            return self.retry_fetch(place);
+        }
+        if !fetch.checked && !self.check_hashes(place) {
+            return self.retry_fetch(place);
+        }
+        let Some(fetch) = self.fetches.get(place) else { return false };
+        if !fetch.wanted {
+            return false;
+        }
+        while let Some((index, len)) = self.next_run(place) {
+            let Some(fetch) = self.fetches.get(place) else { break };
+            let first = fetch.first.plus(index as u64);
+            let source = self.fetches.frame(place, index);
+            let (done, finished) = match self.install_copies(first, len as u64, source) {
+                Installed::All => (len as u64, true),
+                Installed::UntilEvent(done) | Installed::NoMemory(done) => (done, false),
+            };
+            self.arrived_home(place, index, done as usize);
+            if !finished {
+                return done > 0;
+            }
+        }
+        if let Some(fetch) = self.fetches.places.get_mut(place).and_then(Option::take) {
+            for fault in &fetch.waiters {
+                self.answered(fault);
+            }
+        }
+        true
+    }
+
+    /// The next run of pages of a fetch that are still to be installed.
+    fn next_run(&mut self, place: usize) -> Option<(usize, usize)> {
+        let fetch = self.fetches.places[place].as_ref()?;
+        let still = |index: usize| {
+            let page = fetch.first.plus(index as u64);
+            let entry = self.table.get(page);
+            fetch.dropped >> index & 1 == 0 && entry.state() == State::Fetching && entry.slot() == Some(fetch.slots[index])
+        };
+        let start = (0..fetch.slots.len()).find(|index| still(*index))?;
+        let len = (start..fetch.slots.len()).take_while(|index| still(*index)).count();
+        Some((start, len))
+    }
+
+    fn arrived_home(&mut self, place: usize, index: usize, pages: usize) {
+        let Some(fetch) = self.fetches.places[place].as_ref() else { return };
+        let first = fetch.first.plus(index as u64);
+        for i in 0..pages as u64 {
+            if let Some((before, _)) = self.table.change(first.plus(i), Entry::fetched) {
+                let resident = self.table.local_pages();
+                self.residents.refaulted(first.plus(i), before.age(), resident);
+                self.job.charge(1);
+            }
+        }
+    }
+
+    /// Checks every page of a fetch against what its slot should hold.
+    fn check_hashes(&mut self, place: usize) -> bool {
+        let Some(frames) = self.fetches.memory() else { return false };
+        let Some(fetch) = self.fetches.places[place].as_mut() else { return false };
+        let good = (0..fetch.slots.len()).all(|index| {
+            fetch.dropped >> index & 1 == 1
+                || frames.hash128(frame_offset(place, index), 4096).ok() == self.shared.far.hash(fetch.slots[index])
+        });
+        fetch.checked = good;
+        good
+    }
+
+    /// A fetch failed, or brought bytes that do not pass their check: once more, a few times; then its wanted
+    /// page is lost, and the others go back to far.
+    fn retry_fetch(&mut self, place: usize) -> bool {
+        let Some(fetch) = self.fetches.get(place) else { return false };
+        let corrupt = !fetch.failed;
+        let lost = fetch.slots.iter().any(|slot| self.shared.far.is_lost(*slot));
+        let Some(fetch) = self.fetches.get(place) else { return false };
+        if corrupt {
+            fetch.retries += 1;
+        }
+        if fetch.wanted && !lost && fetch.retries <= MAX_RETRIES {
+            // Unreachable is not lost: tried again until the faults' own deadline.
+            let first = fetch.first;
+            let waiters = std::mem::take(&mut fetch.waiters);
+            let expired = waiters.iter().any(|fault| fault.began.elapsed() > super::FAULT_DEADLINE);
+            if !expired {
+                (fetch.waiters, fetch.posted, fetch.failed, fetch.checked) = (waiters, 0, false, false);
+                if !corrupt {
+                    tracing::warn!(page = format_args!("{:#x}", first.address()), "a read of far memory failed; it is tried again");
+                    self.links.reconnect_later();
+                }
+                self.post_reads(place);
+                return false;
+            }
+            fetch.waiters = waiters;
+        }
+        let waiters = std::mem::take(&mut fetch.waiters);
+        tracing::error!(pid = self.pid(), corrupt, lost, "far pages could not be brought home");
+        self.drop_fetch(place);
+        for fault in waiters {
+            self.deliver_sigbus(&fault);
+        }
+        true
+    }
+
+    /// Gives a fetch up: its pages are far again.
+    fn drop_fetch(&mut self, place: usize) {
+        self.fetches.ahead.retain(|ahead| *ahead != place);
+        let Some(fetch) = self.fetches.places[place].take() else { return };
+        for index in (0..fetch.slots.len()).filter(|index| fetch.dropped >> index & 1 == 0) {
+            self.table.change(fetch.first.plus(index as u64), Entry::fetch_dropped);
+        }
+    }
+
+    /// A page being fetched was discarded, moved or cloned away: what arrives for it is not used.
+    pub(super) fn forget_fetch(&mut self, page: Page) {
+        if let Some(place) = self.fetches.find(page)
+            && let Some(fetch) = self.fetches.get(place)
+            && let Some(index) = fetch.index_of(page)
+        {
+            fetch.dropped |= 1 << index;
+            let (gone, kept): (Vec<Fault>, Vec<Fault>) = fetch.waiters.iter().partition(|fault| fault.page == page);
+            fetch.waiters = kept;
+            self.waiting.extend(gone);
+        }
+    }
+
+    /// Work ids of reads name a place; places with reads under way are not given to others.
+    pub(super) fn read_id(place: u8, index: u8) -> WorkId {
+        WorkId(u64::from(place) << 8 | u64::from(index))
+    }
+
+    /// Whether reads are under way.
+    pub(super) fn fetching(&self) -> bool {
+        self.fetches.places.iter().flatten().any(|fetch| fetch.outstanding > 0)
+    }
+}

@@ -1,0 +1,194 @@
+//! The pager's end of its helper: the control block, the eventfd, the lifeline.
+
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use farpage_attach::control::Control;
+
+use super::Pager;
+use crate::mailbox::HelperOffer;
+use crate::sys::control::{SharedBlock, futex_wake};
+use crate::sys::process::Process;
+use crate::sys::uffd::{Message, Uffd};
+
+/// How often the helper looks for the next batch before it sleeps, while faults keep coming: about 20 us.
+const SPIN_ROUNDS: u32 = 600;
+/// Seconds without an agent after which the helper ends the program.
+const DEAD_MAN_SECONDS: u32 = 5;
+
+/// The helper of one address space.
+#[derive(Debug)]
+pub(crate) struct Helper {
+    shared: SharedBlock,
+    event: OwnedFd,
+    /// Known once the helper has reported itself.
+    process: Option<Process>,
+    drain_uffd: Uffd,
+    /// Holding and drain range, kept apart from what the program owns.
+    own: [Range<u64>; 2],
+    _lifeline: OwnedFd,
+    reported: u32,
+}
+
+impl Helper {
+    /// What a process offered at the door, before its helper runs.
+    pub(crate) fn new(offer: HelperOffer) -> (Self, Process) {
+        let control = offer.shared.control();
+        control.dead_man_seconds.store(DEAD_MAN_SECONDS, Ordering::Relaxed);
+        control.spin.store(SPIN_ROUNDS, Ordering::Relaxed);
+        let helper = Self {
+            shared: offer.shared,
+            event: offer.event,
+            process: None,
+            drain_uffd: offer.drain_uffd,
+            own: [offer.holding, offer.drain],
+            _lifeline: offer.lifeline,
+            reported: 0,
+        };
+        (helper, offer.process)
+    }
+
+    pub(crate) fn control(&self) -> &Control {
+        self.shared.control()
+    }
+
+    pub(crate) fn shared(&self) -> &SharedBlock {
+        &self.shared
+    }
+
+    pub(crate) fn set_process(&mut self, process: Process) {
+        crate::sys::process::raise_priority(process.pid(), crate::sys::process::FIRST);
+        self.process = Some(process);
+    }
+
+    pub(super) fn pid(&self) -> Option<i32> {
+        self.process.as_ref().map(Process::pid)
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        self.process.is_some()
+    }
+
+    /// Whether it has died, which no part of a program does by itself.
+    pub(super) fn is_dead(&self) -> bool {
+        self.process.as_ref().is_some_and(Process::has_exited)
+    }
+
+    pub(super) fn waits(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        [self.event.as_fd(), self.drain_uffd.as_fd()].into_iter().chain(self.process.as_ref().map(AsFd::as_fd))
+    }
+
+    /// Makes the eventfd quiet, and answers strays in the drain range with zeros.
+    pub(super) fn quiet(&mut self) {
+        let mut count = [0u8; 8];
+        let _ = rustix::io::read(&self.event, &mut count);
+        let mut messages = Vec::new();
+        let _ = self.drain_uffd.read(&mut messages);
+        for message in messages {
+            if let Message::Fault { address, .. } = message {
+                let start = address & !0xfff;
+                if self.drain_uffd.zero(&(start..start + 4096)).is_err() {
+                    let _ = self.drain_uffd.wake(&(start..start + 4096));
+                }
+            }
+        }
+    }
+
+    pub(super) fn owns(&self, address: u64) -> bool {
+        self.own.iter().any(|range| range.contains(&address))
+    }
+
+    /// Publishes a batch that lies ready in the control block.
+    pub(super) fn publish(&self, command: u32) {
+        let control = self.control();
+        control.command.store(command, Ordering::SeqCst);
+        if control.helper_sleeps.load(Ordering::SeqCst) != 0 {
+            futex_wake(&control.command);
+        }
+    }
+
+    /// Ends it: the program is gone.
+    pub(crate) fn end(&self) {
+        self.control().quit.store(1, Ordering::Relaxed);
+        if let Some(process) = &self.process {
+            process.signal(libc::SIGKILL);
+        }
+    }
+}
+
+impl Pager {
+    /// A process at the door offers ranges for a helper and says that it is this address space: a forked child.
+    /// Returns the uffd for its helper once the ranges are registered and proven to be in this memory.
+    pub(super) fn adopt(&mut self, offer: Box<HelperOffer>) -> Result<OwnedFd, Box<HelperOffer>> {
+        if self.helper.is_some() || !self.is_my_memory(&offer) {
+            return Err(offer);
+        }
+        let Ok(uffd) = self.uffd.as_fd().try_clone_to_owned() else { return Err(offer) };
+        self.install_helper(*offer);
+        Ok(uffd)
+    }
+
+    /// Puts a page with a number nobody else has into the offered range by this space's uffd, and looks for it
+    /// in the offering process.
+    fn is_my_memory(&self, offer: &HelperOffer) -> bool {
+        if self.uffd.register(&offer.holding, false).is_err() {
+            return false;
+        }
+        let mark: u64 = rand_mark();
+        let mut page = vec![0u8; 4096];
+        page[..8].copy_from_slice(&mark.to_ne_bytes());
+        let mut seen = [0u8; 8];
+        let found = self.uffd.copy(offer.holding.start, page.as_ptr(), 4096, false).is_ok()
+            && crate::sys::process::read_present_memory(offer.process.pid(), offer.holding.start, &mut seen)
+            && seen == mark.to_ne_bytes();
+        if !found {
+            let _ = self.uffd.unregister(&offer.holding);
+        }
+        found
+    }
+
+    pub(crate) fn install_helper(&mut self, offer: HelperOffer) {
+        self.links.set_staging(Arc::clone(offer.shared.memory()));
+        let (helper, process) = Helper::new(offer);
+        self.handle.pid.store(process.pid().unsigned_abs().into(), Ordering::Release);
+        self.process = Some(process);
+        helper.control().armed.store(u32::from(self.job.is_armed()), Ordering::Release);
+        self.helper = Some(helper);
+    }
+
+    pub(super) fn helper_up(&mut self, process: Process) {
+        if let Some(helper) = &mut self.helper {
+            helper.set_process(process);
+        }
+    }
+
+    /// Whether an address is in a range of our own, which the program may touch only by touching everything.
+    pub(super) fn is_own_range(&self, page: crate::table::Page) -> bool {
+        self.helper.as_ref().is_some_and(|helper| helper.owns(page.address()))
+    }
+
+    /// A report of the shim's: look at the mappings, then let it go on.
+    pub(super) fn answer_report(&mut self) {
+        let Some(helper) = &mut self.helper else { return };
+        let report = helper.control().report.load(Ordering::Acquire);
+        if report == helper.reported {
+            return;
+        }
+        helper.reported = report;
+        if self.job.is_armed() {
+            self.rescan();
+        }
+        if let Some(helper) = &self.helper {
+            helper.control().report_ack.store(report, Ordering::Release);
+            futex_wake(&helper.control().report_ack);
+        }
+    }
+}
+
+/// A number that nobody can have put into a page by chance.
+fn rand_mark() -> u64 {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    RandomState::new().build_hasher().finish()
+}

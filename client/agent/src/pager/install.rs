@@ -1,0 +1,131 @@
+//! Putting pages into the program's memory and waking who waits for them.
+
+use super::Pager;
+use super::fault::Fault;
+use crate::entry::Entry;
+use crate::sys::uffd::InstallError;
+use crate::table::Page;
+
+/// How far an install came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Installed {
+    /// All pages are there or have no place any more.
+    All,
+    /// This many are; then an event must be read first.
+    UntilEvent(u64),
+    /// This many are; then the kernel had no memory for the next. It is tried again until the deadline.
+    NoMemory(u64),
+}
+
+impl Pager {
+    /// Installs `pages` pages of bytes that lie at `source`, one behind the other, and wakes their waiters.
+    pub(super) fn install_copies(&mut self, first: Page, pages: u64, source: *const u8) -> Installed {
+        let mut done = 0;
+        while done < pages {
+            let from = source.wrapping_add((done * 4096) as usize);
+            match self.uffd.copy(first.plus(done).address(), from, (pages - done) * 4096, false) {
+                Ok(()) => done = pages,
+                Err(InstallError::EventsPending(bytes)) if bytes > 0 => done += bytes / 4096,
+                Err(InstallError::EventsPending(_)) => return Installed::UntilEvent(done),
+                Err(InstallError::NoMemory(bytes)) => return Installed::NoMemory(done + bytes / 4096),
+                Err(InstallError::Present(bytes) | InstallError::Gone(bytes)) => {
+                    done += bytes / 4096;
+                    self.wake(first.plus(done), 1);
+                    done += 1;
+                }
+                Err(InstallError::NoProcess) => {
+                    self.closing = true;
+                    return Installed::All;
+                }
+                Err(InstallError::Other(errno)) => {
+                    tracing::error!(errno, pid = self.pid(), page = format_args!("{:#x}", first.address()), "a page could not be installed");
+                    self.wake(first.plus(done), 1);
+                    done += 1;
+                }
+            }
+        }
+        Installed::All
+    }
+
+    /// Installs zeros over a run of pages that were never written. A single page to be written gets a page of
+    /// its own at once; a run gets the kernel's shared zero page, copied on write without a message.
+    pub(super) fn install_zeros(&mut self, first: Page, pages: u64, write: bool) -> bool {
+        let done = if pages == 1 && write {
+            match self.install_copies(first, 1, self.fetches.zero_page()) {
+                Installed::All => 1,
+                Installed::UntilEvent(_) | Installed::NoMemory(_) => return false,
+            }
+        } else {
+            let range = first.address()..first.plus(pages).address();
+            match self.uffd.zero(&range) {
+                Ok(()) => pages,
+                Err(InstallError::EventsPending(bytes) | InstallError::NoMemory(bytes)) => {
+                    if bytes == 0 {
+                        return false;
+                    }
+                    bytes / 4096
+                }
+                Err(InstallError::Present(bytes)) => {
+                    // What was believed untouched is there: from now on the table knows.
+                    self.wake(first.plus(bytes / 4096), 1);
+                    bytes / 4096 + 1
+                }
+                Err(InstallError::Gone(bytes)) => {
+                    self.wake(first.plus(bytes / 4096), 1);
+                    bytes / 4096
+                }
+                Err(InstallError::NoProcess) => {
+                    self.closing = true;
+                    return true;
+                }
+                Err(InstallError::Other(errno)) => {
+                    tracing::error!(errno, pid = self.pid(), "zeros could not be installed");
+                    self.wake(first, 1);
+                    return true;
+                }
+            }
+        };
+        for i in 0..done {
+            if self.table.change(first.plus(i), Entry::filled_with_zeros).is_some() {
+                self.residents.arrived(first.plus(i));
+                self.job.charge(1);
+            }
+        }
+        true
+    }
+
+    /// Zeros where there is nothing, a wake-up where there is something. Returns false while an event must be
+    /// read first.
+    pub(super) fn zero_or_wake(&mut self, page: Page) -> bool {
+        match self.uffd.zero(&(page.address()..page.plus(1).address())) {
+            Ok(()) => true,
+            Err(InstallError::EventsPending(_) | InstallError::NoMemory(_)) => false,
+            Err(InstallError::NoProcess) => {
+                self.closing = true;
+                true
+            }
+            Err(InstallError::Present(_) | InstallError::Gone(_) | InstallError::Other(_)) => {
+                self.wake(page, 1);
+                true
+            }
+        }
+    }
+
+    /// A write to a page under write protection: it is not being dropped, so the protection is lifted.
+    pub(super) fn lift_protection(&mut self, fault: Fault) -> Option<Fault> {
+        let range = fault.page.address()..fault.page.plus(1).address();
+        match self.uffd.write_protect(&range, false) {
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Some(fault),
+            _ => {
+                self.wake(fault.page, 1);
+                self.answered(&fault);
+                None
+            }
+        }
+    }
+
+    /// Has waiters in a range look again.
+    pub(super) fn wake(&self, first: Page, pages: u64) {
+        let _ = self.uffd.wake(&(first.address()..first.plus(pages).address()));
+    }
+}

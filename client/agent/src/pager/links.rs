@@ -1,0 +1,253 @@
+//! The pager's connections to memory nodes: one endpoint per node, as it would have its own queue pair.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use farpage_fabric::memory::RegisteredMemory;
+use farpage_fabric::{Completion, Endpoint, LocalSlice, PostError, RegionId, WorkId};
+
+use super::Pager;
+use crate::entry::Slot;
+use crate::far::FarMemory;
+
+/// Requests outstanding at once on one connection: enough for all fetches and all staging areas.
+const WINDOW: usize = 128;
+/// How long a connection may take to come up.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
+/// Between two attempts to reach a node that did not answer.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
+
+/// What a work request was for. Its 64 bits come back in the completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Work {
+    /// A read of a fetch.
+    Read { place: u8, index: u8 },
+    /// A write of a staging area's run.
+    Write { area: u8, index: u8 },
+}
+
+const WRITE: u64 = 1 << 63;
+
+impl Work {
+    fn id(self) -> WorkId {
+        match self {
+            Self::Read { place, index } => Pager::read_id(place, index),
+            Self::Write { area, index } => WorkId(WRITE | u64::from(area) << 8 | u64::from(index)),
+        }
+    }
+
+    fn of(id: WorkId) -> Self {
+        let (high, low) = ((id.0 >> 8) as u8, id.0 as u8);
+        if id.0 & WRITE == 0 { Self::Read { place: high, index: low } } else { Self::Write { area: high, index: low } }
+    }
+}
+
+/// Why a request could not be posted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LinkError {
+    /// The window is full: after the next completion.
+    Busy,
+    /// No connection to that node now.
+    Unreachable,
+}
+
+struct Link {
+    address: String,
+    endpoint: Option<Box<dyn Endpoint>>,
+    retry_at: Option<Instant>,
+    in_flight: usize,
+    dirty: bool,
+}
+
+/// The connections of one pager.
+#[derive(Default)]
+pub(crate) struct Links {
+    links: Vec<Link>,
+    staging: Option<Arc<RegisteredMemory>>,
+}
+
+/// Regions are registered in this order on every endpoint.
+const FRAMES: RegionId = RegionId(0);
+const STAGING: RegionId = RegionId(1);
+
+impl Links {
+    /// The frames' region, the same on every connection.
+    pub(super) fn frames_region(&self) -> RegionId {
+        FRAMES
+    }
+
+    /// The staging's region, the same on every connection.
+    pub(super) fn staging_region(&self) -> RegionId {
+        STAGING
+    }
+
+    /// Writes come from this memory.
+    pub(super) fn set_staging(&mut self, staging: Arc<RegisteredMemory>) {
+        self.staging = Some(staging);
+        // Connections made before do not have the region: they are made anew.
+        self.links.retain(|link| link.in_flight > 0);
+    }
+
+    fn link(&mut self, address: &str, frames: &Arc<RegisteredMemory>) -> Result<&mut Link, LinkError> {
+        let at = match self.links.iter().position(|link| link.address == address) {
+            Some(at) => at,
+            None => {
+                self.links.push(Link { address: address.to_owned(), endpoint: None, retry_at: None, in_flight: 0, dirty: false });
+                self.links.len() - 1
+            }
+        };
+        let staging = self.staging.clone();
+        let link = &mut self.links[at];
+        if link.endpoint.as_ref().is_some_and(|endpoint| !endpoint.is_connected()) && link.in_flight == 0 {
+            link.endpoint = None;
+        }
+        if link.endpoint.is_none() {
+            link.connect(frames, staging.as_ref())?;
+        }
+        Ok(link)
+    }
+
+    /// Posts a read of a slot (and its neighbours, as long as `to`).
+    pub(super) fn read(
+        &mut self,
+        far: &FarMemory,
+        frames: &Arc<RegisteredMemory>,
+        work: Work,
+        to: LocalSlice,
+        slot: Slot,
+    ) -> Result<(), LinkError> {
+        let (extent, remote) = far.locate(slot).ok_or(LinkError::Unreachable)?;
+        let link = self.link(&extent.grant.address, frames)?;
+        link.post(|endpoint| endpoint.post_read(work.id(), to, remote))
+    }
+
+    /// Posts a write to a slot (and its neighbours).
+    pub(super) fn write(
+        &mut self,
+        far: &FarMemory,
+        frames: &Arc<RegisteredMemory>,
+        work: Work,
+        from: LocalSlice,
+        slot: Slot,
+    ) -> Result<(), LinkError> {
+        let (extent, remote) = far.locate(slot).ok_or(LinkError::Unreachable)?;
+        let link = self.link(&extent.grant.address, frames)?;
+        link.post(|endpoint| endpoint.post_write(work.id(), from, remote))
+    }
+
+    /// Rings the doorbells.
+    pub(super) fn flush(&mut self) {
+        for link in &mut self.links {
+            if std::mem::take(&mut link.dirty)
+                && let Some(endpoint) = &mut link.endpoint
+            {
+                endpoint.flush();
+            }
+        }
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        let mut total = 0;
+        for link in &mut self.links {
+            if link.in_flight > 0
+                && let Some(endpoint) = &mut link.endpoint
+            {
+                let got = endpoint.poll(out);
+                link.in_flight = link.in_flight.saturating_sub(got);
+                total += got;
+            }
+        }
+        total
+    }
+
+    /// Fewest requests that any connection takes now.
+    pub(super) fn credits(&self) -> usize {
+        self.links.iter().filter_map(|link| Some(link.endpoint.as_ref()?.credits())).min().unwrap_or(WINDOW)
+    }
+
+    /// Whether anything is outstanding.
+    pub(super) fn any_in_flight(&self) -> bool {
+        self.links.iter().any(|link| link.in_flight > 0)
+    }
+
+    /// What to sleep on.
+    pub(super) fn wait_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.links.iter().filter(|link| link.in_flight > 0).filter_map(|link| link.endpoint.as_ref()?.wait_fd())
+    }
+
+    /// A request failed: broken connections rest before they are made anew.
+    pub(super) fn reconnect_later(&mut self) {
+        for link in &mut self.links {
+            if link.endpoint.as_ref().is_some_and(|endpoint| !endpoint.is_connected()) {
+                link.retry_at = Some(Instant::now() + RECONNECT_PAUSE);
+            }
+        }
+    }
+}
+
+impl Link {
+    fn connect(&mut self, frames: &Arc<RegisteredMemory>, staging: Option<&Arc<RegisteredMemory>>) -> Result<(), LinkError> {
+        if self.retry_at.is_some_and(|at| Instant::now() < at) {
+            return Err(LinkError::Unreachable);
+        }
+        let connected = self
+            .address
+            .parse()
+            .map_err(|error| tracing::error!(%error, address = self.address, "a node's address does not parse"))
+            .and_then(|address| {
+                farpage_fabric::connect(&address, WINDOW, CONNECT_DEADLINE)
+                    .map_err(|error| tracing::warn!(%error, address = self.address, "no connection to a memory node"))
+            });
+        let Ok(mut endpoint) = connected else {
+            self.retry_at = Some(Instant::now() + RECONNECT_PAUSE);
+            return Err(LinkError::Unreachable);
+        };
+        endpoint.register(Arc::clone(frames));
+        if let Some(staging) = staging {
+            endpoint.register(Arc::clone(staging));
+        }
+        self.endpoint = Some(endpoint);
+        self.retry_at = None;
+        Ok(())
+    }
+
+    fn post(&mut self, post: impl FnOnce(&mut dyn Endpoint) -> Result<(), PostError>) -> Result<(), LinkError> {
+        let endpoint = self.endpoint.as_deref_mut().ok_or(LinkError::Unreachable)?;
+        match post(endpoint) {
+            Ok(()) => {
+                self.in_flight += 1;
+                self.dirty = true;
+                Ok(())
+            }
+            Err(PostError::WindowFull) => Err(LinkError::Busy),
+            Err(PostError::Disconnected) => Err(LinkError::Unreachable),
+            Err(error @ (PostError::LocalBounds | PostError::TooLarge)) => {
+                tracing::error!(%error, "a work request was refused");
+                Err(LinkError::Unreachable)
+            }
+        }
+    }
+}
+
+impl Pager {
+    /// Takes completions and hands each to what it was for.
+    pub(super) fn poll_links(&mut self) -> bool {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.links.poll(&mut completions);
+        let worked = !completions.is_empty();
+        for completion in completions.drain(..) {
+            if let Err(error) = completion.result {
+                tracing::debug!(%error, "a work request failed");
+            }
+            match Work::of(completion.id) {
+                Work::Read { place, .. } => self.read_done(usize::from(place), completion.result.is_ok()),
+                Work::Write { area, index } => {
+                    self.write_done(usize::from(area), usize::from(index), completion.result.is_ok());
+                }
+            }
+        }
+        self.completions = completions;
+        worked
+    }
+}

@@ -1,0 +1,357 @@
+//! The pager: one thread that owns one address space.
+//!
+//! Everything that happens to the space happens here, in turn: its uffd is read, pages are fetched and
+//! installed, victims are taken out and written back, its table follows the program's own calls. So the hard
+//! cases are ordinary ones: whatever an event finds half done is in a list of this struct, and the event marks
+//! it there. Nothing blocks: reads and writes of far memory and the helper's batches are under way while the
+//! loop goes round, and a fault that cannot be answered yet waits in a queue with a deadline.
+//!
+//! A fault's way through the files: `mod` (read) → [`fault`] (what is the page?) → [`fetch`] (bring it) →
+//! [`install`] (put it there, wake). Memory's way out: [`take_out`] (victims, helper) → [`write_back`] (hash,
+//! slot, write). [`event`] and [`fork`] follow the program; [`register`] finds what to manage.
+
+mod event;
+mod fault;
+mod fetch;
+mod fork;
+mod helper;
+mod install;
+mod links;
+mod register;
+mod take_out;
+mod write_back;
+
+use std::collections::{HashSet, VecDeque};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use farpage_fabric::Completion;
+use rustix::event::{PollFd, PollFlags};
+
+use crate::far::FarMemory;
+use crate::gate::Gate;
+use crate::job::Job;
+use crate::mailbox::{Request, SpaceHandle};
+use crate::prefetch::Prefetcher;
+use crate::residents::Residents;
+use crate::sys::process::Process;
+use crate::sys::uffd::{Message, Uffd};
+use crate::table::PageTable;
+
+pub(crate) use fault::Fault;
+pub(crate) use fetch::Fetches;
+pub(crate) use helper::Helper;
+pub(crate) use links::Links;
+pub(crate) use register::Registered;
+pub(crate) use take_out::TakeOut;
+pub(crate) use write_back::Staging;
+
+/// How long a fault may wait for whatever it needs (its node, a free frame, a slot for a victim) before its
+/// thread gets SIGBUS.
+const FAULT_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How long the loop looks for work before it sleeps, while faults keep coming.
+const SPIN: Duration = Duration::from_micros(40);
+
+/// A fault sooner than this after the last one means that another is likely to be near.
+const BUSY_GAP: Duration = Duration::from_micros(200);
+
+/// The longest sleep: a bound for anything whose wake-up might be missed.
+const MAX_SLEEP: Duration = Duration::from_millis(100);
+
+/// Between two looks whether the program has replaced itself by another.
+const EXEC_CHECK: Duration = Duration::from_millis(20);
+
+/// The sleep while something that has no descriptor to wait on is under way.
+const SHORT_SLEEP: Duration = Duration::from_micros(500);
+
+/// What all pagers of an agent share.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    /// Far memory.
+    pub far: Arc<FarMemory>,
+    /// Starts the pager of a forked child.
+    pub spawner: Arc<crate::spaces::Spaces>,
+    /// What this kernel offers.
+    pub kernel: crate::kernel::Kernel,
+}
+
+/// An address space and all that is under way in it.
+pub struct Pager {
+    shared: Shared,
+    job: Arc<Job>,
+    handle: Arc<SpaceHandle>,
+    process: Option<Process>,
+    uffd: Uffd,
+    table: PageTable,
+    registered: Registered,
+    residents: Residents,
+    prefetcher: Prefetcher,
+    links: Links,
+    fetches: Fetches,
+    waiting: VecDeque<Fault>,
+    gate: Gate,
+    helper: Option<Helper>,
+    take_out: Option<TakeOut>,
+    staging: Staging,
+    /// Pages that the kernel writes at thread exit: never taken out.
+    pinned: HashSet<u64>,
+    pinned_at: Option<Instant>,
+    shrink: u64,
+    last_fault: Option<Instant>,
+    messages: Vec<Message>,
+    completions: Vec<Completion>,
+    closing: bool,
+    /// When victims were last found to be unmovable throughout: eviction rests a little.
+    rest_until: Option<Instant>,
+    checked_exec_at: Option<Instant>,
+}
+
+impl Pager {
+    /// The pager of an address space that is not managed yet.
+    #[must_use]
+    pub fn new(shared: Shared, job: Arc<Job>, handle: Arc<SpaceHandle>, process: Option<Process>, uffd: Uffd) -> Self {
+        Self {
+            shared,
+            job,
+            handle,
+            process,
+            uffd,
+            table: PageTable::default(),
+            registered: Registered::default(),
+            residents: Residents::default(),
+            prefetcher: Prefetcher::default(),
+            links: Links::default(),
+            fetches: Fetches::default(),
+            waiting: VecDeque::new(),
+            gate: Gate::default(),
+            helper: None,
+            take_out: None,
+            staging: Staging::default(),
+            pinned: HashSet::new(),
+            pinned_at: None,
+            shrink: 0,
+            last_fault: None,
+            messages: Vec::new(),
+            completions: Vec::new(),
+            closing: false,
+            rest_until: None,
+            checked_exec_at: None,
+        }
+    }
+
+    /// Gives the space its helper.
+    pub fn set_helper(&mut self, helper: Helper) {
+        self.helper = Some(helper);
+    }
+
+    /// Runs until the process is gone.
+    pub fn run(mut self) {
+        let mut idle_since: Option<Instant> = None;
+        while !self.closing {
+            if self.turn() {
+                idle_since = None;
+                continue;
+            }
+            let now = Instant::now();
+            let since = *idle_since.get_or_insert(now);
+            if self.is_busy(now) && now.duration_since(since) < SPIN {
+                std::hint::spin_loop();
+                continue;
+            }
+            self.sleep();
+            idle_since = None;
+        }
+        self.close();
+    }
+
+    /// One round: whatever can be done now is done. Returns whether there was anything.
+    fn turn(&mut self) -> bool {
+        let mut worked = self.poll_links();
+        worked |= self.poll_helper();
+        worked |= self.read_messages();
+        worked |= self.retry_waiting();
+        worked |= self.evict_ahead();
+        worked |= self.serve_requests();
+        worked
+    }
+
+    /// Reads the uffd, if the gate allows it, and handles what it says: events before faults, since the read
+    /// has released the program already and a fault must find the table as the events left it.
+    fn read_messages(&mut self) -> bool {
+        if self.is_full() || !self.may_read_events() {
+            return false;
+        }
+        let mut messages = std::mem::take(&mut self.messages);
+        let read = self.uffd.read(&mut messages);
+        if read.is_err() {
+            self.closing = true;
+        }
+        let began = Instant::now();
+        let mut faults = VecDeque::new();
+        for message in messages.drain(..) {
+            match message {
+                Message::Fault { address, write, protected, thread } => {
+                    faults.push_back(Fault::new(address, write, protected, thread, began));
+                }
+                event => self.follow(event),
+            }
+        }
+        self.messages = messages;
+        for fault in faults {
+            self.last_fault = Some(began);
+            self.answer_or_keep(fault);
+        }
+        matches!(read, Ok(count) if count > 0)
+    }
+
+    /// Leave to read events: no page is being moved, and a new epoch begins.
+    fn may_read_events(&mut self) -> bool {
+        match &self.helper {
+            Some(helper) => self.gate.read_events(&helper.control().taken).is_ok(),
+            None => {
+                self.gate.helper_gone();
+                true
+            }
+        }
+    }
+
+    fn answer_or_keep(&mut self, fault: Fault) {
+        if let Some(fault) = self.answer(fault) {
+            self.waiting.push_back(fault);
+        }
+    }
+
+    /// Tries the faults that could not be answered before. Past their deadline they end in SIGBUS.
+    fn retry_waiting(&mut self) -> bool {
+        let mut worked = false;
+        for _ in 0..self.waiting.len() {
+            let Some(fault) = self.waiting.pop_front() else { break };
+            let full = self.staging.is_exhausted() && self.job.room() <= 0;
+            if full || fault.began.elapsed() > FAULT_DEADLINE {
+                let why = if full { "far memory is full and nothing more fits" } else { "past its deadline" };
+                tracing::error!(page = format_args!("{:#x}", fault.page.address()), pid = self.pid(), why, "a fault ends in SIGBUS");
+                self.deliver_sigbus(&fault);
+                worked = true;
+                continue;
+            }
+            match self.answer(fault) {
+                Some(fault) => self.waiting.push_back(fault),
+                None => worked = true,
+            }
+        }
+        worked | self.install_arrived()
+    }
+
+    fn serve_requests(&mut self) -> bool {
+        let mut worked = false;
+        while let Some(request) = self.handle.next_request() {
+            worked = true;
+            match request {
+                Request::Arm | Request::Rescan => self.rescan(),
+                Request::Shrink(pages) => self.shrink = self.shrink.max(pages),
+                Request::Adopt(offer, answer) => {
+                    let _ = answer.send(self.adopt(offer));
+                }
+                Request::HelperUp(helper) => self.helper_up(helper),
+                Request::Region(range, answer) => {
+                    let _ = answer.send(self.manage_region(range));
+                }
+                Request::Close => self.closing = true,
+            }
+        }
+        self.answer_report();
+        worked
+    }
+
+    /// Whether faults wait that only an eviction can help: then no more are read.
+    fn is_full(&self) -> bool {
+        !self.waiting.is_empty() && self.job.room() <= 0
+    }
+
+    fn is_busy(&self, now: Instant) -> bool {
+        self.last_fault.is_some_and(|last| now.duration_since(last) < BUSY_GAP) || self.take_out.is_some()
+    }
+
+    /// Waits for a message, a completion, the helper or a request.
+    fn sleep(&mut self) {
+        self.publish();
+        let control = self.helper.as_ref().map(Helper::control);
+        if let Some(control) = control {
+            control.agent_sleeps.store(1, Ordering::SeqCst);
+        }
+        let helper_done = self.take_out.as_ref().zip(control).is_some_and(|(batch, control)| {
+            control.done.load(Ordering::SeqCst) == batch.command
+        });
+        if !helper_done {
+            let short = !self.waiting.is_empty() || self.rest_until.is_some();
+            let limit = if short { SHORT_SLEEP } else { MAX_SLEEP };
+            let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: i64::from(limit.subsec_nanos()) };
+            let mut fds = vec![PollFd::new(&self.handle, PollFlags::IN)];
+            // While a batch is being taken out events may not be read, so waiting for them would not wait.
+            let moving = self.take_out.as_ref().is_some_and(|batch| !batch.is_taken(control));
+            if !moving && !self.is_full() {
+                fds.push(PollFd::new(&self.uffd, PollFlags::IN));
+            }
+            if let Some(helper) = &self.helper {
+                fds.extend(helper.waits().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+            }
+            if let Some(process) = &self.process {
+                fds.push(PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN));
+            }
+            if self.links.any_in_flight() {
+                fds.extend(self.links.wait_fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+            }
+            let _ = rustix::event::poll(&mut fds, Some(&timeout));
+        }
+        if let Some(helper) = &mut self.helper {
+            helper.control().agent_sleeps.store(0, Ordering::SeqCst);
+            helper.quiet();
+        }
+        self.handle.quiet();
+        if !self.is_alive() {
+            self.closing = true;
+        }
+    }
+
+    /// Whether the program still runs in this memory: it has neither ended nor replaced itself.
+    fn is_alive(&mut self) -> bool {
+        let Some(process) = &self.process else { return self.uffd.is_alive() };
+        if process.has_exited() {
+            return false;
+        }
+        let due = self.checked_exec_at.is_none_or(|at| at.elapsed() > EXEC_CHECK);
+        if due {
+            self.checked_exec_at = Some(Instant::now());
+            if let Some(helper) = self.helper.as_ref().and_then(Helper::pid) {
+                return crate::sys::process::share_memory(process.pid(), helper) != Some(false);
+            }
+        }
+        true
+    }
+
+    fn publish(&self) {
+        let figures = &self.handle.figures;
+        figures.local.store(self.table.local_pages(), Ordering::Relaxed);
+        figures.far.store(self.table.far_pages(), Ordering::Relaxed);
+    }
+
+    fn pid(&self) -> i32 {
+        self.process.as_ref().map_or(0, Process::pid)
+    }
+
+    /// The process is gone: every slot it named is given back, the helper ended.
+    fn close(mut self) {
+        self.handle.closed.store(true, Ordering::Release);
+        if let Some(helper) = &self.helper {
+            helper.end();
+        }
+        self.finish_transfers();
+        self.discard_pages(crate::table::Page(0)..crate::table::Page(u64::MAX >> 12));
+        self.publish();
+        self.job.remove(self.handle.id);
+        tracing::debug!(space = self.handle.id, pid = self.pid(), "address space closed");
+    }
+}

@@ -1,0 +1,211 @@
+//! What is managed: the program's large plain anonymous mappings, registered whole, late, and again as they
+//! grow.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::Pager;
+use crate::entry::{Entry, State};
+use crate::sys::pagemap::Pagemap;
+use crate::sys::process::{self, Mapping};
+use crate::table::Page;
+
+/// Smaller mappings stay the program's own: they are many, and hold little.
+const LEAST_BYTES: u64 = 128 << 10;
+/// A plain mapping right behind an inaccessible one of at most this size looks like a thread's stack behind
+/// its guard, and is left alone if it is no larger than the other bound.
+const GUARD_MOST_BYTES: u64 = 64 << 10;
+const STACK_MOST_BYTES: u64 = 64 << 20;
+/// How often a look at the mappings is begun anew because the program changed them meanwhile.
+const LOOKS: usize = 8;
+/// How long a look waits for the helper's moves to be over.
+const SETTLE_MOVES: Duration = Duration::from_secs(5);
+
+/// The ranges that are registered, as far as this pager has done it or was told.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Registered {
+    ranges: BTreeMap<u64, u64>,
+}
+
+impl Registered {
+    pub(super) fn contains(&self, page: Page) -> bool {
+        let address = page.address();
+        self.ranges.range(..=address).next_back().is_some_and(|(_, end)| address < *end)
+    }
+
+    fn covers(&self, range: &Range<u64>) -> bool {
+        self.ranges.range(..=range.start).next_back().is_some_and(|(_, end)| range.end <= *end)
+    }
+
+    pub(super) fn insert(&mut self, range: Range<u64>) {
+        self.remove(&range);
+        let mut merged = range.clone();
+        if let Some((start, end)) = self.ranges.range(..range.start).next_back()
+            && *end == range.start
+        {
+            merged.start = *start;
+        }
+        if let Some(end) = self.ranges.get(&range.end).copied() {
+            self.ranges.remove(&range.end);
+            merged.end = end;
+        }
+        self.ranges.insert(merged.start, merged.end);
+    }
+
+    pub(super) fn remove(&mut self, range: &Range<u64>) {
+        let overlapping: Vec<(u64, u64)> = self
+            .ranges
+            .range(..range.end)
+            .rev()
+            .take_while(|(_, end)| **end > range.start)
+            .map(|(start, end)| (*start, *end))
+            .collect();
+        for (start, end) in overlapping {
+            self.ranges.remove(&start);
+            if start < range.start {
+                self.ranges.insert(start, range.start);
+            }
+            if end > range.end {
+                self.ranges.insert(range.end, end);
+            }
+        }
+    }
+}
+
+impl Pager {
+    /// Looks at the mappings and registers what is new, once memory is short. A look that the program's own
+    /// calls have crossed is begun anew: registering what a stale look shows could manage a mapping that is
+    /// another by now.
+    pub(super) fn rescan(&mut self) {
+        let Some(pid) = self.process.as_ref().map(process::Process::pid) else { return };
+        if !self.job.is_armed() {
+            return;
+        }
+        if let Some(helper) = &self.helper {
+            helper.control().armed.store(1, Ordering::Release);
+        }
+        let mut fresh = Vec::new();
+        for _ in 0..LOOKS {
+            let Ok(mappings) = process::mappings(pid) else { return };
+            for range in self.worth_managing(&mappings) {
+                if self.uffd.register(&range, !self.shared.kernel.has_move).is_ok() {
+                    self.registered.insert(range.clone());
+                    fresh.push(range);
+                }
+            }
+            if !self.uffd.is_changing() {
+                self.count_unmanaged(pid, &mappings);
+                break;
+            }
+            self.settle_moves();
+            self.read_messages();
+        }
+        self.adopt_present(pid, &fresh);
+    }
+
+    fn worth_managing(&self, mappings: &[Mapping]) -> Vec<Range<u64>> {
+        let mut found = Vec::new();
+        let mut before: Option<&Mapping> = None;
+        for mapping in mappings {
+            let size = mapping.range.end - mapping.range.start;
+            let guarded = before.is_some_and(|before| {
+                &before.permissions[..3] == b"---"
+                    && before.range.end == mapping.range.start
+                    && before.range.end - before.range.start <= GUARD_MOST_BYTES
+            });
+            let like_a_stack = guarded && size <= STACK_MOST_BYTES && mapping.name.is_empty();
+            let ours = self.is_own_range(Page::of(mapping.range.start))
+                || self.is_own_range(Page::of(mapping.range.end - 1));
+            if mapping.is_plain()
+                && size >= LEAST_BYTES
+                && !like_a_stack
+                && !ours
+                && !self.registered.covers(&mapping.range)
+            {
+                found.push(mapping.range.clone());
+            }
+            before = Some(mapping);
+        }
+        found
+    }
+
+    /// Takes into the table what was present in ranges just registered.
+    fn adopt_present(&mut self, pid: i32, ranges: &[Range<u64>]) {
+        let Ok(pagemap) = Pagemap::open(pid) else { return };
+        for range in ranges {
+            let (table, residents) = (&mut self.table, &mut self.residents);
+            let mut found = 0;
+            let _ = pagemap.present(range.clone(), |number| {
+                let page = Page(number);
+                let adopt = |entry: Entry| (entry.state() == State::Untouched).then(Entry::local);
+                if table.change(page, adopt).is_some() {
+                    residents.arrived(page);
+                    found += 1;
+                }
+            });
+            self.job.charge(found);
+        }
+    }
+
+    /// Manages one region that the program named.
+    pub(super) fn manage_region(&mut self, range: Range<u64>) -> bool {
+        let Some(pid) = self.process.as_ref().map(process::Process::pid) else { return false };
+        if self.uffd.register(&range, !self.shared.kernel.has_move).is_err() {
+            return false;
+        }
+        self.registered.insert(range.clone());
+        self.adopt_present(pid, &[range]);
+        true
+    }
+
+    /// Resident pages of anonymous mappings that are not managed: stacks, small mappings, our own.
+    fn count_unmanaged(&self, pid: i32, mappings: &[Mapping]) {
+        let Ok(pagemap) = Pagemap::open(pid) else { return };
+        let unmanaged = mappings
+            .iter()
+            .filter(|mapping| mapping.inode == 0 && mapping.permissions[3] == b'p')
+            .filter(|mapping| !self.registered.covers(&mapping.range) && !mapping.name.starts_with("[v"))
+            .map(|mapping| pagemap.count_present(mapping.range.clone()).unwrap_or(0))
+            .sum();
+        self.handle.figures.unmanaged.store(unmanaged, Ordering::Relaxed);
+    }
+
+    fn settle_moves(&mut self) {
+        let began = Instant::now();
+        while self.take_out.is_some() && !self.closing && began.elapsed() < SETTLE_MOVES {
+            if !self.poll_helper() {
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn ranges_agree_with_a_set_of_pages(ops in proptest::collection::vec((any::<bool>(), 0u64..60, 1u64..20), 1..60)) {
+            let mut registered = Registered::default();
+            let mut model = std::collections::BTreeSet::new();
+            for (insert, start, len) in ops {
+                let range = start * 4096..(start + len) * 4096;
+                if insert {
+                    registered.insert(range);
+                    model.extend(start..start + len);
+                } else {
+                    registered.remove(&range);
+                    model.retain(|page| !(start..start + len).contains(page));
+                }
+                for page in 0..80 {
+                    prop_assert_eq!(registered.contains(Page(page)), model.contains(&page));
+                }
+            }
+        }
+    }
+}

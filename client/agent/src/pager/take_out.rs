@@ -1,0 +1,307 @@
+//! Taking pages out: victims are chosen ahead of need, the helper moves them, what it got is staged.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use farpage_attach::control::{BATCH_PAGES, Control, method, outcome, staging_offset};
+
+use super::Pager;
+use crate::entry::Entry;
+use crate::sys::uffd::Message;
+use crate::table::Page;
+
+/// Frames kept free, as a share of the limit, and its bounds: so much may be installed before an eviction must
+/// have finished.
+const FREE_SHARE: u64 = 32;
+const FREE_LEAST: u64 = 64;
+const FREE_MOST: u64 = 1024;
+
+/// Pages of a batch while faults come: short, since events are not read meanwhile.
+const BUSY_BATCH: usize = 32;
+
+/// How often the threads of the program are listed anew.
+const PINNED_REFRESH: Duration = Duration::from_millis(20);
+
+/// The pause when a whole batch would not move or no slot was free.
+const REST: Duration = Duration::from_millis(2);
+
+/// How long the helper may take over a batch before the program counts as broken. It may be stopped or
+/// starved for a while on a loaded machine.
+const HELPER_DEADLINE: Duration = Duration::from_secs(30);
+
+/// A batch with the helper.
+#[derive(Debug)]
+pub(crate) struct TakeOut {
+    pub(super) command: u32,
+    pub(super) pages: Vec<Page>,
+    pub(super) area: usize,
+    method: u32,
+    since: Instant,
+    /// Own discards whose events are still to be read (kernels without `UFFDIO_MOVE`).
+    drops_unread: Vec<Page>,
+}
+
+impl TakeOut {
+    /// Whether the moves are over.
+    pub(super) fn is_taken(&self, control: Option<&Control>) -> bool {
+        self.method == method::DROP || control.is_none_or(|control| control.taken.load(Ordering::Acquire) == self.command)
+    }
+}
+
+impl Pager {
+    /// Starts a batch if frames are short. Returns whether it did.
+    pub(super) fn evict_ahead(&mut self) -> bool {
+        if self.take_out.is_some() || !self.helper.as_ref().is_some_and(super::Helper::is_ready) {
+            return false;
+        }
+        let need = self.pages_to_evict();
+        if need == 0 {
+            return false;
+        }
+        if self.rest_until.is_some_and(|until| Instant::now() < until) {
+            return false;
+        }
+        self.rest_until = None;
+        let Some(area) = self.staging.free_area() else { return false };
+        self.refresh_pinned();
+        let busy = !self.waiting.is_empty() || self.last_fault.is_some_and(|at| at.elapsed() < super::BUSY_GAP);
+        let most = if busy { BUSY_BATCH } else { BATCH_PAGES };
+        let (pages, how) = self.choose_victims(most.min(need as usize));
+        if pages.is_empty() {
+            self.rest_until = Some(Instant::now() + REST);
+            return false;
+        }
+        if self.shared.kernel.has_move { self.move_out(pages, area, how) } else { self.drop_out(pages, area) }
+    }
+
+    /// How many pages should go now: up to the free share, or what the sampler asked for.
+    fn pages_to_evict(&mut self) -> u64 {
+        if !self.job.is_armed() || self.table.local_pages() == 0 {
+            self.shrink = 0;
+            return 0;
+        }
+        let free = (self.job.limits.local_pages / FREE_SHARE).clamp(FREE_LEAST, FREE_MOST) as i64;
+        let short = free - self.job.room();
+        (short.max(0) as u64).max(self.shrink).min(self.table.local_pages())
+    }
+
+    fn choose_victims(&mut self, most: usize) -> (Vec<Page>, u32) {
+        let mut pages = Vec::with_capacity(most);
+        while pages.len() < most {
+            let Some(page) = self.staging.next_shared() else { break };
+            if self.table.change(page, Entry::claim_evict).is_some() {
+                pages.push(page);
+            }
+        }
+        let how = if pages.is_empty() { method::MOVE } else { method::UNSHARE_AND_MOVE };
+        let mut looked_at = self.residents.len();
+        while how == method::MOVE && pages.len() < most && looked_at > 0 {
+            looked_at -= 1;
+            let Some(page) = self.residents.next_victim() else { break };
+            if self.pinned.contains(&page.0) {
+                self.residents.stayed(page);
+            } else if self.table.change(page, Entry::claim_evict).is_some() {
+                pages.push(page);
+            }
+        }
+        pages.sort_unstable();
+        (pages, how)
+    }
+
+    fn move_out(&mut self, pages: Vec<Page>, area: usize, how: u32) -> bool {
+        let Some(helper) = &self.helper else { return false };
+        let control = helper.control();
+        let epoch = self.gate.epoch();
+        let Some(command) = self.gate.take_out(epoch, &control.taken) else {
+            self.turn_round(&pages);
+            return false;
+        };
+        write_batch(control, &pages, area, how);
+        helper.publish(command);
+        self.take_out =
+            Some(TakeOut { command, pages, area, method: how, since: Instant::now(), drops_unread: Vec::new() });
+        true
+    }
+
+    /// Without `UFFDIO_MOVE`: protect, copy, have the helper drop what is still protected. The helper's drops
+    /// raise events like the program's own, and are told apart by this batch's list.
+    fn drop_out(&mut self, pages: Vec<Page>, area: usize) -> bool {
+        let protected = pages.iter().all(|page| {
+            self.uffd.write_protect(&(page.address()..page.plus(1).address()), true).is_ok()
+        });
+        let copied = protected && self.copy_to_staging(&pages, area);
+        let Some(helper) = self.helper.as_ref().filter(|_| copied) else {
+            for page in &pages {
+                let _ = self.uffd.write_protect(&(page.address()..page.plus(1).address()), false);
+            }
+            self.turn_round(&pages);
+            self.rest_until = Some(Instant::now() + REST);
+            return false;
+        };
+        let command = helper.control().command.load(Ordering::Relaxed).wrapping_add(1);
+        write_batch(helper.control(), &pages, area, method::DROP);
+        helper.publish(command);
+        let drops_unread = pages.clone();
+        self.take_out = Some(TakeOut { command, pages, area, method: method::DROP, since: Instant::now(), drops_unread });
+        true
+    }
+
+    /// Copies pages of the program's to staging by `/proc/PID/mem`, which never faults a managed page in.
+    fn copy_to_staging(&self, pages: &[Page], area: usize) -> bool {
+        let (Some(process), Some(helper)) = (&self.process, &self.helper) else { return false };
+        let mut bytes = [0u8; 4096];
+        let memory = std::fs::File::open(format!("/proc/{}/mem", process.pid()));
+        let Ok(memory) = memory else { return false };
+        pages.iter().enumerate().all(|(index, page)| {
+            use std::os::unix::fs::FileExt;
+            memory.read_exact_at(&mut bytes, page.address()).is_ok()
+                && helper.shared().memory().write(staging_offset(area, index) as u64, &bytes).is_ok()
+        })
+    }
+
+    /// An own discard's event, not the program's.
+    pub(super) fn is_own_drop(&mut self, range: &std::ops::Range<u64>) -> bool {
+        let page = Page::of(range.start);
+        if range.end - range.start != 4096 {
+            return false;
+        }
+        let Some(batch) = &mut self.take_out else { return false };
+        let Some(at) = batch.drops_unread.iter().position(|own| *own == page) else { return false };
+        batch.drops_unread.swap_remove(at);
+        true
+    }
+
+    /// Looks after the helper: takes over a batch that is done. Returns whether there was one.
+    pub(super) fn poll_helper(&mut self) -> bool {
+        let Some(helper) = &self.helper else { return false };
+        let Some(batch) = &self.take_out else { return false };
+        if helper.control().done.load(Ordering::Acquire) != batch.command {
+            if helper.is_dead() || batch.since.elapsed() > HELPER_DEADLINE {
+                self.helper_failed();
+            }
+            return false;
+        }
+        let Some(batch) = self.take_out.take() else { return false };
+        let outcomes: Vec<u32> = batch
+            .pages
+            .iter()
+            .zip(&helper.control().batch.outcomes)
+            .map(|(_, outcome)| outcome.load(Ordering::Relaxed))
+            .collect();
+        let mut taken = Vec::with_capacity(batch.pages.len());
+        for (index, (page, outcome)) in batch.pages.iter().zip(outcomes).enumerate() {
+            if outcome == outcome::TAKEN {
+                taken.push((index, *page));
+            } else {
+                self.not_taken(*page, outcome, batch.method);
+            }
+        }
+        if taken.is_empty() {
+            self.rest_until = Some(Instant::now() + REST);
+        }
+        self.job.counters.pages_evicted.fetch_add(taken.len() as u64, Ordering::Relaxed);
+        self.shrink = self.shrink.saturating_sub(taken.len() as u64);
+        self.residents.evicted(taken.len() as u64);
+        self.stage(batch.area, &taken);
+        true
+    }
+
+    /// The kernel kept a page: why decides when it is tried again.
+    fn not_taken(&mut self, page: Page, errno: u32, how: u32) {
+        if how == method::DROP {
+            let _ = self.uffd.write_protect(&(page.address()..page.plus(1).address()), false);
+        }
+        if self.table.change(page, Entry::turned_round).is_none() {
+            return;
+        }
+        match i32::try_from(errno).unwrap_or(0) {
+            // Shared since a fork, or pinned: the first can be made exclusive.
+            libc::EBUSY if how == method::MOVE => self.staging.shared_page(page),
+            // Not there any more; an event to come says why. The table forgets it if it was not replaced.
+            libc::ENOENT if how != method::DROP => {
+                if let Some((before, _)) = self.table.change(page, |entry| Some(entry.discarded())) {
+                    self.job.charge(-1);
+                    self.release_slot_of(before);
+                }
+            }
+            // Locked, or protected otherwise: it is looked at again by the next rescan.
+            libc::EINVAL => {
+                self.handle.figures.stuck.fetch_add(1, Ordering::Relaxed);
+            }
+            _ => self.residents.stayed(page),
+        }
+    }
+
+    fn turn_round(&mut self, pages: &[Page]) {
+        for page in pages {
+            if self.table.change(*page, Entry::turned_round).is_some() {
+                self.residents.stayed(*page);
+            }
+        }
+    }
+
+    /// The helper is dead or stuck with pages in hand: the program cannot go on.
+    fn helper_failed(&mut self) {
+        tracing::error!(pid = self.pid(), "the helper died or hangs with pages in hand; the program is ended");
+        if let Some(process) = &self.process {
+            process.signal(libc::SIGKILL);
+        }
+        self.gate.helper_gone();
+        self.take_out = None;
+        self.closing = true;
+    }
+
+    fn refresh_pinned(&mut self) {
+        if self.pinned_at.is_some_and(|at| at.elapsed() < PINNED_REFRESH) {
+            return;
+        }
+        if let Some(process) = &self.process {
+            self.pinned = process.thread_control_pages().into_iter().collect();
+        }
+        self.pinned_at = Some(Instant::now());
+    }
+
+    /// Waits until nothing is being taken out or written back. Events are read only for our own drops, and what
+    /// else comes is returned, in order, to be handled afterwards.
+    pub(super) fn settle(&mut self, deadline: Duration) -> Vec<Message> {
+        let began = Instant::now();
+        let mut kept = Vec::new();
+        while (self.take_out.is_some() || self.staging.is_busy()) && !self.closing {
+            if began.elapsed() > deadline {
+                tracing::error!(pid = self.pid(), "far memory did not take pages in time; the program is ended");
+                if let Some(process) = &self.process {
+                    process.signal(libc::SIGKILL);
+                }
+                self.closing = true;
+                break;
+            }
+            let mut worked = self.poll_links() | self.poll_helper() | self.post_writes();
+            if self.take_out.as_ref().is_some_and(|batch| batch.method == method::DROP) {
+                let mut messages = Vec::new();
+                let _ = self.uffd.read(&mut messages);
+                worked |= !messages.is_empty();
+                for message in messages {
+                    match message {
+                        Message::Remove(range) if self.is_own_drop(&range) => {}
+                        other => kept.push(other),
+                    }
+                }
+            }
+            if !worked {
+                std::thread::yield_now();
+            }
+        }
+        kept
+    }
+}
+
+fn write_batch(control: &Control, pages: &[Page], area: usize, how: u32) {
+    let batch = &control.batch;
+    for (index, page) in pages.iter().enumerate().take(BATCH_PAGES) {
+        batch.pages[index].store(page.address(), Ordering::Relaxed);
+        batch.outcomes[index].store(outcome::PENDING, Ordering::Relaxed);
+    }
+    batch.count.store(pages.len().min(BATCH_PAGES) as u32, Ordering::Relaxed);
+    batch.area.store(area as u32, Ordering::Relaxed);
+    batch.method.store(how, Ordering::Relaxed);
+}

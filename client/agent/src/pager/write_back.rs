@@ -1,0 +1,329 @@
+//! Write-back: what was taken out goes from staging to far memory, unless its bytes are there already.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use farpage_attach::control::{STAGING_AREAS, staging_offset};
+use farpage_fabric::LocalSlice;
+use farpage_fabric::memory::RegisteredMemory;
+
+use super::install::Installed;
+use super::links::{LinkError, Work};
+use super::{Fault, Pager};
+use crate::entry::{Entry, Slot, State};
+use crate::table::Page;
+
+/// A page in staging.
+#[derive(Clone, Copy, Debug)]
+struct Staged {
+    /// Its place in the area.
+    index: usize,
+    page: Page,
+    hash: u128,
+    /// Still what the page is: not discarded, not turned round.
+    live: bool,
+}
+
+/// Neighbouring staged pages on their way to neighbouring slots.
+#[derive(Debug)]
+struct Run {
+    first: usize,
+    pages: Vec<Staged>,
+    slot: Slot,
+    posted: bool,
+}
+
+/// One batch's pages in staging.
+#[derive(Debug, Default)]
+struct Area {
+    runs: Vec<Option<Run>>,
+    /// Pages for which no slot was free yet.
+    homeless: Vec<Staged>,
+}
+
+impl Area {
+    fn is_empty(&self) -> bool {
+        self.homeless.is_empty() && self.runs.iter().all(Option::is_none)
+    }
+
+    fn staged(&mut self, page: Page) -> Option<&mut Staged> {
+        let in_runs = self.runs.iter_mut().flatten().flat_map(|run| run.pages.iter_mut());
+        in_runs.chain(self.homeless.iter_mut()).find(|staged| staged.page == page && staged.live)
+    }
+}
+
+/// The staging areas of one address space.
+#[derive(Debug, Default)]
+pub(crate) struct Staging {
+    areas: [Area; STAGING_AREAS],
+    /// Pages that a fork left shared, to be made exclusive before they can move.
+    shared: VecDeque<Page>,
+    /// Since when no slot could be had.
+    full_since: Option<Instant>,
+}
+
+impl Staging {
+    pub(super) fn free_area(&self) -> Option<usize> {
+        self.areas.iter().position(Area::is_empty)
+    }
+
+    pub(super) fn is_busy(&self) -> bool {
+        self.areas.iter().any(|area| !area.is_empty())
+    }
+
+    /// Whether far memory has been full for too long to wait for more of it.
+    pub(super) fn is_exhausted(&self) -> bool {
+        self.full_since.is_some_and(|since| since.elapsed() > FULL_DEADLINE)
+    }
+
+    pub(super) fn shared_page(&mut self, page: Page) {
+        self.shared.push_back(page);
+    }
+
+    pub(super) fn next_shared(&mut self) -> Option<Page> {
+        self.shared.pop_front()
+    }
+
+    fn find(&mut self, page: Page) -> Option<(usize, &mut Staged)> {
+        self.areas.iter_mut().enumerate().find_map(|(number, area)| Some((number, area.staged(page)?)))
+    }
+}
+
+impl Pager {
+    /// Pages have left the program's memory and lie in staging: decides for each where its bytes are to be.
+    pub(super) fn stage(&mut self, area: usize, taken: &[(usize, Page)]) {
+        let Some(helper) = &self.helper else { return };
+        let memory = Arc::clone(helper.shared().memory());
+        let age = self.residents.age();
+        let mut changed: Vec<Staged> = Vec::with_capacity(taken.len());
+        self.job.charge(-(taken.len() as i64));
+        for (index, page) in taken {
+            let entry = self.table.get(*page);
+            if entry.state() != State::Evicting {
+                continue; // Discarded or moved meanwhile.
+            }
+            let offset = staging_offset(area, *index) as u64;
+            let Ok(hash) = memory.hash128(offset, 4096) else { continue };
+            if hash == self.fetches.zero_hash() && is_zero(&memory, offset) {
+                self.table.change(*page, |entry| entry.evicted_as_zero(age));
+                self.release_slot_of(entry);
+            } else if entry.slot().is_some_and(|slot| self.shared.far.hash(slot) == Some(hash)) {
+                self.table.change(*page, |entry| entry.evicted_clean(age));
+            } else {
+                changed.push(Staged { index: *index, page: *page, hash, live: true });
+            }
+        }
+        self.staging.areas[area].homeless = changed;
+        self.post_writes();
+    }
+
+    /// Finds slots for staged pages and posts their writes, as far as both can be had.
+    pub(super) fn post_writes(&mut self) -> bool {
+        let mut worked = false;
+        for area in 0..STAGING_AREAS {
+            worked |= self.find_slots(area);
+            let runs = self.staging.areas[area].runs.len();
+            for number in 0..runs {
+                let unposted = self.staging.areas[area].runs[number].as_ref().is_some_and(|run| !run.posted);
+                if unposted {
+                    worked |= self.post_run(area, number);
+                }
+            }
+        }
+        self.links.flush();
+        worked
+    }
+
+    fn find_slots(&mut self, area: usize) -> bool {
+        let mut worked = false;
+        while let Some(first) = self.staging.areas[area].homeless.first().copied() {
+            let homeless = &self.staging.areas[area].homeless;
+            let neighbours = homeless.iter().zip(first.index..).take_while(|(staged, index)| staged.index == *index).count();
+            let room = self.job.far_room().min(neighbours as u64) as u16;
+            let run = if room == 0 { None } else { self.shared.far.take_run(room) };
+            self.shared.spawner.wanted_far_memory(&self.shared.far);
+            let Some(run) = run else {
+                self.far_memory_full(area);
+                return worked;
+            };
+            let pages: Vec<Staged> = self.staging.areas[area].homeless.drain(..usize::from(run.len)).collect();
+            self.job.charge_far(i64::from(run.len));
+            let mut slot = Some(run.first);
+            for staged in &pages {
+                if let Some(here) = slot {
+                    self.shared.far.set_hash(here, staged.hash);
+                    slot = here.next();
+                }
+            }
+            let run = Some(Run { first: first.index, pages, slot: run.first, posted: false });
+            self.staging.full_since = None;
+            let runs = &mut self.staging.areas[area].runs;
+            match runs.iter_mut().find(|place| place.is_none()) {
+                Some(place) => *place = run,
+                None => runs.push(run),
+            }
+            worked = true;
+        }
+        worked
+    }
+
+    /// No slot to be had: the pages go home again, so that no thread waits for far memory that is not there.
+    fn far_memory_full(&mut self, area: usize) {
+        self.rest_until = Some(Instant::now() + FULL_REST);
+        let homeless = std::mem::take(&mut self.staging.areas[area].homeless);
+        let mut left = Vec::new();
+        for staged in homeless {
+            if staged.live && !self.return_home(area, staged) {
+                left.push(staged);
+            }
+        }
+        self.staging.areas[area].homeless = left;
+        self.staging.full_since.get_or_insert_with(Instant::now);
+    }
+
+    fn post_run(&mut self, area: usize, number: usize) -> bool {
+        let Some(run) = self.staging.areas[area].runs[number].as_ref() else { return false };
+        let Some(frames) = self.fetches.memory() else { return false };
+        let from = LocalSlice {
+            region: self.links.staging_region(),
+            offset: staging_offset(area, run.first) as u64,
+            len: run.pages.len() as u32 * 4096,
+        };
+        let (pages, slot) = (run.pages.len() as u64, run.slot);
+        let work = Work::Write { area: area as u8, index: number as u8 };
+        match self.links.write(&self.shared.far, &frames, work, from, slot) {
+            Ok(()) => {
+                if let Some(run) = self.staging.areas[area].runs[number].as_mut() {
+                    run.posted = true;
+                }
+                self.job.counters.pages_written_back.fetch_add(pages, Relaxed);
+                true
+            }
+            Err(LinkError::Busy) => false,
+            Err(LinkError::Unreachable) => {
+                self.write_failed(area, number);
+                false
+            }
+        }
+    }
+
+    /// A write has completed.
+    pub(super) fn write_done(&mut self, area: usize, number: usize, ok: bool) {
+        if !ok {
+            self.links.reconnect_later();
+            self.write_failed(area, number);
+            return;
+        }
+        let Some(run) = self.staging.areas[area].runs.get_mut(number).and_then(Option::take) else { return };
+        let age = self.residents.age();
+        let mut slot = Some(run.slot);
+        for staged in run.pages {
+            let Some(here) = slot else { break };
+            slot = here.next();
+            let before = self.table.get(staged.page);
+            let kept = if staged.live {
+                self.table.change(staged.page, |entry| entry.evicted_to(here, age))
+            } else {
+                // Turned round: what was written is a copy of what it was; its hash will tell whether it still
+                // is when the page is taken out again.
+                self.table.change(staged.page, |entry| entry.gained_copy(here))
+            };
+            match kept {
+                Some(_) if staged.live => self.release_slot_of(before),
+                Some(_) => {}
+                None => {
+                    self.shared.far.release(here);
+                    self.job.charge_far(-1);
+                }
+            }
+        }
+        self.tidy_area(area);
+    }
+
+    /// A write failed: its slots are given back and its pages look for others, on a node that answers.
+    fn write_failed(&mut self, area: usize, number: usize) {
+        let Some(run) = self.staging.areas[area].runs.get_mut(number).and_then(Option::take) else { return };
+        let mut slot = Some(run.slot);
+        for _ in &run.pages {
+            if let Some(here) = slot {
+                self.shared.far.release(here);
+                self.job.charge_far(-1);
+                slot = here.next();
+            }
+        }
+        self.staging.areas[area].homeless.extend(run.pages.into_iter().filter(|staged| staged.live));
+        self.tidy_area(area);
+        self.rest_until = Some(Instant::now() + FULL_REST);
+    }
+
+    fn tidy_area(&mut self, area: usize) {
+        let area = &mut self.staging.areas[area];
+        if area.is_empty() {
+            area.runs.clear();
+        }
+    }
+
+    /// A touch of a page that was just taken out: its bytes are in staging, or will be in a moment.
+    pub(super) fn answer_from_staging(&mut self, fault: Fault) -> Option<Fault> {
+        let Some((area, staged)) = self.staging.find(fault.page) else { return Some(fault) };
+        let staged = *staged;
+        if !self.return_home(area, staged) {
+            return Some(fault);
+        }
+        self.answered(&fault);
+        None
+    }
+
+    fn return_home(&mut self, area: usize, staged: Staged) -> bool {
+        let Some(helper) = &self.helper else { return false };
+        let source = helper.shared().address(staging_offset(area, staged.index));
+        if self.install_copies(staged.page, 1, source) != Installed::All {
+            return false;
+        }
+        if self.table.change(staged.page, Entry::turned_round).is_some() {
+            self.residents.stayed(staged.page);
+            self.job.charge(1);
+        }
+        self.forget_staged(staged.page);
+        true
+    }
+
+    /// A page in staging was discarded, moved or turned round: its write no longer decides where it is.
+    pub(super) fn forget_staged(&mut self, page: Page) {
+        if let Some((_, staged)) = self.staging.find(page) {
+            staged.live = false;
+        }
+        for area in &mut self.staging.areas {
+            area.homeless.retain(|staged| staged.live);
+        }
+    }
+
+    /// At the end: nothing that the fabric still reads or writes may be freed under it.
+    pub(super) fn finish_transfers(&mut self) {
+        let began = Instant::now();
+        while self.links.any_in_flight() && began.elapsed() < CLOSE_DEADLINE {
+            if !self.poll_links() {
+                std::thread::yield_now();
+            }
+        }
+        for area in 0..STAGING_AREAS {
+            for number in 0..self.staging.areas[area].runs.len() {
+                self.write_failed(area, number);
+            }
+        }
+    }
+}
+
+fn is_zero(memory: &RegisteredMemory, offset: u64) -> bool {
+    let mut bytes = [0u8; 4096];
+    memory.read(offset, &mut bytes).is_ok() && bytes.iter().all(|byte| *byte == 0)
+}
+
+/// How long far memory may be full before a fault that needs a frame ends in SIGBUS.
+const FULL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long eviction rests when no slot could be had, so that the control plane can grant another extent.
+const FULL_REST: Duration = Duration::from_millis(5);
+/// How long the end of an address space waits for its last transfers.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(2);

@@ -1,0 +1,60 @@
+//! Which pages of another process are present, from `/proc/PID/pagemap`.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+/// Words read at once: the map of 2 MiB of address space.
+const WINDOW: usize = 512;
+
+/// An open pagemap.
+#[derive(Debug)]
+pub struct Pagemap(File);
+
+impl Pagemap {
+    /// Opens a process's pagemap.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn open(pid: i32) -> io::Result<Self> {
+        File::open(format!("/proc/{pid}/pagemap")).map(Self)
+    }
+
+    /// Calls `found` with the number of every page in `range` (addresses) that is present or in kernel swap.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn present(&self, range: Range<u64>, mut found: impl FnMut(u64)) -> io::Result<()> {
+        let mut buffer = [0u8; WINDOW * 8];
+        let mut page = range.start >> 12;
+        let end = range.end >> 12;
+        while page < end {
+            let want = ((end - page) as usize).min(WINDOW) * 8;
+            let got = self.0.read_at(&mut buffer[..want], page * 8)?;
+            if got < 8 {
+                return Ok(());
+            }
+            for word in buffer[..got].chunks_exact(8) {
+                let word = u64::from_ne_bytes(word.try_into().unwrap_or_default());
+                if word & (PRESENT | SWAPPED) != 0 {
+                    found(page);
+                }
+                page += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// How many pages of `range` are present.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn count_present(&self, range: Range<u64>) -> io::Result<u64> {
+        let mut count = 0;
+        self.present(range, |_| count += 1)?;
+        Ok(count)
+    }
+}

@@ -1,0 +1,242 @@
+//! Another process, by pidfd and by `/proc`.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use super::check;
+
+/// A process that cannot be mistaken for another of the same pid.
+#[derive(Debug)]
+pub struct Process {
+    pid: i32,
+    pidfd: OwnedFd,
+    statm: File,
+}
+
+/// Sizes of a process, in pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// Address space.
+    pub total: u64,
+    /// Resident anonymous pages.
+    pub anonymous: u64,
+}
+
+impl Process {
+    /// Takes hold of a process.
+    ///
+    /// # Errors
+    /// The kernel's errno, ESRCH when it has gone.
+    pub fn open(pid: i32) -> io::Result<Self> {
+        // SAFETY: plain integers; the result is checked and owned by us alone.
+        let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+        // SAFETY: a descriptor that the kernel has just made for us.
+        let pidfd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        Ok(Self { pid, pidfd, statm: File::open(format!("/proc/{pid}/statm"))? })
+    }
+
+    /// Its pid.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: integers and a null pointer, which means default info.
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.pidfd.as_raw_fd(), signal, 0usize, 0) };
+    }
+
+    /// Whether it has exited (it may be a zombie yet).
+    #[must_use]
+    pub fn has_exited(&self) -> bool {
+        let mut poll = [rustix::event::PollFd::new(&self.pidfd, rustix::event::PollFlags::IN)];
+        rustix::event::poll(&mut poll, Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap_or(0) > 0
+    }
+
+    /// Its sizes now.
+    ///
+    /// # Errors
+    /// The kernel's errno, ESRCH when it has gone.
+    pub fn sizes(&self) -> io::Result<Sizes> {
+        let mut buffer = [0u8; 128];
+        let got = self.statm.read_at(&mut buffer, 0)?;
+        let text = std::str::from_utf8(&buffer[..got]).unwrap_or("");
+        let mut fields = text.split_ascii_whitespace().map(|field| field.parse::<u64>().unwrap_or(0));
+        let (total, resident, shared) = (fields.next(), fields.next(), fields.next());
+        match (total, resident, shared) {
+            (Some(total), Some(resident), Some(shared)) => {
+                Ok(Sizes { total, anonymous: resident.saturating_sub(shared) })
+            }
+            _ => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> String {
+        std::fs::read_to_string(format!("/proc/{}/comm", self.pid)).unwrap_or_default().trim_end().to_owned()
+    }
+
+    /// The pages that the kernel writes when a thread ends, for every thread there is: their thread control
+    /// blocks, found through their robust lists.
+    #[must_use]
+    pub fn thread_control_pages(&self) -> Vec<u64> {
+        let Ok(tasks) = std::fs::read_dir(format!("/proc/{}/task", self.pid)) else { return Vec::new() };
+        let mut pages = Vec::new();
+        for task in tasks.flatten() {
+            let Some(tid) = task.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+            let (mut head, mut len) = (0usize, 0usize);
+            // SAFETY: the kernel writes a pointer and a size to two live words.
+            let result = unsafe {
+                libc::syscall(
+                    libc::SYS_get_robust_list,
+                    tid,
+                    std::ptr::from_mut(&mut head),
+                    std::ptr::from_mut(&mut len),
+                )
+            };
+            if result == 0 && head != 0 {
+                // glibc keeps the tid that is cleared a few words before the list's head.
+                pages.push((head as u64 - 64) >> 12);
+                pages.push((head as u64) >> 12);
+            }
+        }
+        pages.sort_unstable();
+        pages.dedup();
+        pages
+    }
+}
+
+impl AsFd for Process {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+/// Whether two processes share their memory. `None` where the kernel cannot tell.
+#[must_use]
+pub fn share_memory(a: i32, b: i32) -> Option<bool> {
+    const KCMP_VM: i32 = 1;
+    // SAFETY: integers only.
+    let result = unsafe { libc::syscall(libc::SYS_kcmp, a, b, KCMP_VM, 0, 0) };
+    match result {
+        0 => Some(true),
+        1..=3 => Some(false),
+        _ => None,
+    }
+}
+
+/// Reads a few bytes of another process that are present, without faulting anything in. Returns whether it
+/// could.
+#[must_use]
+pub fn read_present_memory(pid: i32, address: u64, out: &mut [u8]) -> bool {
+    File::open(format!("/proc/{pid}/mem")).is_ok_and(|memory| memory.read_exact_at(out, address).is_ok())
+}
+
+/// Sends a signal to one thread.
+pub fn signal_thread(process: i32, thread: u32, signal: i32) {
+    // SAFETY: integers only.
+    unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal) };
+}
+
+/// The precedence of pagers and helpers: everybody waits for them.
+pub const FIRST: i32 = -19;
+
+/// Gives a thread of ours, or a process, precedence over ordinary ones, as far as we may.
+pub fn raise_priority(pid: i32, nice: i32) {
+    // SAFETY: integers only.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, pid as libc::id_t, nice) };
+}
+
+/// A mapping of a process, as `/proc/PID/maps` shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// Its addresses.
+    pub range: Range<u64>,
+    /// Its permissions, as `rw-p`.
+    pub permissions: [u8; 4],
+    /// Inode, 0 for anonymous memory.
+    pub inode: u64,
+    /// What it is called: a path, `[stack]`, or nothing.
+    pub name: String,
+}
+
+impl Mapping {
+    /// Whether this is plain private anonymous memory that may be read and written.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        &self.permissions == b"rw-p" && self.inode == 0 && (!self.name.starts_with('[') || self.is_nameable())
+    }
+
+    fn is_nameable(&self) -> bool {
+        self.name == "[heap]" || self.name.starts_with("[anon:")
+    }
+}
+
+/// The ranges that a fork does not hand on as they are: left out (DONTFORK) or wiped (WIPEONFORK).
+///
+/// # Errors
+/// The kernel's errno.
+pub fn ranges_not_inherited(pid: i32) -> io::Result<Vec<Range<u64>>> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let mut current = None;
+    let mut found = Vec::new();
+    for line in text.lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if flags.split(' ').any(|flag| flag == "dc" || flag == "wf") {
+                found.extend(current.take());
+            }
+        } else if let Some(mapping) = parse_mapping(line) {
+            current = Some(mapping.range);
+        }
+    }
+    Ok(found)
+}
+
+/// The mappings of a process.
+///
+/// # Errors
+/// The kernel's errno.
+pub fn mappings(pid: i32) -> io::Result<Vec<Mapping>> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    Ok(text.lines().filter_map(parse_mapping).collect())
+}
+
+fn parse_mapping(line: &str) -> Option<Mapping> {
+    let mut fields = line.splitn(6, ' ');
+    let (start, end) = fields.next()?.split_once('-')?;
+    let permissions = fields.next()?.as_bytes().try_into().ok()?;
+    let inode = fields.nth(2)?.parse().ok()?;
+    Some(Mapping {
+        range: u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?,
+        permissions,
+        inode,
+        name: fields.next().unwrap_or("").trim_start().to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_own_mappings_parse() {
+        let maps = mappings(std::process::id() as i32).unwrap();
+        assert!(maps.iter().any(|m| m.name == "[stack]" && !m.is_plain()));
+        assert!(maps.iter().any(Mapping::is_plain));
+        assert!(maps.windows(2).all(|pair| pair[0].range.end <= pair[1].range.start));
+    }
+
+    #[test]
+    fn our_own_sizes_are_not_zero() {
+        let own = Process::open(std::process::id() as i32).unwrap();
+        let sizes = own.sizes().unwrap();
+        assert!(sizes.anonymous > 0 && sizes.total > sizes.anonymous);
+        assert!(!own.has_exited());
+        assert_eq!(share_memory(own.pid(), own.pid()), Some(true));
+    }
+}

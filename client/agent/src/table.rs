@@ -1,0 +1,203 @@
+//! The page table of one address space: entry words by page, in chunks of 512 pages.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use crate::entry::{Entry, State};
+use crate::page_cell::PageCell;
+
+/// Pages of a chunk: as many as one page of the hardware's own table maps.
+const CHUNK_PAGES: u64 = 512;
+const CHUNK_SHIFT: u32 = CHUNK_PAGES.trailing_zeros();
+
+/// A page of the program's address space: its address divided by the page size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Page(pub u64);
+
+impl Page {
+    /// The page that holds this address.
+    #[must_use]
+    pub fn of(address: u64) -> Self {
+        Self(address >> 12)
+    }
+
+    /// The page's first address.
+    #[must_use]
+    pub fn address(self) -> u64 {
+        self.0 << 12
+    }
+
+    /// The page `count` pages on.
+    #[must_use]
+    pub fn plus(self, count: u64) -> Self {
+        Self(self.0.saturating_add(count))
+    }
+}
+
+/// The pages that cover a range of addresses.
+#[must_use]
+pub fn pages_of(addresses: Range<u64>) -> Range<Page> {
+    Page::of(addresses.start)..Page::of(addresses.end.saturating_add(0xfff))
+}
+
+struct Chunk {
+    cells: Box<[PageCell; CHUNK_PAGES as usize]>,
+}
+
+impl Chunk {
+    fn new() -> Self {
+        Self { cells: Box::new(std::array::from_fn(|_| PageCell::new(Entry::UNTOUCHED))) }
+    }
+}
+
+/// The page table of one address space. A page without an entry is untouched.
+#[derive(Default)]
+pub struct PageTable {
+    chunks: BTreeMap<u64, Chunk>,
+    local: u64,
+    far: u64,
+}
+
+impl PageTable {
+    /// The page's entry.
+    #[must_use]
+    pub fn get(&self, page: Page) -> Entry {
+        self.chunks.get(&(page.0 >> CHUNK_SHIFT)).map_or(Entry::UNTOUCHED, |chunk| cell(chunk, page).load())
+    }
+
+    /// Applies a transition; returns the entry before and after, or `None` where the transition does not
+    /// apply to what the page is now.
+    pub fn change(&mut self, page: Page, transition: impl Fn(Entry) -> Option<Entry>) -> Option<(Entry, Entry)> {
+        let chunk = self.chunks.entry(page.0 >> CHUNK_SHIFT).or_insert_with(Chunk::new);
+        let (before, after) = cell(chunk, page).change(transition)?;
+        self.local = self.local + counts_as_local(after) - counts_as_local(before);
+        self.far = self.far + counts_as_far(after) - counts_as_far(before);
+        Some((before, after))
+    }
+
+    /// Pages in the program's memory.
+    #[must_use]
+    pub fn local_pages(&self) -> u64 {
+        self.local
+    }
+
+    /// Pages that are only in a slot (or all zeros and held nowhere).
+    #[must_use]
+    pub fn far_pages(&self) -> u64 {
+        self.far
+    }
+
+    /// Every page of `range` that is not untouched, in order.
+    pub fn touched(&self, range: Range<Page>) -> impl Iterator<Item = (Page, Entry)> + '_ {
+        let first = range.start.0 >> CHUNK_SHIFT;
+        let last = range.end.0.saturating_sub(1) >> CHUNK_SHIFT;
+        self.chunks
+            .range(first..=last.max(first))
+            .flat_map(|(number, chunk)| {
+                (0u64..).zip(chunk.cells.iter()).map(move |(i, cell)| (Page((number << CHUNK_SHIFT) + i), cell.load()))
+            })
+            .filter(move |(page, entry)| range.contains(page) && entry.state() != State::Untouched)
+    }
+
+    /// Forgets every entry of `range`, handing each to `released`. Chunks left empty are freed.
+    pub fn discard(&mut self, range: Range<Page>, mut released: impl FnMut(Page, Entry)) {
+        let touched: Vec<(Page, Entry)> = self.touched(range.clone()).collect();
+        for (page, entry) in touched {
+            self.change(page, |entry| Some(entry.discarded()));
+            released(page, entry);
+        }
+        let inside = range.start.0.div_ceil(CHUNK_PAGES)..range.end.0 >> CHUNK_SHIFT;
+        if inside.start < inside.end {
+            let empty: Vec<u64> = self.chunks.range(inside).map(|(number, _)| *number).collect();
+            for number in empty {
+                self.chunks.remove(&number);
+            }
+        }
+    }
+
+    /// Moves the entries of `from..from+pages` to `to`, as the kernel moves page-table entries on `mremap`.
+    /// What was at the target is handed to `released`.
+    pub fn remap(&mut self, from: Page, to: Page, pages: u64, released: impl FnMut(Page, Entry)) {
+        let moving: Vec<(Page, Entry)> = self.touched(from..from.plus(pages)).collect();
+        self.discard(from..from.plus(pages), |_, _| {});
+        self.discard(to..to.plus(pages), released);
+        for (page, entry) in moving {
+            self.change(to.plus(page.0 - from.0), |_| Some(entry));
+        }
+    }
+}
+
+fn cell(chunk: &Chunk, page: Page) -> &PageCell {
+    // The remainder is always within the array.
+    &chunk.cells[(page.0 % CHUNK_PAGES) as usize]
+}
+
+fn counts_as_local(entry: Entry) -> u64 {
+    u64::from(matches!(entry.state(), State::Local))
+}
+
+fn counts_as_far(entry: Entry) -> u64 {
+    u64::from(matches!(
+        entry.state(),
+        State::FarRead | State::FarWrite | State::Fetching | State::Evicting | State::Zero
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Touch(u64),
+        Discard(u64, u64),
+        Remap(u64, u64, u64),
+    }
+
+    fn any_op() -> impl Strategy<Value = Op> {
+        let page = 0u64..3000;
+        prop_oneof![
+            page.clone().prop_map(Op::Touch),
+            (page.clone(), 0u64..1500).prop_map(|(p, n)| Op::Discard(p, n)),
+            (page.clone(), page, 1u64..700).prop_map(|(a, b, n)| Op::Remap(a, b, n)),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_plain_map(ops in proptest::collection::vec(any_op(), 1..60)) {
+            let mut table = PageTable::default();
+            let mut model: BTreeMap<u64, Entry> = BTreeMap::new();
+            for op in ops {
+                match op {
+                    Op::Touch(p) => {
+                        if table.change(Page(p), Entry::filled_with_zeros).is_some() {
+                            model.insert(p, table.get(Page(p)));
+                        }
+                    }
+                    Op::Discard(p, n) => {
+                        let mut seen = 0;
+                        table.discard(Page(p)..Page(p + n), |_, _| seen += 1);
+                        let before = model.len();
+                        model.retain(|k, _| !(p..p + n).contains(k));
+                        prop_assert_eq!(before - model.len(), seen);
+                    }
+                    Op::Remap(a, b, n) if a + n <= b || b + n <= a => {
+                        table.remap(Page(a), Page(b), n, |_, _| {});
+                        let moving: Vec<_> = model.range(a..a + n).map(|(k, v)| (*k, *v)).collect();
+                        model.retain(|k, _| !(a..a + n).contains(k) && !(b..b + n).contains(k));
+                        model.extend(moving.into_iter().map(|(k, v)| (b + k - a, v)));
+                    }
+                    Op::Remap(..) => {}
+                }
+            }
+            let all: BTreeMap<u64, Entry> = table.touched(Page(0)..Page(1 << 20)).map(|(p, e)| (p.0, e)).collect();
+            prop_assert_eq!(&all, &model);
+            prop_assert_eq!(table.local_pages(), model.len() as u64);
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Attaching the calling process to the agent: the handshake, the ranges, the helper.
+
+// No heap to box the refusal's text in: an error may be large here, it is made once per process.
+#![allow(clippy::result_large_err, clippy::large_enum_variant)]
+
+use linux_raw_sys::general as k;
+
+use crate::PAGE_BYTES;
+use crate::control::{BATCH_PAGES, Control, SHARED_BYTES};
+use crate::helper::HelperArgs;
+use crate::message::{MAX_FDS, MAX_TEXT, Packet, tag};
+use crate::sys::{Errno, calls, memory, socket};
+
+/// Our ranges in the program: thread pointer page and arguments, guard, stack, holding, drain.
+const TLS_BYTES: usize = PAGE_BYTES;
+const STACK_BYTES: usize = 4 * PAGE_BYTES;
+const RANGE_BYTES: usize = BATCH_PAGES * PAGE_BYTES;
+const OWN_BYTES: usize = TLS_BYTES + STACK_BYTES + 2 * RANGE_BYTES;
+
+/// How an attempt to attach ended badly. The process is as it was before.
+#[derive(Debug)]
+pub enum AttachError {
+    /// No agent at that socket.
+    Unreachable(Errno),
+    /// The agent said no; its reason, of the length given.
+    Refused([u8; MAX_TEXT], usize),
+    /// The agent went away or spoke something else.
+    Handshake(Errno),
+    /// A system call of the set-up failed; which.
+    System(&'static str, Errno),
+}
+
+/// A process that is attached.
+#[derive(Clone, Copy, Debug)]
+pub struct Attached {
+    /// The control block, mapped for as long as the program image lives.
+    pub control: &'static Control,
+    /// The address space's number at the agent.
+    pub space: u64,
+    /// The handshake's socket where it was kept, else -1.
+    pub socket: i32,
+    shared: usize,
+}
+
+impl Attached {
+    /// Forgets the parent's attachment in a forked child. Its own ranges did not come along (DONTFORK); the
+    /// shared block did.
+    pub fn abandon_after_fork(self) {
+        memory::unmap_own(self.shared, SHARED_BYTES);
+    }
+}
+
+/// Attaches this process. `kind` is one of [`crate::message::kind`], `parent` the address space of the parent
+/// after a fork, else 0. With `keep_socket` the connection stays open, for the library's requests.
+///
+/// # Errors
+/// [`AttachError`]; whatever was mapped or opened is undone.
+pub fn attach(path: &[u8], kind: u32, job: u64, parent: u64, keep_socket: bool) -> Result<Attached, AttachError> {
+    let fd = socket::connect(path).map_err(AttachError::Unreachable)?;
+    let result = handshake(fd, kind, job, parent);
+    if !keep_socket || result.is_err() {
+        calls::close(fd);
+    }
+    result.map(|attached| Attached { socket: if keep_socket { fd } else { -1 }, ..attached })
+}
+
+fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, AttachError> {
+    let mut hello = Packet::new(tag::HELLO);
+    (hello.kind, hello.job, hello.parent) = (kind, job, parent);
+    socket::send(fd, &hello, &[]).map_err(AttachError::Handshake)?;
+    let (welcome, fds) = expect(fd, tag::WELCOME)?;
+    let open = OpenFds(fds);
+    let [device, memfd, event, lifeline] = fds;
+
+    let shared = calls::mmap(SHARED_BYTES, k::PROT_READ | k::PROT_WRITE, k::MAP_SHARED, memfd)
+        .map_err(|errno| AttachError::System("mapping the control block", errno))?;
+    let result = with_ranges(|own| {
+        let uffd = calls::new_uffd(device).map_err(|errno| AttachError::System("USERFAULTFD_IOC_NEW", errno))?;
+        let uffds = OpenFds([uffd, -1, -1, -1]);
+        let drain = calls::new_uffd(device).map_err(|errno| AttachError::System("USERFAULTFD_IOC_NEW", errno))?;
+        let drains = OpenFds([drain, -1, -1, -1]);
+        let mut ready = Packet::new(tag::READY);
+        ready.holding = holding(own) as u64;
+        ready.drain = (holding(own) + RANGE_BYTES) as u64;
+        socket::send(fd, &ready, &[uffd, drain]).map_err(AttachError::Handshake)?;
+        let (_, given) = expect(fd, tag::GO)?;
+        let given = OpenFds(given);
+        let inherited = given.0.first().copied().filter(|fd| *fd >= 0);
+        let args = HelperArgs {
+            shared,
+            holding: holding(own),
+            drain: holding(own) + RANGE_BYTES,
+            uffd: inherited.unwrap_or(uffd),
+            drain_uffd: drain,
+            event,
+            lifeline,
+        };
+        let helper = start_helper(own, args)?;
+        let mut up = Packet::new(tag::HELPER_UP);
+        up.helper = helper as u64;
+        let sent = socket::send(fd, &up, &[]).map_err(AttachError::Handshake);
+        let done = sent.and_then(|()| expect(fd, tag::DONE));
+        drop((uffds, drains, given));
+        if let Err(error) = done {
+            calls::kill(helper, 9);
+            return Err(error);
+        }
+        Ok(Attached { control: memory::control_at(shared), space: welcome.job, socket: -1, shared })
+    });
+    drop(open);
+    if result.is_err() {
+        memory::unmap_own(shared, SHARED_BYTES);
+    }
+    result
+}
+
+fn with_ranges(body: impl FnOnce(usize) -> Result<Attached, AttachError>) -> Result<Attached, AttachError> {
+    let own = calls::mmap(
+        OWN_BYTES,
+        k::PROT_READ | k::PROT_WRITE,
+        k::MAP_PRIVATE | k::MAP_ANONYMOUS | k::MAP_NORESERVE,
+        -1,
+    )
+    .map_err(|errno| AttachError::System("mapping the holding range", errno))?;
+    for advice in [k::MADV_DONTFORK, k::MADV_DONTDUMP, k::MADV_NOHUGEPAGE] {
+        memory::advise_own(own, OWN_BYTES, advice);
+    }
+    let result = body(own);
+    if result.is_err() {
+        memory::unmap_own(own, OWN_BYTES);
+    }
+    result
+}
+
+const fn holding(own: usize) -> usize {
+    own + TLS_BYTES + STACK_BYTES
+}
+
+fn start_helper(own: usize, args: HelperArgs) -> Result<i32, AttachError> {
+    // The arguments lie in the upper half of the page whose start is the thread pointer.
+    let args_address = own + PAGE_BYTES / 2;
+    memory::write_args(args_address, args);
+    let mask = calls::block_signals();
+    let started = memory::start_helper(args_address, own + TLS_BYTES + STACK_BYTES, own);
+    calls::set_signal_mask(mask);
+    started.map_err(|errno| AttachError::System("starting the helper", errno))
+}
+
+fn expect(fd: i32, tag: u32) -> Result<(Packet, [i32; MAX_FDS]), AttachError> {
+    const EPROTO: u32 = 71;
+    let received = socket::receive(fd).map_err(AttachError::Handshake)?;
+    if received.packet.tag == tag {
+        return Ok((received.packet, received.fds));
+    }
+    drop(OpenFds(received.fds));
+    if received.packet.tag == crate::message::tag::REFUSAL {
+        return Err(AttachError::Refused(received.text, received.text_len));
+    }
+    Err(AttachError::Handshake(Errno(EPROTO)))
+}
+
+/// Closes what it holds.
+struct OpenFds([i32; MAX_FDS]);
+
+impl Drop for OpenFds {
+    fn drop(&mut self) {
+        for fd in self.0.into_iter().filter(|fd| *fd >= 0) {
+            calls::close(fd);
+        }
+    }
+}

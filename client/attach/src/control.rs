@@ -1,0 +1,148 @@
+//! The control block: memory that the agent, the program and the helper share.
+//!
+//! One memfd per address space: this block in the first pages, staging pages behind it. Every field is an
+//! atomic, since three processes read and write it; the agent believes nothing that it reads here beyond
+//! what the kernel or a checksum confirms. A program that scribbles over it harms itself alone.
+
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use crate::PAGE_BYTES;
+use crate::sys::calls;
+
+/// The most pages that one batch takes out: long enough to spread the cost of a wake-up, short enough
+/// (about 0.1 ms) that a fault which must wait for it is not felt.
+pub const BATCH_PAGES: usize = 64;
+
+/// How many batches may have their pages in staging at once: one being taken out, the others on their way
+/// to the memory node.
+pub const STAGING_AREAS: usize = 4;
+
+/// Bytes that the block itself occupies at the front of the memfd.
+pub const CONTROL_BYTES: usize = 2 * PAGE_BYTES;
+
+/// Bytes of the whole memfd.
+pub const SHARED_BYTES: usize = CONTROL_BYTES + STAGING_AREAS * BATCH_PAGES * PAGE_BYTES;
+
+/// Offset in the memfd of one staging page.
+#[must_use]
+pub const fn staging_offset(area: usize, index: usize) -> usize {
+    CONTROL_BYTES + (area * BATCH_PAGES + index) * PAGE_BYTES
+}
+
+/// How the helper is to take pages out.
+pub mod method {
+    /// `UFFDIO_MOVE` to the holding range, copy to staging, move on to the drain range, drop there.
+    pub const MOVE: u32 = 1;
+    /// Drop pages that the agent has write-protected and copied itself (kernels without `UFFDIO_MOVE`),
+    /// after a look whether each is still protected.
+    pub const DROP: u32 = 2;
+    /// As [`MOVE`], after making each page exclusive (`MADV_POPULATE_WRITE`): what a fork left shared
+    /// cannot be moved.
+    pub const UNSHARE_AND_MOVE: u32 = 3;
+}
+
+/// What became of a page of a batch: [`outcome::TAKEN`] or the errno that kept it where it was.
+pub mod outcome {
+    /// Not looked at yet.
+    pub const PENDING: u32 = 0;
+    /// Taken out; under [`super::method::MOVE`] its bytes are in staging.
+    pub const TAKEN: u32 = u32::MAX;
+}
+
+/// One batch of pages to take out. Written by the agent while the helper rests.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Batch {
+    /// One of [`method`].
+    pub method: AtomicU32,
+    /// How many pages, at most [`BATCH_PAGES`].
+    pub count: AtomicU32,
+    /// Which staging area receives them.
+    pub area: AtomicU32,
+    /// Explicit padding.
+    pub reserved: AtomicU32,
+    /// Page addresses, ascending runs where possible.
+    pub pages: [AtomicU64; BATCH_PAGES],
+    /// What became of each.
+    pub outcomes: [AtomicU32; BATCH_PAGES],
+}
+
+/// The block itself.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Control {
+    /// [`crate::message::MAGIC`].
+    pub magic: AtomicU64,
+    /// The address space's number, by which a forked child names its parent.
+    pub space: AtomicU64,
+
+    /// Agent to program: not zero once memory is being managed, so that new mappings are worth a report.
+    pub armed: AtomicU32,
+    /// Agent to program, a futex: not zero while allocations should wait for eviction to catch up.
+    pub hold: AtomicU32,
+    /// Program to agent, a futex: counts requests to look at the address space again.
+    pub report: AtomicU32,
+    /// Agent to program, a futex: the report that was last answered.
+    pub report_ack: AtomicU32,
+
+    /// Agent to helper, a futex: counts batches handed over.
+    pub command: AtomicU32,
+    /// Helper to agent: the batch whose pages have left the program's ranges.
+    pub taken: AtomicU32,
+    /// Helper to agent: the batch that is finished, its pages in staging.
+    pub done: AtomicU32,
+    /// Helper to agent: not zero while it sleeps on [`Self::command`].
+    pub helper_sleeps: AtomicU32,
+    /// Agent to helper: not zero while the agent wants a wake-up through the eventfd.
+    pub agent_sleeps: AtomicU32,
+    /// Agent to helper: how many times to look for the next batch before sleeping.
+    pub spin: AtomicU32,
+    /// Agent to helper: not zero when it is to end.
+    pub quit: AtomicU32,
+    /// Agent to helper: seconds without an agent after which the program is ended.
+    pub dead_man_seconds: AtomicU32,
+
+    /// The batch of [`Self::command`].
+    pub batch: Batch,
+}
+
+const _: () = assert!(core::mem::size_of::<Control>() <= CONTROL_BYTES);
+
+impl Control {
+    /// The program's side of an allocation: waits while eviction has to catch up, at most [`HOLD_LIMIT_MS`].
+    pub fn wait_while_held(&self) {
+        let mut waited = 0;
+        while waited < HOLD_LIMIT_MS {
+            let hold = self.hold.load(Ordering::Relaxed);
+            if hold == 0 {
+                return;
+            }
+            calls::futex_wait(&self.hold, hold, HOLD_STEP_MS);
+            waited += HOLD_STEP_MS;
+        }
+    }
+
+    /// The program's side of a new mapping: asks the agent to look at the address space and waits for it to
+    /// have done so, at most [`REPORT_LIMIT_MS`]; later is only less punctual, never wrong.
+    pub fn report_mapping(&self) {
+        let mine = self.report.fetch_add(1, Ordering::AcqRel).wrapping_add(1);
+        calls::futex_wake(&self.command);
+        let mut waited = 0;
+        while waited < REPORT_LIMIT_MS {
+            let ack = self.report_ack.load(Ordering::Acquire);
+            if ack.wrapping_sub(mine) as i32 >= 0 {
+                return;
+            }
+            calls::futex_wait(&self.report_ack, ack, REPORT_STEP_MS);
+            waited += REPORT_STEP_MS;
+        }
+    }
+}
+
+/// How long an allocation waits for eviction, at most. Eviction frees at least some megabytes in this time;
+/// if it cannot, the program goes on and the limit is missed rather than the program stopped.
+const HOLD_LIMIT_MS: u64 = 500;
+const HOLD_STEP_MS: u64 = 10;
+/// How long a new mapping waits for the agent.
+const REPORT_LIMIT_MS: u64 = 50;
+const REPORT_STEP_MS: u64 = 10;

@@ -1,0 +1,286 @@
+//! The helper: the one process of ours inside a program's memory.
+//!
+//! It does what only that address space may do, `UFFDIO_MOVE` and `MADV_DONTNEED`, on the agent's word, and it
+//! is the dead-man switch: when the agent is gone for longer than it may be, the program is ended rather than
+//! left waiting for pages that nobody will bring. It shares the program's memory, but none of its
+//! descriptors, signals or locks, so nothing the program does to those reaches it.
+
+use core::sync::atomic::Ordering;
+
+use crate::PAGE_BYTES;
+use crate::control::{BATCH_PAGES, Batch, Control, method, outcome, staging_offset};
+use crate::sys::{calls, memory};
+
+/// Descriptor numbers in the helper.
+mod fd {
+    pub(super) const UFFD: i32 = 0;
+    pub(super) const DRAIN_UFFD: i32 = 1;
+    pub(super) const EVENT: i32 = 2;
+    pub(super) const LIFELINE: i32 = 3;
+    pub(super) const PAGEMAP: i32 = 4;
+    pub(super) const FIRST_UNUSED: u32 = 5;
+}
+
+/// Between two looks at whether agent and program still live.
+const HEARTBEAT_MS: u64 = 1000;
+const SIGKILL: u32 = 9;
+const ALLOW_HOLES: u64 = 2;
+/// Tries at moving a page that something reads just now, before it is left in the holding range.
+const DRAIN_TRIES: u32 = 1000;
+const PAGEMAP_UFFD_WP: u64 = 1 << 57;
+const EAGAIN: u32 = 11;
+const ENOENT: u32 = 2;
+const EEXIST: u32 = 17;
+const EINVAL: u32 = 22;
+
+/// What the helper needs to know; lies at the bottom of its own stack.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct HelperArgs {
+    /// Where the shared memfd is mapped.
+    pub shared: usize,
+    /// The holding range.
+    pub holding: usize,
+    /// The drain range.
+    pub drain: usize,
+    /// The program's uffd, as numbered in the program.
+    pub uffd: i32,
+    /// The drain range's uffd.
+    pub drain_uffd: i32,
+    /// The agent's eventfd.
+    pub event: i32,
+    /// The agent's lifeline socket.
+    pub lifeline: i32,
+}
+
+/// Where the helper begins. `argument` is the address of its [`HelperArgs`].
+pub extern "C" fn run(argument: usize) -> ! {
+    let args = memory::args_at(argument);
+    calls::set_name(b"farpage-helper\0\0");
+    calls::setsid();
+    calls::leave_directory();
+    let program = calls::getppid();
+    // First out of the way, above every number in use, then down to the fixed places.
+    let mut high = [0i32; 4];
+    for (slot, from) in high.iter_mut().zip([args.uffd, args.drain_uffd, args.event, args.lifeline]) {
+        match calls::dup_above(from, 64) {
+            Ok(fd) => *slot = fd,
+            Err(_) => calls::exit(1),
+        }
+    }
+    for (from, to) in high.into_iter().zip([fd::UFFD, fd::DRAIN_UFFD, fd::EVENT, fd::LIFELINE]) {
+        if calls::dup_to(from, to).is_err() {
+            calls::exit(1);
+        }
+    }
+    if let Ok(pagemap) = calls::open_read(c"/proc/self/pagemap") {
+        let _ = calls::dup_to(pagemap, fd::PAGEMAP);
+    }
+    calls::close_from(fd::FIRST_UNUSED);
+    serve(&args, memory::control_at(args.shared), program)
+}
+
+fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
+    let mut done = 0u32;
+    let mut reported = 0u32;
+    let mut seconds_alone = 0u32;
+    loop {
+        let command = next_command(control, done);
+        let report = control.report.load(Ordering::Acquire);
+        if report != reported {
+            reported = report;
+            calls::signal_event(fd::EVENT);
+        }
+        match command {
+            Some(command) => {
+                run_batch(args, control, command);
+                done = command;
+                if control.agent_sleeps.load(Ordering::SeqCst) != 0 {
+                    calls::signal_event(fd::EVENT);
+                }
+            }
+            None => {
+                if control.quit.load(Ordering::Relaxed) != 0 || calls::getppid() != program {
+                    calls::exit(0);
+                }
+                if calls::peer_gone(fd::LIFELINE) {
+                    seconds_alone += 1;
+                    if seconds_alone > control.dead_man_seconds.load(Ordering::Relaxed) {
+                        calls::kill(program, SIGKILL);
+                        calls::exit(1);
+                    }
+                } else {
+                    seconds_alone = 0;
+                }
+            }
+        }
+    }
+}
+
+/// Waits for a batch: looks a while, then sleeps. `None` after a heartbeat without one.
+fn next_command(control: &Control, done: u32) -> Option<u32> {
+    let spin = control.spin.load(Ordering::Relaxed);
+    for _ in 0..spin {
+        let command = control.command.load(Ordering::Acquire);
+        if command != done {
+            return Some(command);
+        }
+        core::hint::spin_loop();
+    }
+    control.helper_sleeps.store(1, Ordering::SeqCst);
+    if control.command.load(Ordering::SeqCst) == done {
+        calls::futex_wait(&control.command, done, HEARTBEAT_MS);
+    }
+    control.helper_sleeps.store(0, Ordering::SeqCst);
+    let command = control.command.load(Ordering::Acquire);
+    (command != done).then_some(command)
+}
+
+fn run_batch(args: &HelperArgs, control: &Control, command: u32) {
+    let batch = &control.batch;
+    let count = (batch.count.load(Ordering::Relaxed) as usize).min(BATCH_PAGES);
+    let area = (batch.area.load(Ordering::Relaxed) as usize) % crate::control::STAGING_AREAS;
+    let how = batch.method.load(Ordering::Relaxed);
+    if how == method::DROP {
+        drop_protected(batch, count);
+        control.taken.store(command, Ordering::Release);
+    } else {
+        take_out(args, batch, count, how == method::UNSHARE_AND_MOVE);
+        // From here on the agent may read events again: what was taken lies where the program cannot reach.
+        control.taken.store(command, Ordering::Release);
+        calls::futex_wake(&control.taken);
+        stage(args, batch, count, area);
+    }
+    control.done.store(command, Ordering::SeqCst);
+}
+
+/// The first hop: out of the program's ranges, into the holding range, run by run.
+fn take_out(args: &HelperArgs, batch: &Batch, count: usize, unshare: bool) {
+    let mut index = 0;
+    while index < count {
+        let start = page(batch, index);
+        let mut len = 1;
+        while index + len < count && page(batch, index + len) == start + len * PAGE_BYTES {
+            len += 1;
+        }
+        if unshare {
+            memory::make_exclusive(start, len * PAGE_BYTES);
+        }
+        index += take_run(args, batch, index, start, len);
+    }
+}
+
+/// Moves a run; returns how many of its pages now have an outcome (all of them, or up to and including the
+/// first that would not move).
+fn take_run(args: &HelperArgs, batch: &Batch, index: usize, start: usize, len: usize) -> usize {
+    let to = args.holding + index * PAGE_BYTES;
+    let (mut moved, mut error) = move_pages(fd::UFFD, to, start, len, 0);
+    if matches!(error, Some(EEXIST | EINVAL)) && moved == 0 {
+        // Somebody's mlockall has filled or locked our range: empty it and try once more.
+        empty_holding(args, index, len);
+        (moved, error) = move_pages(fd::UFFD, to, start, len, 0);
+    }
+    for i in index..index + moved {
+        set(batch, i, outcome::TAKEN);
+    }
+    match error {
+        None => len,
+        Some(EAGAIN) => {
+            // An event waits to be read: nothing more will move until it is.
+            for i in index + moved..index + len {
+                set(batch, i, EAGAIN);
+            }
+            len
+        }
+        Some(errno) => {
+            set(batch, index + moved, errno);
+            moved + 1
+        }
+    }
+}
+
+/// Copies what was taken to staging and drops it by way of the drain range.
+fn stage(args: &HelperArgs, batch: &Batch, count: usize, area: usize) {
+    let mut index = 0;
+    while index < count {
+        if !is_taken(batch, index) {
+            index += 1;
+            continue;
+        }
+        let mut len = 1;
+        while index + len < count && is_taken(batch, index + len) {
+            len += 1;
+        }
+        let from = args.holding + index * PAGE_BYTES;
+        memory::copy_to_staging(from, args.shared + staging_offset(area, index), len);
+        empty_holding(args, index, len);
+        index += len;
+    }
+}
+
+/// Drops pages of the holding range by way of the drain range: a drop in the holding range itself would
+/// raise an event of its own and stop every ioctl until that is read.
+fn empty_holding(args: &HelperArgs, index: usize, len: usize) {
+    let (from, to) = (args.holding + index * PAGE_BYTES, args.drain + index * PAGE_BYTES);
+    let mut done = 0;
+    for _ in 0..DRAIN_TRIES {
+        let (moved, error) = move_pages(
+            fd::DRAIN_UFFD,
+            to + done * PAGE_BYTES,
+            from + done * PAGE_BYTES,
+            len - done,
+            ALLOW_HOLES,
+        );
+        done += moved;
+        match error {
+            None => break,
+            Some(EINVAL | EEXIST) => {
+                memory::unlock(from, len * PAGE_BYTES);
+                memory::unlock(to, len * PAGE_BYTES);
+                memory::drop_drained(to, len * PAGE_BYTES);
+            }
+            Some(_) => core::hint::spin_loop(),
+        }
+    }
+    memory::drop_drained(to, len * PAGE_BYTES);
+}
+
+/// Drops pages that the agent has write-protected and copied, where they are still the same pages.
+fn drop_protected(batch: &Batch, count: usize) {
+    for index in 0..count {
+        let address = page(batch, index);
+        let protected =
+            calls::pagemap_word(fd::PAGEMAP, address).is_ok_and(|word| word & PAGEMAP_UFFD_WP != 0);
+        let result = if protected { memory::drop_page(address) } else { Err(calls::Errno(ENOENT)) };
+        set(batch, index, result.err().map_or(outcome::TAKEN, |errno| errno.0));
+    }
+}
+
+/// Moves pages; returns how many went and what stopped the next.
+fn move_pages(uffd: i32, to: usize, from: usize, pages: usize, mode: u64) -> (usize, Option<u32>) {
+    let mut moved = 0;
+    while moved < pages {
+        let at = moved * PAGE_BYTES;
+        match memory::move_ioctl(uffd, to + at, from + at, (pages - moved) * PAGE_BYTES, mode) {
+            (_, None) => return (pages, None),
+            // After a part of the way the kernel says EAGAIN, whatever stopped it: the next call tells.
+            (bytes, Some(_)) if bytes > 0 => moved += bytes / PAGE_BYTES,
+            (_, Some(errno)) => return (moved, Some(errno)),
+        }
+    }
+    (moved, None)
+}
+
+fn page(batch: &Batch, index: usize) -> usize {
+    batch.pages.get(index).map_or(0, |word| word.load(Ordering::Relaxed) as usize)
+}
+
+fn is_taken(batch: &Batch, index: usize) -> bool {
+    batch.outcomes.get(index).is_some_and(|word| word.load(Ordering::Relaxed) == outcome::TAKEN)
+}
+
+fn set(batch: &Batch, index: usize, value: u32) {
+    if let Some(word) = batch.outcomes.get(index) {
+        word.store(value, Ordering::Relaxed);
+    }
+}

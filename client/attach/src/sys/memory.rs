@@ -1,0 +1,110 @@
+//! The helper's hands: what it does to memory, its own ranges' and the program's.
+
+use core::arch::asm;
+
+use linux_raw_sys::general as k;
+
+use super::calls::{Errno, raw};
+use crate::PAGE_BYTES;
+use crate::control::Control;
+use crate::helper::HelperArgs;
+
+const UFFDIO_MOVE: usize = 0xc028_aa05;
+const MADV_POPULATE_WRITE: usize = 23;
+
+fn call(number: u32, args: [usize; 6]) -> Result<usize, Errno> {
+    // SAFETY: the uses in this file pass ranges that are ours, or that the agent has chosen under its gate,
+    // and pointers to live locals.
+    let result = unsafe { raw(number, args) };
+    if result < 0 { Err(Errno(result.unsigned_abs() as u32)) } else { Ok(result as usize) }
+}
+
+/// Copies out the helper's arguments from where [`write_args`] put them.
+#[must_use]
+pub fn args_at(address: usize) -> HelperArgs {
+    // SAFETY: `attach` wrote a HelperArgs there, at the bottom of the helper's own stack, before the clone.
+    unsafe { core::ptr::read(address as *const HelperArgs) }
+}
+
+/// Puts the helper's arguments at the bottom of its stack.
+pub fn write_args(address: usize, args: HelperArgs) {
+    // SAFETY: `attach` passes the page-aligned start of the stack it has just mapped, larger than this.
+    unsafe { core::ptr::write(address as *mut HelperArgs, args) }
+}
+
+/// The control block at the front of the shared mapping.
+#[must_use]
+pub fn control_at(address: usize) -> &'static Control {
+    // SAFETY: `attach` passes the start of a mapping of SHARED_BYTES that stays for the life of the program
+    // image; every field is an atomic, for which all bit patterns are values.
+    unsafe { &*(address as *const Control) }
+}
+
+/// Copies pages to staging without calling `memcpy`, which might be somebody's interposed one.
+pub fn copy_to_staging(from: usize, to: usize, pages: usize) {
+    // SAFETY: `from` is in the holding range, where these pages have just been moved and only this process
+    // takes them away; `to` is in the shared mapping; they do not overlap; the ABI keeps the direction clear.
+    unsafe {
+        asm!(
+            "rep movsb",
+            inout("rcx") pages * PAGE_BYTES => _,
+            inout("rsi") from => _,
+            inout("rdi") to => _,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// `UFFDIO_MOVE`: returns the bytes moved and, unless that is all of them, the errno.
+pub fn move_ioctl(uffd: i32, to: usize, from: usize, len: usize, mode: u64) -> (usize, Option<u32>) {
+    let mut request =
+        k::uffdio_move { dst: to as u64, src: from as u64, len: len as u64, mode, move_: 0 };
+    let pointer = core::ptr::from_mut(&mut request) as usize;
+    match call(k::__NR_ioctl, [uffd as usize, UFFDIO_MOVE, pointer, 0, 0, 0]) {
+        Ok(_) => (len, None),
+        Err(errno) => (usize::try_from(request.move_).unwrap_or(0), Some(errno.0)),
+    }
+}
+
+/// Makes pages that a fork left shared exclusive again, with their contents kept.
+pub fn make_exclusive(address: usize, len: usize) {
+    let _ = call(k::__NR_madvise, [address, len, MADV_POPULATE_WRITE, 0, 0, 0]);
+}
+
+/// Drops pages of the drain range.
+pub fn drop_drained(address: usize, len: usize) {
+    let _ = call(k::__NR_madvise, [address, len, k::MADV_DONTNEED as usize, 0, 0, 0]);
+}
+
+/// Drops one page of the program's that the agent holds a copy of. Blocks until the agent has read the event.
+///
+/// # Errors
+/// The kernel's errno.
+pub fn drop_page(address: usize) -> Result<(), Errno> {
+    call(k::__NR_madvise, [address, PAGE_BYTES, k::MADV_DONTNEED as usize, 0, 0, 0]).map(drop)
+}
+
+/// Undoes a lock that an `mlockall` of the program's put on a range of ours.
+pub fn unlock(address: usize, len: usize) {
+    let _ = call(k::__NR_munlock, [address, len, 0, 0, 0, 0]);
+}
+
+/// Advice for a range of ours: DONTFORK, DONTDUMP, NOHUGEPAGE.
+pub fn advise_own(address: usize, len: usize, advice: u32) {
+    let _ = call(k::__NR_madvise, [address, len, advice as usize, 0, 0, 0]);
+}
+
+/// Unmaps a mapping of ours that nothing uses any more.
+pub fn unmap_own(address: usize, len: usize) {
+    let _ = call(k::__NR_munmap, [address, len, 0, 0, 0, 0]);
+}
+
+/// Starts the helper on the stack that ends at `stack_top`, with the page at `tls` as its thread pointer.
+///
+/// # Errors
+/// The kernel's errno.
+pub fn start_helper(args_address: usize, stack_top: usize, tls: usize) -> Result<i32, Errno> {
+    // SAFETY: `attach` has mapped stack and TLS page for this helper alone, and `helper::run` never returns
+    // and uses only raw system calls.
+    unsafe { super::clone::start(crate::helper::run, args_address, stack_top, tls) }
+}

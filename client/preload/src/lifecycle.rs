@@ -1,0 +1,66 @@
+//! Attaching at the program's start and in forked children.
+
+use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+
+use farpage_attach::attach::{Attached, attach};
+use farpage_attach::control::Control;
+use farpage_attach::message::kind;
+
+use crate::sys;
+
+/// The control block of this process, null while it is not attached.
+static CONTROL: AtomicPtr<Control> = AtomicPtr::new(core::ptr::null_mut());
+static JOB: AtomicU64 = AtomicU64::new(0);
+static ATTACHED: sys::Slot<Attached> = sys::Slot::new();
+static SOCKET: sys::Slot<&'static [u8]> = sys::Slot::new();
+
+/// The names under which `farpage run` leaves the agent's address.
+const SOCKET_VARIABLE: &[u8] = b"FARPAGE_AGENT";
+const JOB_VARIABLE: &[u8] = b"FARPAGE_JOB";
+
+/// This process's control block, while it is attached.
+#[inline]
+pub(crate) fn control() -> Option<&'static Control> {
+    sys::control_ref(CONTROL.load(Ordering::Relaxed))
+}
+
+/// The constructor.
+pub(crate) fn start() {
+    let (Some(socket), Some(job)) = (sys::variable(SOCKET_VARIABLE), sys::variable(JOB_VARIABLE)) else {
+        return;
+    };
+    let Some(job) = parse_hex(job) else { return };
+    JOB.store(job, Ordering::Relaxed);
+    SOCKET.set(socket);
+    // A refusal is the agent's to report: it counts this process as unmanaged. The program runs on.
+    if let Ok(attached) = attach(socket, kind::START, job, 0, false) {
+        remember(attached);
+    }
+    sys::at_fork(child_after_fork);
+}
+
+/// In the child of a fork, before `fork` returns in it.
+extern "C" fn child_after_fork() {
+    let (Some(parent), Some(socket)) = (ATTACHED.get(), SOCKET.get()) else { return };
+    CONTROL.store(core::ptr::null_mut(), Ordering::Relaxed);
+    ATTACHED.clear();
+    if let Ok(attached) = attach(socket, kind::FORK, JOB.load(Ordering::Relaxed), parent.space, false) {
+        remember(attached);
+    }
+    parent.abandon_after_fork();
+}
+
+fn remember(attached: Attached) {
+    ATTACHED.set(attached);
+    CONTROL.store(core::ptr::from_ref(attached.control).cast_mut(), Ordering::Release);
+}
+
+fn parse_hex(text: &[u8]) -> Option<u64> {
+    if text.is_empty() || text.len() > 16 {
+        return None;
+    }
+    text.iter().try_fold(0u64, |value, digit| {
+        let digit = (*digit as char).to_digit(16)?;
+        Some((value << 4) | u64::from(digit))
+    })
+}
