@@ -28,7 +28,9 @@ pub enum ConnectError {
     Refused {
         /// Where to.
         url: EndpointUrl,
-        /// What the system said.
+        /// What kind of failure the system reported; `Other` when it was not the system's.
+        kind: io::ErrorKind,
+        /// What it said.
         cause: String,
     },
     /// Nothing was heard in time.
@@ -50,10 +52,14 @@ pub async fn connect(url: &EndpointUrl, deadline: Duration) -> Result<Channel, C
         endpoint.connect_with_connector(service_fn(move |_: Uri| open(target.clone())));
     match tokio::time::timeout(deadline, connecting).await {
         Ok(Ok(channel)) => Ok(channel),
-        Ok(Err(error)) => Err(ConnectError::Refused {
-            url: url.clone(),
-            cause: root_cause(&error),
-        }),
+        Ok(Err(error)) => {
+            let (kind, cause) = root_cause(&error);
+            Err(ConnectError::Refused {
+                url: url.clone(),
+                kind,
+                cause,
+            })
+        }
         Err(_) => Err(ConnectError::Deadline {
             url: url.clone(),
             deadline,
@@ -101,10 +107,16 @@ async fn open(url: EndpointUrl) -> io::Result<TokioIo<Connection>> {
     Ok(TokioIo::new(connection))
 }
 
-fn root_cause(error: &dyn std::error::Error) -> String {
+fn root_cause(error: &dyn std::error::Error) -> (io::ErrorKind, String) {
     let mut cause = error;
-    while let Some(next) = cause.source() {
-        cause = next;
+    let mut kind = io::ErrorKind::Other;
+    loop {
+        if let Some(system) = cause.downcast_ref::<io::Error>() {
+            kind = system.kind();
+        }
+        match cause.source() {
+            Some(next) => cause = next,
+            None => return (kind, cause.to_string()),
+        }
     }
-    cause.to_string()
 }
