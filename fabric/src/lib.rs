@@ -7,10 +7,17 @@
 
 #![warn(missing_docs)]
 
+pub mod access;
 pub mod endpoint;
-
-pub use endpoint::{Completion, Endpoint, LocalSlice, PostError, RegionId, RemoteSlice, WorkError, WorkId};
+mod fence;
+pub mod geometry;
 pub mod memory;
+mod sys;
+
+pub use access::AccessTable;
+pub use endpoint::{Completion, Endpoint, LocalSlice, PostError, RegionId, RemoteSlice, WorkError, WorkId};
+pub use geometry::PoolGeometry;
+pub use memory::RegisteredMemory;
 
 /// The most bytes that one work request may move. Bounds every buffer that a peer can make us hold.
 pub const MAX_TRANSFER: u32 = 1 << 20;

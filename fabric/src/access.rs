@@ -1,0 +1,490 @@
+//! Who may touch which extent: grants by key, and fences when they end.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::endpoint::WorkError;
+use crate::fence;
+use crate::geometry::PoolGeometry;
+use crate::memory::{MemoryOptions, OutOfBounds, RegisteredMemory};
+
+/// How long a revocation waits for operations that are under way. One is a copy of at most
+/// [`crate::MAX_TRANSFER`] bytes, well under a millisecond; a thread inside may be preempted for some
+/// scheduler slices. Whoever takes longer is stopped or hostile.
+pub const FENCE_DEADLINE: Duration = Duration::from_secs(1);
+
+/// The most connections that may hold a gate: a revocation looks at each one.
+pub const MAX_GATES: usize = 4096;
+
+/// How often a revocation looks at a gate before it sleeps between looks; a copy of one page ends sooner.
+const FENCE_SPINS: u32 = 200;
+
+/// How long it sleeps between looks after that.
+const FENCE_NAP: Duration = Duration::from_micros(50);
+
+/// The key memory starts with this many words of its own; extent `i`'s key is word `KEY_WORDS_AT + i`.
+pub(crate) const KEY_WORDS_AT: u64 = 8;
+
+/// Word 0 of the key memory: 0 while the responder serves, 1 once it has stopped.
+pub(crate) const STOPPED_WORD: u64 = 0;
+
+/// Bytes of a gate that is shared with another process: one page, as nothing smaller can be mapped.
+pub(crate) const GATE_BYTES: usize = 4096;
+
+/// The key memory's length in bytes.
+pub(crate) fn key_memory_bytes(geometry: &PoolGeometry) -> usize {
+    (KEY_WORDS_AT as usize + geometry.extents() as usize) * 8
+}
+
+/// The key word of an extent, in bytes from the key memory's start.
+fn key_offset(extent: u32) -> u64 {
+    (KEY_WORDS_AT + u64::from(extent)) * 8
+}
+
+/// Why a grant was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GrantError {
+    /// The pool has no such extent.
+    #[error("the pool has no extent {0}")]
+    NoSuchExtent(u32),
+    /// Zero means "no key".
+    #[error("zero is no key; draw another one")]
+    ZeroKey,
+    /// Somebody holds it; revoke first.
+    #[error("extent {0} is granted already; revoke that grant first")]
+    AlreadyGranted(u32),
+    /// A revocation is under way, or one ended without its fence: revoke again.
+    #[error("extent {0} is not fenced yet; revoke it again until that succeeds")]
+    NotFenced(u32),
+}
+
+/// Why a revocation is not complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RevokeError {
+    /// The pool has no such extent.
+    #[error("the pool has no extent {0}")]
+    NoSuchExtent(u32),
+    /// Another thread is revoking this extent.
+    #[error("extent {0} is being revoked by another thread; wait for that one")]
+    Busy(u32),
+    /// New operations are refused, but `holders` connections have not left within [`FENCE_DEADLINE`]. The
+    /// extent cannot be granted until a further revocation succeeds.
+    #[error("{holders} connections are still inside extent {extent}; close them, then revoke again")]
+    StillInside {
+        /// Which extent.
+        extent: u32,
+        /// How many connections.
+        holders: usize,
+    },
+}
+
+/// What keeps an extent from being granted besides a live key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Closing {
+    /// A thread waits for the fence.
+    Waiting,
+    /// It gave up.
+    Unfenced,
+}
+
+/// A responder's grants. The key words live in a memfd that requesters on the same host can map, read-only.
+///
+/// Over TCP the responder enforces both checks and fences. Over shared memory the requester checks for
+/// itself, with the same code, and shows where it is at a gate that it shares with the responder: that binds
+/// agents that cooperate. One that does not can reach the whole pool, as it has mapped it.
+#[derive(Debug)]
+pub struct AccessTable {
+    geometry: PoolGeometry,
+    keys: RegisteredMemory,
+    /// Every live connection's gate.
+    gates: Mutex<Vec<Arc<GateWord>>>,
+    closing: Mutex<BTreeMap<u32, Closing>>,
+}
+
+impl AccessTable {
+    /// A table for a pool of this shape, with nothing granted.
+    ///
+    /// # Errors
+    /// As for [`RegisteredMemory::create`]; also when the kernel lacks `F_SEAL_FUTURE_WRITE` (Linux 5.1).
+    pub fn new(geometry: PoolGeometry) -> io::Result<Arc<Self>> {
+        let (keys, _) =
+            RegisteredMemory::create("farpage-keys", key_memory_bytes(&geometry), MemoryOptions::default())?;
+        keys.seal_future_writes()?;
+        Ok(Arc::new(Self {
+            geometry,
+            keys,
+            gates: Mutex::new(Vec::new()),
+            closing: Mutex::new(BTreeMap::new()),
+        }))
+    }
+
+    /// The pool's shape.
+    #[must_use]
+    pub fn geometry(&self) -> PoolGeometry {
+        self.geometry
+    }
+
+    /// The memory with the key words.
+    pub(crate) fn keys(&self) -> &RegisteredMemory {
+        &self.keys
+    }
+
+    /// Tells requesters that map the keys that the responder has stopped.
+    pub(crate) fn mark_stopped(&self, stopped: bool) {
+        if let Ok(word) = self.keys.word(STOPPED_WORD * 8) {
+            fence::Change::store(word, u64::from(stopped));
+        }
+    }
+
+    fn key_word(&self, extent: u32) -> Option<&AtomicU64> {
+        if extent >= self.geometry.extents() {
+            return None;
+        }
+        self.keys.word(key_offset(extent)).ok()
+    }
+
+    /// Lets whoever knows `key` read and write `extent`.
+    ///
+    /// # Errors
+    /// [`GrantError`]; nothing has changed.
+    pub fn grant(&self, extent: u32, key: u64) -> Result<(), GrantError> {
+        let word = self.key_word(extent).ok_or(GrantError::NoSuchExtent(extent))?;
+        if key == fence::NO_KEY {
+            return Err(GrantError::ZeroKey);
+        }
+        // The lock orders grants and revocations; requests do not take it.
+        let closing = lock(&self.closing);
+        if closing.contains_key(&extent) {
+            return Err(GrantError::NotFenced(extent));
+        }
+        if fence::Look::load(word) != fence::NO_KEY {
+            return Err(GrantError::AlreadyGranted(extent));
+        }
+        fence::open(word, key);
+        Ok(())
+    }
+
+    /// Whether a grant on `extent` is live.
+    #[must_use]
+    pub fn is_granted(&self, extent: u32) -> bool {
+        self.key_word(extent).is_some_and(|word| fence::Look::load(word) != fence::NO_KEY)
+    }
+
+    /// Ends the grant of `extent`, if there is one. From the start of this call no operation is admitted, and
+    /// after `Ok` none that had been admitted touches memory any more: the extent may be scrubbed and granted
+    /// again. Waits [`FENCE_DEADLINE`] at most.
+    ///
+    /// # Errors
+    /// [`RevokeError`]; the grant has ended nevertheless (unless there is no such extent).
+    pub fn revoke(&self, extent: u32) -> Result<(), RevokeError> {
+        let word = self.key_word(extent).ok_or(RevokeError::NoSuchExtent(extent))?;
+        {
+            let mut closing = lock(&self.closing);
+            if closing.get(&extent) == Some(&Closing::Waiting) {
+                return Err(RevokeError::Busy(extent));
+            }
+            closing.insert(extent, Closing::Waiting);
+            fence::close(word);
+        }
+        // A gate that is opened later finds the key gone.
+        let mut holders = lock(&self.gates).clone();
+        let deadline = Instant::now() + FENCE_DEADLINE;
+        let mut looks = 0;
+        loop {
+            // A connection that ends takes its gate along: only shared gates can be left standing inside.
+            holders.retain(|gate| gate.is_inside(extent) && !gate.is_gone());
+            let mut closing = lock(&self.closing);
+            if holders.is_empty() {
+                closing.remove(&extent);
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                closing.insert(extent, Closing::Unfenced);
+                return Err(RevokeError::StillInside { extent, holders: holders.len() });
+            }
+            drop(closing);
+            looks += 1;
+            if looks < FENCE_SPINS {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(FENCE_NAP);
+            }
+        }
+    }
+
+    /// A gate for a connection whose requests this process carries out.
+    ///
+    /// # Errors
+    /// [`TooManyGates`] when [`MAX_GATES`] are open.
+    pub fn open_gate(self: &Arc<Self>) -> Result<Gate, TooManyGates> {
+        self.admit_gate(GateWord::new(GatePlace::Private(AtomicU64::new(0))))
+    }
+
+    /// A gate in memory that a requester in another process shares.
+    pub(crate) fn open_shared_gate(self: &Arc<Self>, memory: RegisteredMemory) -> Result<Gate, TooManyGates> {
+        self.admit_gate(GateWord::new(GatePlace::Shared(memory)))
+    }
+
+    fn admit_gate(self: &Arc<Self>, word: GateWord) -> Result<Gate, TooManyGates> {
+        let mut gates = lock(&self.gates);
+        if gates.len() >= MAX_GATES {
+            return Err(TooManyGates);
+        }
+        let word = Arc::new(word);
+        gates.push(word.clone());
+        Ok(Gate { table: self.clone(), word })
+    }
+}
+
+/// [`MAX_GATES`] connections are open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{MAX_GATES} connections are open already")]
+pub struct TooManyGates;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every critical section leaves consistent data behind at each step.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(Debug)]
+enum GatePlace {
+    Private(AtomicU64),
+    Shared(RegisteredMemory),
+}
+
+/// On a cache line of its own: each connection writes its gate at every request.
+#[derive(Debug)]
+#[repr(align(64))]
+struct GateWord {
+    place: GatePlace,
+    gone: std::sync::atomic::AtomicBool,
+}
+
+impl GateWord {
+    fn new(place: GatePlace) -> Self {
+        Self { place, gone: false.into() }
+    }
+
+    fn word(&self) -> Option<&AtomicU64> {
+        match &self.place {
+            GatePlace::Private(word) => Some(word),
+            GatePlace::Shared(memory) => memory.word(0).ok(),
+        }
+    }
+
+    fn is_inside(&self, extent: u32) -> bool {
+        self.word().is_some_and(|word| fence::is_inside(word, extent))
+    }
+
+    fn is_gone(&self) -> bool {
+        self.gone.load(std::sync::atomic::Ordering::Acquire)
+    }
+}
+
+/// One connection's way in. Dropping it says that the connection touches nothing any more.
+#[derive(Debug)]
+pub struct Gate {
+    table: Arc<AccessTable>,
+    word: Arc<GateWord>,
+}
+
+impl Gate {
+    /// The table that this is a gate of.
+    #[must_use]
+    pub fn table(&self) -> &Arc<AccessTable> {
+        &self.table
+    }
+
+    /// Admits an operation on `len` bytes at `offset` of `extent` if `key` is that extent's live key. The
+    /// bytes may be touched while the guard lives; a revocation waits for it. One at a time.
+    ///
+    /// # Errors
+    /// [`WorkError::AccessDenied`], or [`WorkError::RemoteBounds`] for a holder of the key who left the extent.
+    pub fn check(
+        &mut self,
+        extent: u32,
+        key: u64,
+        offset: u64,
+        len: u32,
+    ) -> Result<AccessGuard<'_>, WorkError> {
+        let key_word = self.table.key_word(extent).ok_or(WorkError::AccessDenied)?;
+        let gate = self.word.word().ok_or(WorkError::AccessDenied)?;
+        admit(&self.table.geometry, key_word, gate, extent, key, offset, len)
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.word.gone.store(true, std::sync::atomic::Ordering::Release);
+        lock(&self.table.gates).retain(|gate| !Arc::ptr_eq(gate, &self.word));
+    }
+}
+
+/// A requester's own way in, over memory that the responder shares with it.
+#[derive(Debug)]
+pub(crate) struct SharedGate {
+    geometry: PoolGeometry,
+    keys: RegisteredMemory,
+    word: RegisteredMemory,
+}
+
+/// A key word in memory that is mapped read-only.
+struct SharedKey<'a> {
+    keys: &'a RegisteredMemory,
+    offset: u64,
+}
+
+impl fence::Look for SharedKey<'_> {
+    fn load(&self) -> u64 {
+        self.keys.load_word(self.offset).unwrap_or(fence::NO_KEY)
+    }
+
+    fn fence(&self) {
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+    }
+}
+
+impl SharedGate {
+    /// Over key memory of [`key_memory_bytes`] and a gate page of [`GATE_BYTES`].
+    pub(crate) fn new(
+        geometry: PoolGeometry,
+        keys: RegisteredMemory,
+        word: RegisteredMemory,
+    ) -> Result<Self, OutOfBounds> {
+        word.word(0)?;
+        Ok(Self { geometry, keys, word })
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.keys.load_word(STOPPED_WORD * 8) != Ok(0)
+    }
+
+    /// As [`Gate::check`].
+    pub(crate) fn check(
+        &mut self,
+        extent: u32,
+        key: u64,
+        offset: u64,
+        len: u32,
+    ) -> Result<AccessGuard<'_>, WorkError> {
+        if extent >= self.geometry.extents() {
+            return Err(WorkError::AccessDenied);
+        }
+        let key_word = SharedKey { keys: &self.keys, offset: key_offset(extent) };
+        let gate = self.word.word(0).map_err(|_| WorkError::AccessDenied)?;
+        admit(&self.geometry, &key_word, gate, extent, key, offset, len)
+    }
+}
+
+fn admit<'a>(
+    geometry: &PoolGeometry,
+    key_word: &impl fence::Look,
+    gate: &'a AtomicU64,
+    extent: u32,
+    key: u64,
+    offset: u64,
+    len: u32,
+) -> Result<AccessGuard<'a>, WorkError> {
+    if !fence::enter(key_word, gate, extent, key) {
+        return Err(WorkError::AccessDenied);
+    }
+    // From here on the guard's drop leaves.
+    let mut guard = AccessGuard { gate, pool_offset: 0 };
+    guard.pool_offset = geometry.pool_offset(extent, offset, len).ok_or(WorkError::RemoteBounds)?;
+    Ok(guard)
+}
+
+/// Permission to touch a range of the pool, until it is dropped.
+#[derive(Debug)]
+#[must_use]
+pub struct AccessGuard<'a> {
+    gate: &'a AtomicU64,
+    pool_offset: u64,
+}
+
+impl AccessGuard<'_> {
+    /// Where the range starts in the pool, in bytes.
+    #[must_use]
+    pub fn pool_offset(&self) -> u64 {
+        self.pool_offset
+    }
+}
+
+impl Drop for AccessGuard<'_> {
+    fn drop(&mut self) {
+        fence::leave(self.gate);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table() -> Arc<AccessTable> {
+        AccessTable::new(PoolGeometry::new(8192, 4).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn only_the_live_key_opens_its_extent() {
+        let table = table();
+        let mut gate = table.open_gate().unwrap();
+        assert_eq!(gate.check(1, 7, 0, 8).unwrap_err(), WorkError::AccessDenied);
+        assert_eq!(gate.check(1, 0, 0, 8).unwrap_err(), WorkError::AccessDenied);
+        table.grant(1, 7).unwrap();
+        assert_eq!(gate.check(1, 7, 16, 8).unwrap().pool_offset(), 8192 + 16);
+        assert_eq!(gate.check(1, 8, 0, 8).unwrap_err(), WorkError::AccessDenied);
+        assert_eq!(gate.check(2, 7, 0, 8).unwrap_err(), WorkError::AccessDenied);
+        assert_eq!(gate.check(9, 7, 0, 8).unwrap_err(), WorkError::AccessDenied);
+        assert_eq!(gate.check(1, 7, 8190, 8).unwrap_err(), WorkError::RemoteBounds);
+        // A bounds error must have left the gate.
+        table.revoke(1).unwrap();
+        assert_eq!(gate.check(1, 7, 0, 8).unwrap_err(), WorkError::AccessDenied);
+    }
+
+    #[test]
+    fn grants_do_not_replace_each_other() {
+        let table = table();
+        table.grant(0, 1).unwrap();
+        assert_eq!(table.grant(0, 2), Err(GrantError::AlreadyGranted(0)));
+        assert_eq!(table.grant(1, 0), Err(GrantError::ZeroKey));
+        assert_eq!(table.grant(4, 1), Err(GrantError::NoSuchExtent(4)));
+        table.revoke(0).unwrap();
+        table.revoke(0).unwrap();
+        table.grant(0, 2).unwrap();
+        assert!(table.is_granted(0));
+    }
+
+    #[test]
+    fn an_operation_under_way_holds_a_revocation_up_and_one_elsewhere_does_not() {
+        let table = table();
+        table.grant(0, 1).unwrap();
+        table.grant(1, 1).unwrap();
+        let mut gate = table.open_gate().unwrap();
+        let guard = gate.check(0, 1, 0, 8).unwrap();
+        table.revoke(1).unwrap();
+        assert_eq!(table.revoke(0), Err(RevokeError::StillInside { extent: 0, holders: 1 }));
+        assert_eq!(table.grant(0, 2), Err(GrantError::NotFenced(0)));
+        drop(guard);
+        table.revoke(0).unwrap();
+        table.grant(0, 2).unwrap();
+    }
+
+    #[test]
+    fn a_gate_that_goes_away_frees_the_revocation() {
+        let table = table();
+        table.grant(0, 1).unwrap();
+        let (memory, _) = RegisteredMemory::create("gate", GATE_BYTES, MemoryOptions::default()).unwrap();
+        // What a requester leaves behind when it is killed inside.
+        memory.word(0).unwrap().store(1, std::sync::atomic::Ordering::SeqCst);
+        let gate = table.open_shared_gate(memory).unwrap();
+        let revoking = std::thread::spawn({
+            let table = table.clone();
+            move || table.revoke(0)
+        });
+        drop(gate);
+        revoking.join().unwrap().unwrap();
+    }
+}
