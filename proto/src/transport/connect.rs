@@ -107,7 +107,7 @@ async fn open(url: EndpointUrl) -> io::Result<TokioIo<Connection>> {
     Ok(TokioIo::new(connection))
 }
 
-fn root_cause(error: &dyn std::error::Error) -> (io::ErrorKind, String) {
+fn root_cause(error: &(dyn std::error::Error + 'static)) -> (io::ErrorKind, String) {
     let mut cause = error;
     let mut kind = io::ErrorKind::Other;
     loop {
