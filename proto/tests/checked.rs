@@ -1,5 +1,7 @@
 //! Checked types: a round trip changes nothing, garbage is refused by name and never panics.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use std::collections::BTreeMap;
 
 use farpage_proto::address::HostPort;

@@ -20,9 +20,10 @@ const QUEUE: usize = 1024;
 const BATCH: usize = 64;
 
 type Reply = Box<dyn FnOnce() + Send>;
+type Apply = Box<dyn FnOnce(&mut State, Millis) -> Reply + Send>;
 
 enum Command {
-    Apply(Box<dyn FnOnce(&mut State, Millis) -> Reply + Send>),
+    Apply(Apply),
     Stop,
 }
 

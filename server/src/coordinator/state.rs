@@ -313,7 +313,7 @@ impl State {
             match record.phase {
                 Phase::Lost { .. } => renewal.lost.push(extent),
                 _ if self.nodes.0.get(&record.node).is_none_or(|node| !node.live) => {
-                    renewal.unreachable.push(extent)
+                    renewal.unreachable.push(extent);
                 }
                 _ => {}
             }

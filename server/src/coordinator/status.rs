@@ -79,7 +79,7 @@ impl State {
                 Phase::Lost { .. } => lost_extents += 1,
                 _ => {
                     granted_bytes +=
-                        self.nodes.0.get(&record.node).map_or(0, |node| node.record.extent_bytes.0)
+                        self.nodes.0.get(&record.node).map_or(0, |node| node.record.extent_bytes.0);
                 }
             }
         }

@@ -96,7 +96,7 @@ pub(crate) trait Store: Send {
 pub(crate) fn open(url: &StoreUrl) -> Result<Box<dyn Store>, StoreError> {
     match url {
         StoreUrl::File(path) => Ok(Box::new(file::FileStore::open(path)?)),
-        StoreUrl::Memory => Ok(Box::new(memory::MemoryStore::default())),
+        StoreUrl::Memory => Ok(Box::new(memory::MemoryStore)),
     }
 }
 

@@ -66,7 +66,7 @@ pub(crate) async fn keep(
         match status.code() {
             // Forgotten: register again at once.
             Code::NotFound => {
-                tracing::warn!(%coordinator, "the coordinator does not know this node, registering again")
+                tracing::warn!(%coordinator, "the coordinator does not know this node, registering again");
             }
             Code::AlreadyExists | Code::InvalidArgument | Code::FailedPrecondition | Code::Unimplemented => {
                 return MembershipError::Refused { coordinator: coordinator.clone(), status };
