@@ -25,23 +25,21 @@ const FENCE_SPINS: u32 = 200;
 /// How long it sleeps between looks after that.
 const FENCE_NAP: Duration = Duration::from_micros(50);
 
-/// The key memory starts with this many words of its own; extent `i`'s key is word `KEY_WORDS_AT + i`.
-pub(crate) const KEY_WORDS_AT: u64 = 8;
-
-/// Word 0 of the key memory: 0 while the responder serves, 1 once it has stopped.
-pub(crate) const STOPPED_WORD: u64 = 0;
-
-/// Bytes of a gate that is shared with another process: one page, as nothing smaller can be mapped.
+/// Bytes of a gate that is shared with another process: one page, as nothing smaller can be mapped. The gate word is
+/// at its start.
 pub(crate) const GATE_BYTES: usize = 4096;
+
+/// Where in a shared gate the responder says that it is closed, in bytes: on a cache line that only it writes.
+const CLOSED_AT: u64 = 64;
 
 /// The key memory's length in bytes.
 pub(crate) fn key_memory_bytes(geometry: &PoolGeometry) -> usize {
-    (KEY_WORDS_AT as usize + geometry.extents() as usize) * 8
+    geometry.extents() as usize * 8
 }
 
 /// The key word of an extent, in bytes from the key memory's start.
 fn key_offset(extent: u32) -> u64 {
-    (KEY_WORDS_AT + u64::from(extent)) * 8
+    u64::from(extent) * 8
 }
 
 /// Why a grant was refused.
@@ -130,13 +128,6 @@ impl AccessTable {
     /// The memory with the key words.
     pub(crate) fn keys(&self) -> &RegisteredMemory {
         &self.keys
-    }
-
-    /// Tells requesters that map the keys that the responder has stopped.
-    pub(crate) fn mark_stopped(&self, stopped: bool) {
-        if let Ok(word) = self.keys.word(STOPPED_WORD * 8) {
-            fence::Change::store(word, u64::from(stopped));
-        }
     }
 
     fn key_word(&self, extent: u32) -> Option<&AtomicU64> {
@@ -316,6 +307,23 @@ impl Gate {
     }
 }
 
+impl Gate {
+    /// Lets nobody in any more through a shared gate (a private one closes by being dropped).
+    pub(crate) fn close(&self) {
+        if let GatePlace::Shared(memory) = &self.word.place
+            && let Ok(closed) = memory.word(CLOSED_AT)
+        {
+            fence::Change::store(closed, 1);
+            fence::Look::fence(closed);
+        }
+    }
+
+    /// Whether somebody is inside any extent.
+    pub(crate) fn is_occupied(&self) -> bool {
+        self.word.word().is_some_and(fence::is_occupied)
+    }
+}
+
 impl Drop for Gate {
     fn drop(&mut self) {
         self.word.gone.store(true, std::sync::atomic::Ordering::Release);
@@ -355,11 +363,13 @@ impl SharedGate {
         word: RegisteredMemory,
     ) -> Result<Self, OutOfBounds> {
         word.word(0)?;
+        word.word(CLOSED_AT)?;
         Ok(Self { geometry, keys, word })
     }
 
-    pub(crate) fn is_stopped(&self) -> bool {
-        self.keys.load_word(STOPPED_WORD * 8) != Ok(0)
+    /// Whether the responder has ended this connection.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.word.load_word(CLOSED_AT) != Ok(0)
     }
 
     /// As [`Gate::check`].
@@ -375,7 +385,9 @@ impl SharedGate {
         }
         let key_word = SharedKey { keys: &self.keys, offset: key_offset(extent) };
         let gate = self.word.word(0).map_err(|_| WorkError::AccessDenied)?;
-        admit(&self.geometry, &key_word, gate, extent, key, offset, len)
+        let guard = admit(&self.geometry, &key_word, gate, extent, key, offset, len)?;
+        // Looked at after the announcement, as the key is: the responder looks at the gate after it has closed it.
+        if self.is_closed() { Err(WorkError::Disconnected) } else { Ok(guard) }
     }
 }
 

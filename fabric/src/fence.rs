@@ -92,6 +92,11 @@ pub(crate) fn is_inside(gate: &impl Look, extent: u32) -> bool {
     gate.load() == inside(extent)
 }
 
+/// Whether somebody is, or may be, inside any extent through `gate`.
+pub(crate) fn is_occupied(gate: &impl Look) -> bool {
+    gate.load() != NOWHERE
+}
+
 #[cfg(all(test, loom))]
 mod loom_model {
     use loom::cell::UnsafeCell;

@@ -8,13 +8,22 @@
 #![warn(missing_docs)]
 
 pub mod access;
+pub mod address;
+pub mod connect;
 pub mod endpoint;
+pub mod faulty;
 mod fence;
 pub mod geometry;
 pub mod memory;
+mod regions;
+pub mod shm;
 mod sys;
+pub mod tcp;
+pub mod wire;
 
 pub use access::AccessTable;
+pub use address::{FabricAddress, ShmAddress};
+pub use connect::{ConnectError, MAX_WINDOW, connect};
 pub use endpoint::{Completion, Endpoint, LocalSlice, PostError, RegionId, RemoteSlice, WorkError, WorkId};
 pub use geometry::PoolGeometry;
 pub use memory::RegisteredMemory;

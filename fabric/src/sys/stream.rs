@@ -61,7 +61,7 @@ impl<'a> SendPieces<'a> {
 
     /// Sends without blocking and without SIGPIPE. Returns how many bytes the socket took.
     pub(crate) fn send(&self, socket: BorrowedFd<'_>) -> io::Result<usize> {
-        let message = message(&self.vec, self.count);
+        let message = message(self.vec.get(..self.count).unwrap_or_default());
         // SAFETY: the first `count` pieces are slices or mapped ranges borrowed for 'a, which outlives `self`;
         // the kernel only reads them, and takes addresses that fault as an error.
         let sent = unsafe {
@@ -71,56 +71,32 @@ impl<'a> SendPieces<'a> {
     }
 }
 
-/// Up to [`MAX_PIECES`] pieces to receive into, in order.
-pub(crate) struct ReceivePieces<'a> {
-    vec: [libc::iovec; MAX_PIECES],
-    count: usize,
-    borrow: PhantomData<&'a mut [u8]>,
+/// Receives without blocking: first `len` bytes into registered memory at `offset`, then into `bytes`. Returns
+/// how many bytes came; zero means that the peer closed.
+pub(crate) fn receive(
+    socket: BorrowedFd<'_>,
+    memory: Option<(&RegisteredMemory, u64, usize)>,
+    bytes: &mut [u8],
+) -> io::Result<usize> {
+    let mut vec = [EMPTY; 2];
+    if let Some((memory, offset, len)) = memory {
+        let base = memory
+            .writable_address(offset, len)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        vec[0] = libc::iovec { iov_base: base.cast(), iov_len: len };
+    }
+    vec[1] = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    let mut message = message(&vec);
+    // SAFETY: the pieces are a mapped range and a buffer, both borrowed for this call, the second exclusively; the
+    // kernel writes inside their lengths only.
+    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
+    usize::try_from(received).map_err(|_| io::Error::last_os_error())
 }
 
-impl<'a> ReceivePieces<'a> {
-    pub(crate) fn new() -> Self {
-        Self { vec: [EMPTY; MAX_PIECES], count: 0, borrow: PhantomData }
-    }
-
-    fn push(&mut self, base: *mut u8, len: usize) {
-        if let Some(piece) = self.vec.get_mut(self.count) {
-            *piece = libc::iovec { iov_base: base.cast(), iov_len: len };
-            self.count += 1;
-        }
-    }
-
-    /// Adds a buffer; ignored when there are [`MAX_PIECES`] already.
-    pub(crate) fn push_bytes(&mut self, bytes: &'a mut [u8]) {
-        self.push(bytes.as_mut_ptr(), bytes.len());
-    }
-
-    /// Adds registered memory; ignored when there are [`MAX_PIECES`] already.
-    pub(crate) fn push_memory(
-        &mut self,
-        memory: &'a RegisteredMemory,
-        offset: u64,
-        len: usize,
-    ) -> Result<(), OutOfBounds> {
-        let base = memory.writable_address(offset, len)?;
-        self.push(base, len);
-        Ok(())
-    }
-
-    /// Receives without blocking. Zero means that the peer closed.
-    pub(crate) fn receive(self, socket: BorrowedFd<'_>) -> io::Result<usize> {
-        let mut message = message(&self.vec, self.count);
-        // SAFETY: the first `count` pieces are exclusively borrowed buffers or writable mapped ranges borrowed
-        // for 'a, which outlives this call; the kernel writes inside their lengths only.
-        let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
-        usize::try_from(received).map_err(|_| io::Error::last_os_error())
-    }
-}
-
-fn message(vec: &[libc::iovec; MAX_PIECES], count: usize) -> libc::msghdr {
+fn message(vec: &[libc::iovec]) -> libc::msghdr {
     // SAFETY: all zeros is a valid msghdr: null pointers with zero lengths.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = vec.as_ptr().cast_mut();
-    message.msg_iovlen = count.min(MAX_PIECES) as _;
+    message.msg_iovlen = vec.len() as _;
     message
 }
