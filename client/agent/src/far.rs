@@ -174,6 +174,13 @@ impl FarMemory {
         lost.extend(extents.iter().flatten().filter(|e| grant_ids.contains(&e.grant.id)).map(|e| e.number));
     }
 
+    /// Marks every extent held as lost: the lease under which they were granted has ended.
+    pub fn lose_all(&self) {
+        let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
+        let mut lost = self.lost.write().unwrap_or_else(PoisonError::into_inner);
+        lost.extend(extents.iter().flatten().map(|extent| extent.number));
+    }
+
     /// Whether a slot's extent is lost.
     #[must_use]
     pub fn is_lost(&self, slot: Slot) -> bool {

@@ -2,9 +2,15 @@
 
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::latency::Latencies;
 use crate::mailbox::SpaceHandle;
+use crate::protocol::Account;
+
+/// How long an account waits for address spaces whose process has ended.
+const ACCOUNT_DEADLINE: Duration = Duration::from_secs(5);
+const ACCOUNT_POLL: Duration = Duration::from_millis(1);
 
 /// What one run asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,6 +183,37 @@ impl Job {
     #[must_use]
     pub fn spaces(&self) -> Vec<Arc<SpaceHandle>> {
         self.lock().clone()
+    }
+
+    /// The account so far. Address spaces whose process has just ended are given a moment to give back what
+    /// they held.
+    #[must_use]
+    pub fn account(&self, fabric: &str) -> Account {
+        let began = Instant::now();
+        let ended = |handle: &Arc<SpaceHandle>| handle.pid().is_none_or(|pid| !crate::sys::process::is_running(pid));
+        while self.spaces().iter().any(ended) && began.elapsed() < ACCOUNT_DEADLINE {
+            std::thread::sleep(ACCOUNT_POLL);
+        }
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &self.counters;
+        Account {
+            faults: count(&counters.faults),
+            fault_p50_us: self.latencies.quantile_us(0.5),
+            fault_p99_us: self.latencies.quantile_us(0.99),
+            pages_fetched: count(&counters.pages_fetched),
+            pages_prefetched: count(&counters.pages_prefetched),
+            prefetch_hits: count(&counters.prefetch_hits),
+            pages_evicted: count(&counters.pages_evicted),
+            pages_written_back: count(&counters.pages_written_back),
+            pages_poisoned: count(&counters.pages_poisoned),
+            local_peak_bytes: self.local_peak() * 4096,
+            far_peak_bytes: self.far_peak() * 4096,
+            far_slots_in_use_at_exit: self.far_used(),
+            processes: count(&counters.processes),
+            processes_unmanaged: count(&counters.processes_unmanaged),
+            unmanaged_bytes: self.unmanaged_peak() * 4096,
+            fabric: fabric.to_owned(),
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Arc<SpaceHandle>>> {

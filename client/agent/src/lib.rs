@@ -1,1 +1,32 @@
 //! The per-host pager.
+//!
+//! One process per host. Programs come to its [`door`]; each address space gets a thread of its own, its
+//! [`pager`]; the [`sampler`] watches what the kernel says is resident; [`control_plane`] holds the lease under
+//! which extents of far memory are granted. Nothing asynchronous is on the path of a fault.
+//!
+//! The pure parts, each with its own tests: [`entry`] (where a page is, in one word), [`page_cell`] and
+//! [`table`] (entries as threads and pagers share them), [`gate`] (what excludes what), [`residents`] (who goes),
+//! [`prefetch`] (who comes along), [`far`] (slots and their references).
+
+pub mod client;
+pub mod control_plane;
+pub mod door;
+pub mod entry;
+pub mod far;
+pub mod gate;
+pub mod job;
+pub mod kernel;
+pub mod latency;
+pub mod mailbox;
+pub mod page_cell;
+pub mod pager;
+pub mod prefetch;
+pub mod protocol;
+pub mod residents;
+pub mod sampler;
+pub mod serve;
+pub mod spaces;
+pub mod sys;
+pub mod table;
+
+pub use serve::{AgentConfig, AgentError, serve};

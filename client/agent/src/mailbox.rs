@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError, mpsc};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 
 use crate::sys::control::SharedBlock;
 use crate::sys::process::Process;
@@ -16,10 +16,6 @@ const MAX_REQUESTS: usize = 64;
 /// What a pager may be asked.
 #[derive(Debug)]
 pub enum Request {
-    /// Begin to manage memory: register what is there.
-    Arm,
-    /// Look at the mappings again.
-    Rescan,
     /// Take this many pages out although no fault asks for it.
     Shrink(u64),
     /// A forked child has come to the door with its own ranges: is it this address space? Answers with the
@@ -79,6 +75,8 @@ pub struct SpaceHandle {
     /// Whether the pager has ended.
     pub closed: AtomicBool,
     requests: Mutex<VecDeque<Request>>,
+    rescan: AtomicBool,
+    control: OnceLock<SharedBlock>,
     doorbell: OwnedFd,
 }
 
@@ -95,6 +93,8 @@ impl SpaceHandle {
             figures: Figures::default(),
             closed: AtomicBool::new(false),
             requests: Mutex::new(VecDeque::new()),
+            rescan: AtomicBool::new(false),
+            control: OnceLock::new(),
             doorbell: rustix::event::eventfd(0, flags)?,
         })
     }
@@ -109,6 +109,32 @@ impl SpaceHandle {
         drop(requests);
         self.ring();
         true
+    }
+
+    /// Asks for a look at the mappings; asking again before it was taken is the same request.
+    pub fn ask_rescan(&self) {
+        if !self.rescan.swap(true, Ordering::AcqRel) {
+            self.ring();
+        }
+    }
+
+    /// Whether a look at the mappings is asked for; taking the request.
+    pub fn take_rescan(&self) -> bool {
+        self.rescan.swap(false, Ordering::AcqRel)
+    }
+
+    /// The program's control block, once it has one.
+    pub fn set_control(&self, block: SharedBlock) {
+        let _ = self.control.set(block);
+    }
+
+    /// Makes the program's allocations wait, or lets them go on.
+    pub fn hold(&self, hold: bool) {
+        let Some(block) = self.control.get() else { return };
+        let word = &block.control().hold;
+        if word.swap(u32::from(hold), Ordering::AcqRel) != 0 && !hold {
+            crate::sys::control::futex_wake(word);
+        }
     }
 
     /// Wakes the pager.

@@ -15,7 +15,7 @@ static ATTACHED: sys::Slot<Attached> = sys::Slot::new();
 static SOCKET: sys::Slot<&'static [u8]> = sys::Slot::new();
 
 /// The names under which `farpage run` leaves the agent's address.
-const SOCKET_VARIABLE: &[u8] = b"FARPAGE_AGENT";
+const SOCKET_VARIABLE: &[u8] = b"FARPAGE_ATTACH";
 const JOB_VARIABLE: &[u8] = b"FARPAGE_JOB";
 
 /// This process's control block, while it is attached.

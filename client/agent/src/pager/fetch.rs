@@ -23,7 +23,7 @@ const MAX_FETCHES: usize = 16;
 /// How often a page whose bytes fail their check is read again before it counts as lost.
 const MAX_RETRIES: u8 = 3;
 
-const FRAMES_BYTES: u64 = (MAX_FETCHES as u64 * MAX_WINDOW + 1) * 4096;
+const FRAMES_BYTES: usize = ZERO_FRAME + 4096;
 const ZERO_FRAME: usize = MAX_FETCHES * MAX_WINDOW as usize * 4096;
 
 const _: () = assert!(MAX_WINDOW <= 64, "a fetch keeps one bit per page");
@@ -404,10 +404,5 @@ impl Pager {
     /// Work ids of reads name a place; places with reads under way are not given to others.
     pub(super) fn read_id(place: u8, index: u8) -> WorkId {
         WorkId(u64::from(place) << 8 | u64::from(index))
-    }
-
-    /// Whether reads are under way.
-    pub(super) fn fetching(&self) -> bool {
-        self.fetches.places.iter().flatten().any(|fetch| fetch.outstanding > 0)
     }
 }

@@ -154,6 +154,7 @@ impl Pager {
         let (helper, process) = Helper::new(offer);
         self.handle.pid.store(process.pid().unsigned_abs().into(), Ordering::Release);
         self.process = Some(process);
+        self.handle.set_control(helper.shared().clone());
         helper.control().armed.store(u32::from(self.job.is_armed()), Ordering::Release);
         self.helper = Some(helper);
     }

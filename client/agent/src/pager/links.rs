@@ -193,10 +193,10 @@ impl Link {
         }
         let connected = self
             .address
-            .parse()
+            .parse::<farpage_fabric::FabricAddress>()
             .map_err(|error| tracing::error!(%error, address = self.address, "a node's address does not parse"))
             .and_then(|address| {
-                farpage_fabric::connect(&address, WINDOW, CONNECT_DEADLINE)
+                farpage_fabric::connect(&address, WINDOW, Instant::now() + CONNECT_DEADLINE)
                     .map_err(|error| tracing::warn!(%error, address = self.address, "no connection to a memory node"))
             });
         let Ok(mut endpoint) = connected else {

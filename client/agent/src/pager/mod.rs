@@ -64,6 +64,9 @@ const MAX_SLEEP: Duration = Duration::from_millis(100);
 /// Between two looks whether the program has replaced itself by another.
 const EXEC_CHECK: Duration = Duration::from_millis(20);
 
+/// How long a fork or a move of memory waits for pages on their way out.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(30);
+
 /// The sleep while something that has no descriptor to wait on is under way.
 const SHORT_SLEEP: Duration = Duration::from_micros(500);
 
@@ -72,7 +75,7 @@ const SHORT_SLEEP: Duration = Duration::from_micros(500);
 pub struct Shared {
     /// Far memory.
     pub far: Arc<FarMemory>,
-    /// Starts the pager of a forked child.
+    /// The other address spaces; where a forked child's pager is started.
     pub spawner: Arc<crate::spaces::Spaces>,
     /// What this kernel offers.
     pub kernel: crate::kernel::Kernel,
@@ -142,9 +145,10 @@ impl Pager {
         }
     }
 
-    /// Gives the space its helper.
-    pub fn set_helper(&mut self, helper: Helper) {
-        self.helper = Some(helper);
+    /// The job it belongs to.
+    #[must_use]
+    pub fn job(&self) -> Arc<Job> {
+        Arc::clone(&self.job)
     }
 
     /// Runs until the process is gone.
@@ -204,6 +208,7 @@ impl Pager {
             self.last_fault = Some(began);
             self.answer_or_keep(fault);
         }
+        self.publish();
         matches!(read, Ok(count) if count > 0)
     }
 
@@ -246,11 +251,13 @@ impl Pager {
     }
 
     fn serve_requests(&mut self) -> bool {
-        let mut worked = false;
+        let mut worked = self.handle.take_rescan();
+        if worked {
+            self.rescan();
+        }
         while let Some(request) = self.handle.next_request() {
             worked = true;
             match request {
-                Request::Arm | Request::Rescan => self.rescan(),
                 Request::Shrink(pages) => self.shrink = self.shrink.max(pages),
                 Request::Adopt(offer, answer) => {
                     let _ = answer.send(self.adopt(offer));
@@ -349,6 +356,9 @@ impl Pager {
             helper.end();
         }
         self.finish_transfers();
+        if let Some(batch) = self.take_out.take() {
+            self.job.charge(-(batch.pages.len() as i64));
+        }
         self.discard_pages(crate::table::Page(0)..crate::table::Page(u64::MAX >> 12));
         self.publish();
         self.job.remove(self.handle.id);

@@ -212,6 +212,8 @@ impl Pager {
             let _ = self.uffd.write_protect(&(page.address()..page.plus(1).address()), false);
         }
         if self.table.change(page, Entry::turned_round).is_none() {
+            // Discarded while it was claimed.
+            self.job.charge(-1);
             return;
         }
         match i32::try_from(errno).unwrap_or(0) {

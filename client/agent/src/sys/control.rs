@@ -20,7 +20,7 @@ impl SharedBlock {
     /// The kernel's errno.
     pub fn create(space: u64) -> io::Result<Self> {
         let options = MemoryOptions { huge_pages: false, lock: false };
-        let (memory, _) = RegisteredMemory::create("farpage-staging", SHARED_BYTES as u64, options)?;
+        let (memory, _) = RegisteredMemory::create("farpage-staging", SHARED_BYTES, options)?;
         let block = Self { memory: Arc::new(memory) };
         let control = block.control();
         control.magic.store(farpage_attach::message::MAGIC, std::sync::atomic::Ordering::Relaxed);

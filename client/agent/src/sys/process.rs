@@ -143,6 +143,27 @@ pub fn signal_thread(process: i32, thread: u32, signal: i32) {
     unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal) };
 }
 
+/// Whether a process of this pid runs; a zombie does not.
+#[must_use]
+pub fn is_running(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| stat.rsplit(") ").next().is_some_and(|rest| !rest.starts_with(['Z', 'X'])))
+}
+
+/// The supplementary groups of a process.
+#[must_use]
+pub fn groups(pid: i32) -> Vec<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("Groups:")).unwrap_or("");
+    line.split_ascii_whitespace().filter_map(|group| group.parse().ok()).collect()
+}
+
+/// Ends a process.
+pub fn kill(pid: i32) {
+    // SAFETY: integers only.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
+}
+
 /// The precedence of pagers and helpers: everybody waits for them.
 pub const FIRST: i32 = -19;
 

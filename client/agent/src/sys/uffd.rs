@@ -17,6 +17,8 @@ const UFFDIO_COPY: u64 = 0xc028_aa03;
 const UFFDIO_ZEROPAGE: u64 = 0xc020_aa04;
 const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
 const UFFDIO_POISON: u64 = 0xc020_aa08;
+/// Of `UFFDIO_WRITEPROTECT`: protect rather than lift.
+const MODE_WP: u64 = 1;
 
 /// Most messages taken by one read: bounds how long the oldest waits for the youngest.
 pub const MAX_MESSAGES: usize = 16;
@@ -187,7 +189,7 @@ impl Uffd {
     /// # Errors
     /// The kernel's errno; EAGAIN while an event is unread.
     pub fn write_protect(&self, range: &Range<u64>, protect: bool) -> io::Result<()> {
-        let mode = if protect { u64::from(k::UFFDIO_WRITEPROTECT_MODE_WP) } else { 0 };
+        let mode = if protect { MODE_WP } else { 0 };
         self.ioctl(UFFDIO_WRITEPROTECT, &mut k::uffdio_writeprotect { range: to_range(range), mode })
     }
 
@@ -259,4 +261,17 @@ fn install_error(error: &io::Error, done: i64) -> InstallError {
         libc::ENOMEM => InstallError::NoMemory(bytes),
         other => InstallError::Other(other),
     }
+}
+
+/// A new uffd of this process, from an open `/dev/userfaultfd`.
+///
+/// # Errors
+/// The kernel's errno.
+pub fn new_from_device(device: BorrowedFd<'_>) -> io::Result<Uffd> {
+    const USERFAULTFD_IOC_NEW: u64 = 0xaa00;
+    // SAFETY: the ioctl takes flags as an integer and returns a descriptor.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+    let fd = check(i64::from(result))?;
+    // SAFETY: a descriptor that the kernel has just made for us.
+    Ok(Uffd::from(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
 }

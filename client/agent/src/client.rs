@@ -1,0 +1,118 @@
+//! The launcher's side of the job protocol: what `farpage run` holds on to while its program runs.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use farpage_attach::message::{Packet, kind, tag};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+
+use crate::protocol::{Account, JobReply, JobRequest, MAX_PACKET, ProcessFigures};
+
+/// How long the agent may take to answer. An account waits for the last address spaces.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How a request to the agent failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// No agent there, or it went away.
+    #[error("no agent answers: {0}")]
+    Unreachable(#[from] io::Error),
+    /// The agent said no.
+    #[error("the agent refused: {0}")]
+    Refused(String),
+    /// The agent said something else.
+    #[error("the agent's answer is not understood; are farpage and the agent of the same version?")]
+    Malformed,
+}
+
+/// An open job. Dropping it without [`JobClient::finish`] ends the job's programs.
+#[derive(Debug)]
+pub struct JobClient {
+    socket: OwnedFd,
+    token: String,
+}
+
+impl JobClient {
+    /// Opens a job at the agent that listens on `path` (or `@name`).
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn open(path: &str, local_bytes: u64, far_bytes: u64, replicas: u32) -> Result<Self, ClientError> {
+        let socket = hello(path, kind::JOB)?;
+        match ask(&socket, &JobRequest::Open { local_bytes, far_bytes, replicas })? {
+            JobReply::Opened { token } => Ok(Self { socket, token }),
+            JobReply::Refused { reason } => Err(ClientError::Refused(reason)),
+            _ => Err(ClientError::Malformed),
+        }
+    }
+
+    /// The job's token, for the program's environment.
+    #[must_use]
+    pub fn token(&self) -> &str {
+        &self.token
+    }
+
+    /// Tells which process is the job's first program.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn started(&self, pid: i32) -> Result<(), ClientError> {
+        ask(&self.socket, &JobRequest::Started { pid }).map(drop)
+    }
+
+    /// The first program has ended: asks for the account.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn finish(self) -> Result<Account, ClientError> {
+        match ask(&self.socket, &JobRequest::Finish)? {
+            JobReply::Account(account) => Ok(*account),
+            JobReply::Refused { reason } => Err(ClientError::Refused(reason)),
+            _ => Err(ClientError::Malformed),
+        }
+    }
+}
+
+/// Figures of every process that the agent at `path` serves.
+///
+/// # Errors
+/// [`ClientError`].
+pub fn status(path: &str) -> Result<Vec<ProcessFigures>, ClientError> {
+    let socket = hello(path, kind::STATUS)?;
+    receive(&socket)
+}
+
+fn hello(path: &str, kind: u32) -> Result<OwnedFd, ClientError> {
+    let error = |errno: farpage_attach::sys::Errno| io::Error::from_raw_os_error(errno.0 as i32);
+    let fd = farpage_attach::sys::socket::connect(path.as_bytes()).map_err(error)?;
+    let socket = crate::sys::socket::owned(fd);
+    crate::sys::socket::set_deadline(std::os::fd::AsFd::as_fd(&socket), ANSWER_DEADLINE)?;
+    let mut packet = Packet::new(tag::HELLO);
+    packet.kind = kind;
+    farpage_attach::sys::socket::send(socket.as_raw_fd(), &packet, &[]).map_err(error)?;
+    Ok(socket)
+}
+
+fn ask(socket: &OwnedFd, request: &JobRequest) -> Result<JobReply, ClientError> {
+    let bytes = serde_json::to_vec(request).map_err(|_| ClientError::Malformed)?;
+    send(socket, &bytes, SendFlags::NOSIGNAL).map_err(io::Error::from)?;
+    receive(socket)
+}
+
+fn receive<T: serde::de::DeserializeOwned>(socket: &OwnedFd) -> Result<T, ClientError> {
+    let mut bytes = vec![0u8; MAX_PACKET];
+    let (got, _) = recv(socket, &mut bytes, RecvFlags::empty()).map_err(io::Error::from)?;
+    let bytes = &bytes[..got];
+    if got == 0 {
+        return Err(ClientError::Unreachable(io::ErrorKind::UnexpectedEof.into()));
+    }
+    if let Some(packet) = Packet::from_bytes(bytes) {
+        let reason = bytes.get(farpage_attach::message::PACKET_BYTES..).unwrap_or_default();
+        return match packet.tag {
+            tag::REFUSAL => Err(ClientError::Refused(String::from_utf8_lossy(reason).into_owned())),
+            _ => Err(ClientError::Malformed),
+        };
+    }
+    serde_json::from_slice(bytes).map_err(|_| ClientError::Malformed)
+}

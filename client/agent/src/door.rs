@@ -1,0 +1,306 @@
+//! The door: the agent's Unix socket, where programs attach and launchers open jobs.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use farpage_attach::control::BATCH_PAGES;
+use farpage_attach::message::{Packet, kind, tag};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, recv, send,
+    socket_with, socketpair,
+};
+
+use crate::job::Job;
+use crate::mailbox::{HelperOffer, Request, SpaceHandle};
+use crate::pager::{Pager, Shared};
+use crate::protocol::{JobReply, JobRequest, MAX_PACKET};
+use crate::sys::control::SharedBlock;
+use crate::sys::process::{Process, share_memory};
+use crate::sys::socket;
+use crate::sys::uffd::Uffd;
+
+/// How long a peer may take over any step.
+const STEP_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a forked child waits for its parent's pager to have seen the fork.
+const ADOPTION_DEADLINE: Duration = Duration::from_secs(2);
+/// Most peers at the door at once; more are turned away.
+const MAX_PEERS: usize = 512;
+const BACKLOG: i32 = 128;
+const RANGE_BYTES: u64 = (BATCH_PAGES * 4096) as u64;
+
+/// Who may come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Admission {
+    /// The agent's own user, who always may, like root.
+    pub own_uid: u32,
+    /// Members of this group may.
+    pub group: Option<u32>,
+}
+
+impl Admission {
+    fn admits(self, pid: i32, uid: u32, gid: u32) -> bool {
+        uid == 0
+            || uid == self.own_uid
+            || self.group.is_some_and(|group| gid == group || crate::sys::process::groups(pid).contains(&group))
+    }
+}
+
+/// Everything that the door needs.
+#[derive(Debug)]
+pub struct Door {
+    /// What pagers share.
+    pub shared: Shared,
+    /// The open `/dev/userfaultfd` that is handed to programs.
+    pub device: OwnedFd,
+    /// Who may come in.
+    pub admission: Admission,
+    /// The fabric's name, for accounts.
+    pub fabric: String,
+    /// Peers being served now.
+    pub peers: AtomicUsize,
+}
+
+/// Opens the agent's socket: a path, or `@name` in the abstract namespace.
+///
+/// # Errors
+/// The kernel's errno; an existing path that nobody listens on is replaced.
+pub fn open(path: &str) -> io::Result<OwnedFd> {
+    let address = match path.strip_prefix('@') {
+        Some(name) => SocketAddrUnix::new_abstract_name(name.as_bytes())?,
+        None => SocketAddrUnix::new(path)?,
+    };
+    let new = || socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+    let fd = new()?;
+    if let Err(error) = bind(&fd, &address) {
+        let stale = error == rustix::io::Errno::ADDRINUSE
+            && !path.starts_with('@')
+            && rustix::net::connect(&new()?, &address) == Err(rustix::io::Errno::CONNREFUSED);
+        if !stale {
+            return Err(error.into());
+        }
+        std::fs::remove_file(path)?;
+        bind(&fd, &address)?;
+    }
+    listen(&fd, BACKLOG)?;
+    Ok(fd)
+}
+
+impl Door {
+    /// Serves peers until `ended` says so. The listener is closed with the agent.
+    pub fn serve(self: &Arc<Self>, listener: &OwnedFd, ended: &dyn Fn() -> bool) {
+        while !ended() {
+            let Ok(peer) = accept_with(listener, SocketFlags::CLOEXEC) else {
+                std::thread::sleep(Duration::from_millis(10));
+                continue;
+            };
+            if self.peers.fetch_add(1, Ordering::AcqRel) >= MAX_PEERS {
+                self.peers.fetch_sub(1, Ordering::AcqRel);
+                continue;
+            }
+            let door = Arc::clone(self);
+            let started = std::thread::Builder::new().name("door".into()).spawn(move || {
+                if let Err(error) = door.greet(&peer) {
+                    tracing::debug!(%error, "a peer at the door left");
+                }
+                door.peers.fetch_sub(1, Ordering::AcqRel);
+            });
+            if started.is_err() {
+                self.peers.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+    }
+
+    fn greet(&self, peer: &OwnedFd) -> io::Result<()> {
+        socket::set_deadline(peer.as_fd(), STEP_DEADLINE)?;
+        let (pid, uid, gid) = socket::peer(peer.as_fd())?;
+        let hello = socket::receive(peer.as_fd())?.packet;
+        if hello.tag != tag::HELLO {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        if !self.admission.admits(pid, uid, gid) {
+            return refuse(peer, "this agent serves its own user and the members of its group; ask for membership");
+        }
+        match hello.kind {
+            kind::JOB => self.serve_launcher(peer, uid),
+            kind::START | kind::FORK | kind::LIBRARY => match self.shared.spawner.job(hello.job) {
+                Some(job) if uid == 0 || uid == job.uid || job.uid == 0 => self.attach(peer, pid, &hello, &job),
+                Some(_) => refuse(peer, "this job belongs to another user"),
+                None => refuse(peer, "there is no such job; it has ended"),
+            },
+            kind::STATUS => {
+                let figures = crate::control_plane::figures(&self.shared.spawner);
+                send_json(peer, &figures)
+            }
+            _ => refuse(peer, "unknown request; the program and the agent are of different versions"),
+        }
+    }
+
+    /// The handshake of a program, as `farpage_attach::message` draws it.
+    fn attach(&self, peer: &OwnedFd, pid: i32, hello: &Packet, job: &Arc<Job>) -> io::Result<()> {
+        let process = Process::open(pid)?;
+        if hello.kind == kind::START {
+            self.shared.spawner.close_previous(job, pid);
+        }
+        let handle = self.shared.spawner.new_handle(pid)?;
+        let shared = SharedBlock::create(handle.id)?;
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        let event = rustix::event::eventfd(0, flags)?;
+        let (lifeline, helpers_end) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        let mut welcome = Packet::new(tag::WELCOME);
+        welcome.job = handle.id;
+        let fds = [self.device.as_fd(), shared.as_fd(), event.as_fd(), helpers_end.as_fd()];
+        socket::send(peer.as_fd(), &welcome, &fds)?;
+
+        let ready = expect(peer, tag::READY)?;
+        let mut fds = ready.fds.into_iter().map(Uffd::from);
+        let (Some(uffd), Some(drain_uffd)) = (fds.next(), fds.next()) else {
+            return Err(io::ErrorKind::InvalidData.into());
+        };
+        let offer = HelperOffer {
+            process,
+            holding: ready.packet.holding..ready.packet.holding.saturating_add(RANGE_BYTES),
+            drain: ready.packet.drain..ready.packet.drain.saturating_add(RANGE_BYTES),
+            drain_uffd,
+            shared,
+            event,
+            lifeline,
+        };
+        self.shared.kernel.enable_drain(&offer.drain_uffd)?;
+        offer.drain_uffd.register(&offer.drain, false)?;
+
+        let offer = match self.adopt(hello, Box::new(offer)) {
+            Adoption::Adopted(child, uffd) => {
+                socket::send(peer.as_fd(), &Packet::new(tag::GO), &[uffd.as_fd()])?;
+                return finish(peer, pid, &child);
+            }
+            Adoption::NotManagedYet(offer) => offer,
+            Adoption::Gone => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        };
+        self.shared.kernel.enable(&uffd)?;
+        uffd.register(&offer.holding, false)?;
+        let mut pager = Pager::new(self.shared.clone(), Arc::clone(job), Arc::clone(&handle), None, uffd);
+        pager.install_helper(*offer);
+        self.shared.spawner.start(job, pager, Arc::clone(&handle))?;
+        socket::send(peer.as_fd(), &Packet::new(tag::GO), &[])?;
+        finish(peer, pid, &handle)
+    }
+
+    /// A forked child whose memory is managed already has a pager; it is found by its memory.
+    fn adopt(&self, hello: &Packet, mut offer: Box<HelperOffer>) -> Adoption {
+        let began = Instant::now();
+        // The parent's pager has read the fork's event before the child ran, but may be busy with it.
+        loop {
+            let candidates = self.shared.spawner.forked_from(hello.parent);
+            if hello.kind != kind::FORK || candidates.is_empty() || began.elapsed() > ADOPTION_DEADLINE {
+                return Adoption::NotManagedYet(offer);
+            }
+            for child in candidates {
+                let (answer, answered) = mpsc::sync_channel(1);
+                if !child.ask(Request::Adopt(offer, answer)) {
+                    return Adoption::Gone;
+                }
+                match answered.recv_timeout(ADOPTION_DEADLINE) {
+                    Ok(Ok(uffd)) => {
+                        self.shared.spawner.adopted(child.id);
+                        return Adoption::Adopted(child, uffd);
+                    }
+                    Ok(Err(back)) => offer = back,
+                    Err(_) => return Adoption::Gone,
+                }
+            }
+        }
+    }
+
+    /// A launcher's connection: a job's life.
+    fn serve_launcher(&self, peer: &OwnedFd, uid: u32) -> io::Result<()> {
+        socket::set_deadline(peer.as_fd(), Duration::ZERO)?;
+        let mut job: Option<Arc<Job>> = None;
+        let mut finished = false;
+        while let Some(request) = receive_json::<JobRequest>(peer)? {
+            let reply = match (request, &job) {
+                (JobRequest::Open { local_bytes, far_bytes, .. }, None) => {
+                    match self.shared.spawner.open_job(uid, local_bytes, far_bytes) {
+                        Ok(new) => {
+                            let token = format!("{:x}", new.token);
+                            job = Some(new);
+                            JobReply::Opened { token }
+                        }
+                        Err(error) => JobReply::Refused { reason: error.to_string() },
+                    }
+                }
+                (JobRequest::Started { .. }, Some(_)) => JobReply::Noted,
+                (JobRequest::Finish, Some(job)) => {
+                    finished = true;
+                    JobReply::Account(Box::new(job.account(&self.fabric)))
+                }
+                _ => JobReply::Refused { reason: "out of turn".into() },
+            };
+            send_json(peer, &reply)?;
+        }
+        if let Some(job) = job {
+            if !finished {
+                tracing::warn!(job = format_args!("{:x}", job.token), "the launcher is gone; its programs are ended");
+            }
+            self.shared.spawner.end_job(&job, !finished);
+        }
+        Ok(())
+    }
+}
+
+/// What became of a forked child's offer.
+enum Adoption {
+    /// Its pager has it; this is the uffd for the helper.
+    Adopted(Arc<SpaceHandle>, OwnedFd),
+    /// It was forked before its memory was managed: it begins like any program.
+    NotManagedYet(Box<HelperOffer>),
+    /// The pager that was asked has ended, as its process has.
+    Gone,
+}
+
+/// The last steps of a handshake: the helper has started, the program may run.
+fn finish(peer: &OwnedFd, pid: i32, handle: &Arc<SpaceHandle>) -> io::Result<()> {
+    let up = expect(peer, tag::HELPER_UP)?.packet;
+    let helper = i32::try_from(up.helper).map_err(|_| io::ErrorKind::InvalidData)?;
+    if share_memory(pid, helper) == Some(false) {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    handle.ask(Request::HelperUp(Process::open(helper)?));
+    socket::send(peer.as_fd(), &Packet::new(tag::DONE), &[])
+}
+
+fn expect(peer: &OwnedFd, tag: u32) -> io::Result<socket::Arrived> {
+    let arrived = socket::receive(peer.as_fd())?;
+    if arrived.packet.tag == tag { Ok(arrived) } else { Err(io::ErrorKind::InvalidData.into()) }
+}
+
+fn refuse(peer: &OwnedFd, reason: &str) -> io::Result<()> {
+    let mut packet = Packet::new(tag::REFUSAL);
+    packet.text_len = reason.len() as u64;
+    let mut bytes = packet.to_bytes().to_vec();
+    bytes.extend_from_slice(&reason.as_bytes()[..reason.len().min(farpage_attach::message::MAX_TEXT)]);
+    send(peer, &bytes, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+fn send_json<T: serde::Serialize>(peer: &OwnedFd, value: &T) -> io::Result<()> {
+    let bytes = serde_json::to_vec(value)?;
+    if bytes.len() > MAX_PACKET {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    send(peer, &bytes, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// The next JSON packet; `None` when the peer has closed.
+fn receive_json<T: serde::de::DeserializeOwned>(peer: &OwnedFd) -> io::Result<Option<T>> {
+    let mut bytes = vec![0u8; MAX_PACKET];
+    let (got, _) = recv(peer, &mut bytes, RecvFlags::empty())?;
+    if got == 0 {
+        return Ok(None);
+    }
+    Ok(Some(serde_json::from_slice(&bytes[..got])?))
+}

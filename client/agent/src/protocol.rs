@@ -1,0 +1,104 @@
+//! The job protocol: what `farpage run` and `farpage status` say to the agent, in JSON packets behind the
+//! handshake's first one.
+
+use serde::{Deserialize, Serialize};
+
+/// The longest packet.
+pub const MAX_PACKET: usize = 64 << 10;
+
+/// From the launcher.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobRequest {
+    /// Opens a job. The connection is its lifeline: closed without [`JobRequest::Finish`], the job's processes
+    /// are ended.
+    Open {
+        /// Resident anonymous memory of the whole tree, bytes.
+        local_bytes: u64,
+        /// Far memory, bytes.
+        far_bytes: u64,
+        /// Copies of each page.
+        replicas: u32,
+    },
+    /// The first program of the job runs under this pid.
+    Started {
+        /// Its pid.
+        pid: i32,
+    },
+    /// The first program has ended: give the account. Others of the job live on.
+    Finish,
+}
+
+/// To the launcher.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobReply {
+    /// The job is open under this token.
+    Opened {
+        /// Hexadecimal, as programs find it in their environment.
+        token: String,
+    },
+    /// Noted.
+    Noted,
+    /// The account.
+    Account(Box<Account>),
+    /// No, and why, with what to do.
+    Refused {
+        /// For the user.
+        reason: String,
+    },
+}
+
+/// What was counted for a job.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Account {
+    /// Page faults answered.
+    pub faults: u64,
+    /// Half of them took at most this long, microseconds from message to wake-up.
+    pub fault_p50_us: f64,
+    /// All but one in a hundred took at most this long.
+    pub fault_p99_us: f64,
+    /// Pages read from memory nodes.
+    pub pages_fetched: u64,
+    /// Those read ahead of their fault.
+    pub pages_prefetched: u64,
+    /// Those of them that a later fault proved used.
+    pub prefetch_hits: u64,
+    /// Pages taken out.
+    pub pages_evicted: u64,
+    /// Pages written to memory nodes.
+    pub pages_written_back: u64,
+    /// Pages lost.
+    pub pages_poisoned: u64,
+    /// Most anonymous memory resident at any sample, bytes.
+    pub local_peak_bytes: u64,
+    /// Most far memory in use, bytes.
+    pub far_peak_bytes: u64,
+    /// References to slots that are still held.
+    pub far_slots_in_use_at_exit: u64,
+    /// Processes that attached.
+    pub processes: u64,
+    /// Processes of the tree that did not.
+    pub processes_unmanaged: u64,
+    /// Most resident memory that was not managed, bytes.
+    pub unmanaged_bytes: u64,
+    /// The fabric in use.
+    pub fabric: String,
+}
+
+/// One address space, for `farpage status`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessFigures {
+    /// Its pid; 0 for a forked child not yet known.
+    pub pid: i32,
+    /// Its name.
+    pub name: String,
+    /// Pages resident that are managed.
+    pub local_pages: u64,
+    /// Pages held far, or zeros held nowhere.
+    pub far_pages: u64,
+    /// Faults answered.
+    pub faults: u64,
+    /// Its job's limit, bytes.
+    pub local_limit_bytes: u64,
+}

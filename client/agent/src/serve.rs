@@ -1,0 +1,125 @@
+//! The agent's life: probe the kernel, join the cluster, open the door, serve until told to end.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use farpage_proto::FabricKind;
+use farpage_proto::transport::EndpointUrl;
+
+use crate::control_plane::{ControlError, ControlPlane};
+use crate::door::{Admission, Door};
+use crate::far::FarMemory;
+use crate::kernel::{Kernel, KernelError};
+use crate::pager::Shared;
+use crate::spaces::Spaces;
+
+/// How often the end is looked for.
+const END_POLL: Duration = Duration::from_millis(20);
+
+/// How to run an agent.
+#[derive(Debug)]
+pub struct AgentConfig {
+    /// Where the coordinator is.
+    pub coordinator: EndpointUrl,
+    /// The socket of the door: a path, or `@name`.
+    pub socket: String,
+    /// The group whose members may come in.
+    pub group: Option<u32>,
+    /// Its name in the cluster.
+    pub id: String,
+    /// The fabric to reach memory by; any that nodes serve when absent.
+    pub fabric: Option<FabricKind>,
+    /// End when this reports end-of-file and the last program has ended: its other end is the launcher's.
+    pub exit_on_eof: Option<OwnedFd>,
+}
+
+/// Why an agent could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The kernel will not do, or we may not.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// No coordinator, or no memory.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The socket cannot be opened.
+    #[error("cannot listen on {socket}: {error}; is another agent running there?")]
+    Door {
+        /// Where.
+        socket: String,
+        /// Why.
+        error: io::Error,
+    },
+    /// A thread cannot be started.
+    #[error("cannot start a thread: {0}; check the limits on processes")]
+    Thread(io::Error),
+}
+
+/// Runs an agent in this process until `stop` is set, or its launcher is gone. Calls `ready` once programs may
+/// come.
+///
+/// # Errors
+/// [`AgentError`] at the start.
+pub fn serve(config: AgentConfig, stop: &Arc<AtomicBool>, ready: impl FnOnce()) -> Result<(), AgentError> {
+    let (kernel, device) = Kernel::probe()?;
+    let far = Arc::new(FarMemory::default());
+    let mut plane = ControlPlane::join(config.coordinator, config.id, config.fabric)?;
+    plane.first_extents(&far)?;
+    let listener = crate::door::open(&config.socket)
+        .map_err(|error| AgentError::Door { socket: config.socket.clone(), error })?;
+    let spaces = Arc::new(Spaces::default());
+    let door = Arc::new(Door {
+        shared: Shared { far: Arc::clone(&far), spawner: Arc::clone(&spaces), kernel },
+        device: device.into(),
+        admission: Admission { own_uid: rustix::process::geteuid().as_raw(), group: config.group },
+        fabric: config.fabric.map_or("any", FabricKind::as_str).to_owned(),
+        peers: AtomicUsize::new(0),
+    });
+    let ended = Arc::clone(stop);
+    spawn("sampler", {
+        let (spaces, ended) = (Arc::clone(&spaces), Arc::clone(&ended));
+        move || crate::sampler::run(&spaces, &|| ended.load(Ordering::Acquire))
+    })?;
+    spawn("door", {
+        let ended = Arc::clone(&ended);
+        move || door.serve(&listener, &|| ended.load(Ordering::Acquire))
+    })?;
+    let control = spawn("control-plane", {
+        let (spaces, ended) = (Arc::clone(&spaces), Arc::clone(&ended));
+        move || plane.run(&far, &spaces, &|| ended.load(Ordering::Acquire))
+    })?;
+    ready();
+    wait_for_end(stop, config.exit_on_eof.as_ref(), &spaces);
+    let _ = control.join();
+    if !config.socket.starts_with('@') {
+        let _ = std::fs::remove_file(&config.socket);
+    }
+    Ok(())
+}
+
+/// Waits for `stop`; or for the launcher to be gone and the last program with it.
+fn wait_for_end(stop: &AtomicBool, launcher: Option<&OwnedFd>, spaces: &Spaces) {
+    while !stop.load(Ordering::Acquire) {
+        std::thread::sleep(END_POLL);
+        if launcher.is_some_and(is_closed) && spaces.jobs().is_empty() {
+            stop.store(true, Ordering::Release);
+        }
+    }
+    // Programs whose pages nobody would bring any more must not be left waiting for them.
+    for pid in spaces.jobs().iter().flat_map(|job| job.spaces()).filter_map(|handle| handle.pid()) {
+        crate::sys::process::kill(pid);
+    }
+}
+
+fn is_closed(fd: &OwnedFd) -> bool {
+    let mut poll = [rustix::event::PollFd::new(fd, rustix::event::PollFlags::IN)];
+    let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+    rustix::event::poll(&mut poll, Some(&now)).unwrap_or(0) > 0
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<std::thread::JoinHandle<()>, AgentError> {
+    std::thread::Builder::new().name(name.into()).spawn(body).map_err(AgentError::Thread)
+}

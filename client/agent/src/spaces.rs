@@ -1,0 +1,193 @@
+//! The address spaces and jobs of this agent, and the threads that page them.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::far::FarMemory;
+use crate::job::{Job, Limits};
+use crate::mailbox::{Request, SpaceHandle};
+use crate::pager::Pager;
+
+/// Most jobs at once.
+const MAX_JOBS: usize = 1024;
+/// Most address spaces at once: each costs a thread and some megabytes of frames when used.
+const MAX_SPACES: u64 = 4096;
+
+/// The least resident memory that a job can be asked to live with.
+const LEAST_LOCAL_BYTES: u64 = 4 << 20;
+/// How often a job without a launcher is looked at.
+const LAST_PROCESS_POLL: Duration = Duration::from_millis(20);
+
+/// Why a job was not opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum JobError {
+    /// Below [`LEAST_LOCAL_BYTES`].
+    #[error("--local is below 4M, which no program can run with; give it more")]
+    TooLittle,
+    /// As many jobs as there may be.
+    #[error("this agent serves as many jobs as it can ({MAX_JOBS}); try again when some have ended")]
+    TooMany,
+    /// The kernel gave no random bytes.
+    #[error("no randomness for the job's token; try again")]
+    NoRandomness,
+}
+
+/// What lives in this agent.
+#[derive(Debug, Default)]
+pub struct Spaces {
+    next: AtomicU64,
+    live: AtomicU64,
+    jobs: Mutex<HashMap<u64, Arc<Job>>>,
+    /// Forked children that have no helper yet, with their parents' numbers.
+    forked: Mutex<Vec<(u64, Arc<SpaceHandle>)>>,
+    far_wanted: AtomicBool,
+    far_signal: (Mutex<()>, Condvar),
+}
+
+impl Spaces {
+    /// A handle for a new address space.
+    ///
+    /// # Errors
+    /// When there are too many, or no eventfd is to be had.
+    pub fn new_handle(&self, pid: i32) -> io::Result<Arc<SpaceHandle>> {
+        if self.live.load(Ordering::Relaxed) >= MAX_SPACES {
+            return Err(io::Error::other("this agent serves as many processes as it can"));
+        }
+        let id = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+        Ok(Arc::new(SpaceHandle::new(id, pid)?))
+    }
+
+    /// Starts the pager of an address space whose process has come to the door.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn start(self: &Arc<Self>, job: &Arc<Job>, pager: Pager, handle: Arc<SpaceHandle>) -> io::Result<()> {
+        let (spaces, name) = (Arc::clone(self), format!("pager-{}", handle.id));
+        job.add(Arc::clone(&handle));
+        self.live.fetch_add(1, Ordering::Relaxed);
+        let (job_of_thread, failed) = (Arc::clone(job), Arc::clone(&handle));
+        let started = std::thread::Builder::new().name(name).spawn(move || {
+            crate::sys::process::raise_priority(0, crate::sys::process::FIRST);
+            // A defect in one pager must not take the others down: its program is ended, the agent lives on.
+            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| pager.run()));
+            if outcome.is_err() {
+                tracing::error!(space = handle.id, "a pager failed; its program is ended");
+                handle.closed.store(true, Ordering::Release);
+                job_of_thread.remove(handle.id);
+                if let Some(pid) = handle.pid() {
+                    crate::sys::process::kill(pid);
+                }
+            }
+            spaces.forked().retain(|(_, forked)| forked.id != handle.id);
+            spaces.live.fetch_sub(1, Ordering::Relaxed);
+        });
+        if started.is_err() {
+            job.remove(failed.id);
+            self.live.fetch_sub(1, Ordering::Relaxed);
+        }
+        started.map(drop)
+    }
+
+    /// Starts the pager of a forked child, which may come to the door for a helper.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn start_forked(self: &Arc<Self>, parent: u64, pager: Pager, handle: Arc<SpaceHandle>) -> io::Result<()> {
+        let job = pager.job();
+        self.forked().push((parent, Arc::clone(&handle)));
+        self.start(&job, pager, handle)
+    }
+
+    /// Forked children of `parent` that have no helper yet.
+    #[must_use]
+    pub fn forked_from(&self, parent: u64) -> Vec<Arc<SpaceHandle>> {
+        self.forked().iter().filter(|(of, _)| *of == parent).map(|(_, handle)| Arc::clone(handle)).collect()
+    }
+
+    /// A forked child has got its helper.
+    pub fn adopted(&self, id: u64) {
+        self.forked().retain(|(_, handle)| handle.id != id);
+    }
+
+    /// The job of this token.
+    #[must_use]
+    pub fn job(&self, token: u64) -> Option<Arc<Job>> {
+        self.lock_jobs().get(&token).cloned()
+    }
+
+    /// Opens a job of these limits, in bytes.
+    ///
+    /// # Errors
+    /// [`JobError`], for the launcher's user.
+    pub fn open_job(&self, uid: u32, local_bytes: u64, far_bytes: u64) -> Result<Arc<Job>, JobError> {
+        if local_bytes < LEAST_LOCAL_BYTES {
+            return Err(JobError::TooLittle);
+        }
+        let mut token = [0u8; 8];
+        rustix::rand::getrandom(&mut token, rustix::rand::GetRandomFlags::empty()).map_err(|_| JobError::NoRandomness)?;
+        let limits = Limits { local_pages: local_bytes / 4096, far_pages: far_bytes / 4096 };
+        let job = Arc::new(Job::new(u64::from_ne_bytes(token), uid, limits));
+        let mut jobs = self.lock_jobs();
+        if jobs.len() >= MAX_JOBS {
+            return Err(JobError::TooMany);
+        }
+        jobs.insert(job.token, Arc::clone(&job));
+        Ok(job)
+    }
+
+    /// The launcher is gone. Its programs are ended with it if it did not finish; those that outlive an orderly
+    /// end keep their memory, and the job lasts as long as the last of them.
+    pub fn end_job(&self, job: &Arc<Job>, kill: bool) {
+        loop {
+            let spaces = job.spaces();
+            if spaces.is_empty() {
+                break;
+            }
+            for pid in spaces.iter().filter_map(|handle| handle.pid()).filter(|_| kill) {
+                crate::sys::process::kill(pid);
+            }
+            std::thread::sleep(LAST_PROCESS_POLL);
+        }
+        self.lock_jobs().remove(&job.token);
+    }
+
+    /// All jobs.
+    #[must_use]
+    pub fn jobs(&self) -> Vec<Arc<Job>> {
+        self.lock_jobs().values().cloned().collect()
+    }
+
+    /// An address space of this pid in a job: what it was before it replaced its program.
+    pub fn close_previous(&self, job: &Job, pid: i32) {
+        for handle in job.spaces().into_iter().filter(|handle| handle.pid() == Some(pid)) {
+            handle.ask(Request::Close);
+        }
+    }
+
+    /// Slots run low: the control plane is to ask for another extent.
+    pub fn wanted_far_memory(&self, far: &FarMemory) {
+        if far.is_low() && !self.far_wanted.swap(true, Ordering::AcqRel) {
+            self.far_signal.1.notify_one();
+        }
+    }
+
+    /// Waits until far memory is wanted, at most `timeout`. Returns whether it is.
+    #[must_use]
+    pub fn wait_for_want(&self, timeout: Duration) -> bool {
+        let guard = self.far_signal.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted = || self.far_wanted.load(Ordering::Acquire);
+        let _ = self.far_signal.1.wait_timeout_while(guard, timeout, |()| !wanted());
+        self.far_wanted.swap(false, Ordering::AcqRel)
+    }
+
+    fn forked(&self) -> MutexGuard<'_, Vec<(u64, Arc<SpaceHandle>)>> {
+        self.forked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_jobs(&self) -> MutexGuard<'_, HashMap<u64, Arc<Job>>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
