@@ -1,6 +1,7 @@
 //! Peers that do not behave: garbage, silence, strangers, floods, death in the middle.
 
-#![allow(missing_docs)]
+// Helpers outside of #[test] functions may panic here as well.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
 mod common;
 
@@ -188,7 +189,8 @@ fn welcome() -> Vec<u8> {
 
 #[test]
 fn an_impostor_gets_no_further_than_its_hello() {
-    let cases: [(Vec<u8>, fn(&ConnectError) -> bool); 4] = [
+    type Expected = fn(&ConnectError) -> bool;
+    let cases: [(Vec<u8>, Expected); 4] = [
         (b"HTTP/1.1 400 Bad Request\r\n\r\n{}{}".to_vec(), |error| matches!(error, ConnectError::Wire(_))),
         (b"short".to_vec(), |error| matches!(error, ConnectError::Deadline | ConnectError::HungUp)),
         (ServerHello::OtherVersion(99).encode().to_vec(), |error| error.to_string().contains("version 99")),
@@ -205,7 +207,8 @@ fn an_impostor_gets_no_further_than_its_hello() {
 #[test]
 fn broken_answers_complete_everything_once() {
     let done = |id, len| Response { id, status: Status::Done, len }.encode().to_vec();
-    let cases: Vec<(&str, Box<dyn FnOnce(Request) -> Vec<u8> + Send>, WorkError)> = vec![
+    type Answer = Box<dyn FnOnce(Request) -> Vec<u8> + Send>;
+    let cases: Vec<(&str, Answer, WorkError)> = vec![
         ("silence", Box::new(|_| Vec::new()), WorkError::Disconnected),
         ("half a header", Box::new(move |r| done(r.id, 4096)[..9].to_vec()), WorkError::Disconnected),
         (
