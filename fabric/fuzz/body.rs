@@ -4,7 +4,8 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use farpage_fabric::access::{AccessTable, Gate};
+use farpage_fabric::access::AccessTable;
+use farpage_fabric::gate::Gate;
 use farpage_fabric::memory::MemoryOptions;
 use farpage_fabric::tcp::session::{MAX_OUTPUT, Session};
 use farpage_fabric::wire::{ClientHello, Request, Response, ServerHello};

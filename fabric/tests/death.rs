@@ -1,6 +1,7 @@
 //! Processes that are killed in the middle: requesters and responders.
 
-#![allow(missing_docs)]
+// Helpers outside of #[test] functions may panic here as well.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
 mod common;
 
@@ -79,7 +80,11 @@ fn a_requester_that_is_killed_inside_an_extent_does_not_keep_it() {
             let (child, _) = spawn(&address(&node).to_string());
             std::thread::sleep(Duration::from_millis(5 + round));
             kill(child);
-            node.access.revoke(0).unwrap();
+            // The responder learns of the death from the socket; on a busy machine that may take a while.
+            let end = deadline();
+            while let Err(error) = node.access.revoke(0) {
+                assert!(std::time::Instant::now() < end, "{error}");
+            }
             node.pool.zero(0, MAX_TRANSFER as usize).unwrap();
         }
     }

@@ -1,6 +1,7 @@
 //! The codec and the responder's session: round trips, garbage, and the fuzz corpus on stable.
 
-#![allow(missing_docs)]
+// Helpers outside of #[test] functions may panic here as well.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
 #[path = "../fuzz/body.rs"]
 #[allow(unreachable_pub)]
