@@ -47,15 +47,8 @@ fn ended<E: Error>(result: Result<(), E>) -> ExitCode {
     }
 }
 
-/// Writes an error and its causes on one line. A closed standard error is no reason to fail differently.
+/// Writes an error, whose message names its cause, on one line. A closed standard error is no reason to fail
+/// differently.
 fn complain(error: &dyn Error) {
-    let mut line = format!("farpage: {error}");
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        line.push_str(": ");
-        line.push_str(&inner.to_string());
-        cause = inner.source();
-    }
-    line.push('\n');
-    let _ = std::io::stderr().write_all(line.as_bytes());
+    let _ = std::io::stderr().write_all(format!("farpage: {error}\n").as_bytes());
 }
