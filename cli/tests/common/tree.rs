@@ -14,7 +14,7 @@ use super::sys;
 const INTERVAL: Duration = Duration::from_millis(3);
 
 /// How much longer to wait than a look takes. Looking holds the program's memory map, and must not be what slows it.
-const REST_PER_LOOK: u32 = 4;
+const REST_PER_LOOK: u32 = 2;
 
 /// The name of the process that farpage adds to each program process and that shares its memory.
 const HELPER: &str = "farpage-helper";
