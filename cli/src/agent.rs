@@ -19,6 +19,11 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
 
 /// STUB: the pager of `farpage-agent` goes here. It writes `run::helper::READY` when it serves.
 fn serve(args: &AgentArgs) -> Result<(), AgentError> {
-    let AgentArgs { coordinator: _, socket: _, group: _, lifeline: _ } = args;
+    let AgentArgs {
+        coordinator: _,
+        socket: _,
+        group: _,
+        lifeline: _,
+    } = args;
     Err(AgentError::NotWired)
 }

@@ -10,7 +10,12 @@ use crate::size::Size;
 
 /// Runs programs with part of their memory on other machines.
 #[derive(Debug, Parser)]
-#[command(name = "farpage", version, arg_required_else_help = true, disable_help_subcommand = true)]
+#[command(
+    name = "farpage",
+    version,
+    arg_required_else_help = true,
+    disable_help_subcommand = true
+)]
 #[command(after_help = "Example:\n  farpage run --local 64M -- sort big.txt")]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -142,7 +147,10 @@ pub(crate) struct Label {
 
 fn parse_label(text: &str) -> Result<Label, String> {
     match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok(Label { key: key.to_owned(), value: value.to_owned() }),
+        Some((key, value)) if !key.is_empty() => Ok(Label {
+            key: key.to_owned(),
+            value: value.to_owned(),
+        }),
         _ => Err("a label is KEY=VALUE, such as rack=r1".to_owned()),
     }
 }
@@ -172,10 +180,13 @@ pub(crate) enum StateStore {
 fn parse_state(text: &str) -> Result<StateStore, String> {
     match text.split_once(':') {
         Some(("file", path)) if !path.is_empty() => Ok(StateStore::File(path.into())),
-        Some(("etcd", urls)) if urls.split(',').all(|url| !url.is_empty()) => {
-            Ok(StateStore::Etcd(urls.split(',').map(str::to_owned).collect()))
-        }
-        _ => Err("state is file:PATH, such as file:/var/lib/farpage/state.redb, or etcd:URL,...".to_owned()),
+        Some(("etcd", urls)) if urls.split(',').all(|url| !url.is_empty()) => Ok(StateStore::Etcd(
+            urls.split(',').map(str::to_owned).collect(),
+        )),
+        _ => Err(
+            "state is file:PATH, such as file:/var/lib/farpage/state.redb, or etcd:URL,..."
+                .to_owned(),
+        ),
     }
 }
 
@@ -218,7 +229,9 @@ pub(crate) struct DoctorArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  farpage bench --list\n  farpage bench fault --json fault.json")]
+#[command(
+    after_help = "Examples:\n  farpage bench --list\n  farpage bench fault --json fault.json"
+)]
 pub(crate) struct BenchArgs {
     /// Which benchmark
     #[arg(value_name = "NAME", required_unless_present = "list")]
@@ -253,31 +266,53 @@ mod tests {
     fn definition_is_sound_and_every_help_has_an_example() {
         let cli = Cli::command();
         cli.clone().debug_assert();
-        for command in cli.get_subcommands().filter(|command| !command.is_hide_set()) {
+        for command in cli
+            .get_subcommands()
+            .filter(|command| !command.is_hide_set())
+        {
             let help = command.clone().render_long_help().to_string();
-            assert!(help.contains("Example"), "{} has no example", command.get_name());
+            assert!(
+                help.contains("Example"),
+                "{} has no example",
+                command.get_name()
+            );
         }
     }
 
     #[test]
     fn the_program_keeps_its_own_flags() {
-        let cli =
-            Cli::try_parse_from(["farpage", "run", "--local", "64M", "--", "sort", "--local", "-S", "1M"]);
-        let Ok(Cli { command: Command::Run(run) }) = cli else { panic!("{cli:?}") };
+        let cli = Cli::try_parse_from([
+            "farpage", "run", "--local", "64M", "--", "sort", "--local", "-S", "1M",
+        ]);
+        let Ok(Cli {
+            command: Command::Run(run),
+        }) = cli
+        else {
+            panic!("{cli:?}")
+        };
         assert_eq!(run.program, ["sort", "--local", "-S", "1M"]);
         assert_eq!(run.local.map(Size::bytes), Some(64 << 20));
     }
 
     #[test]
     fn labels_and_stores() {
-        assert!(parse_label("rack=r1").is_ok() && parse_label("=x").is_err() && parse_label("x").is_err());
-        assert_eq!(parse_state("file:/a:b"), Ok(StateStore::File("/a:b".into())));
+        assert!(
+            parse_label("rack=r1").is_ok()
+                && parse_label("=x").is_err()
+                && parse_label("x").is_err()
+        );
+        assert_eq!(
+            parse_state("file:/a:b"),
+            Ok(StateStore::File("/a:b".into()))
+        );
         assert_eq!(
             parse_state("etcd:http://a,http://b"),
             Ok(StateStore::Etcd(vec!["http://a".into(), "http://b".into()]))
         );
         assert!(
-            parse_state("etcd:").is_err() && parse_state("redis:x").is_err() && parse_state("file:").is_err()
+            parse_state("etcd:").is_err()
+                && parse_state("redis:x").is_err()
+                && parse_state("file:").is_err()
         );
     }
 }

@@ -16,6 +16,10 @@ pub(crate) fn command(args: &FarMemoryArgs) -> Result<(), FarMemoryError> {
 
 /// STUB: the embedded mode of `farpage-server` goes here. It writes `run::helper::READY` when it serves.
 fn serve(args: &FarMemoryArgs) -> Result<(), FarMemoryError> {
-    let FarMemoryArgs { socket: _, capacity: _, lifeline: _ } = args;
+    let FarMemoryArgs {
+        socket: _,
+        capacity: _,
+        lifeline: _,
+    } = args;
     Err(FarMemoryError::NotWired)
 }

@@ -24,16 +24,35 @@ pub(crate) fn command(args: &NodeArgs) -> Result<(), NodeError> {
     let id = match &args.id {
         Some(id) => id.clone(),
         None => {
-            let name = std::fs::read_to_string("/proc/sys/kernel/hostname").map_err(|_| NodeError::NoName)?;
-            Some(name.trim().to_owned()).filter(|name| !name.is_empty()).ok_or(NodeError::NoName)?
+            let name = std::fs::read_to_string("/proc/sys/kernel/hostname")
+                .map_err(|_| NodeError::NoName)?;
+            Some(name.trim().to_owned())
+                .filter(|name| !name.is_empty())
+                .ok_or(NodeError::NoName)?
         }
     };
-    serve(&NodeOptions { args, id, labels: &args.labels })
+    serve(&NodeOptions {
+        args,
+        id,
+        labels: &args.labels,
+    })
 }
 
 /// STUB: the memory node of `farpage-server` goes here.
 fn serve(options: &NodeOptions<'_>) -> Result<(), NodeError> {
-    let NodeArgs { capacity: _, coordinator: _, fabric: _, listen: _, .. } = options.args;
-    let _wanted = (&options.id, options.labels.first().map(|label| (&label.key, &label.value)));
+    let NodeArgs {
+        capacity: _,
+        coordinator: _,
+        fabric: _,
+        listen: _,
+        ..
+    } = options.args;
+    let _wanted = (
+        &options.id,
+        options
+            .labels
+            .first()
+            .map(|label| (&label.key, &label.value)),
+    );
     Err(NodeError::NotWired)
 }

@@ -33,7 +33,9 @@ impl Size {
 /// Why a text is not a size.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum SizeError {
-    #[error("a size is a number with an optional unit K, M, G, T or P (powers of 1024), such as 64M or 1.5G")]
+    #[error(
+        "a size is a number with an optional unit K, M, G, T or P (powers of 1024), such as 64M or 1.5G"
+    )]
     Malformed,
     #[error("{0} has no meaning here; write {1} (powers of 1024)")]
     DecimalUnit(String, &'static str),
@@ -52,11 +54,15 @@ impl FromStr for Size {
 
     fn from_str(text: &str) -> Result<Self, SizeError> {
         let text = text.trim();
-        let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let digits = text
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .unwrap_or(text.len());
         let (number, unit) = text.split_at(digits);
         let shift = unit_shift(unit)?;
         let (whole, fraction) = match number.split_once('.') {
-            Some((whole, fraction)) if !whole.is_empty() && !fraction.is_empty() => (whole, fraction),
+            Some((whole, fraction)) if !whole.is_empty() && !fraction.is_empty() => {
+                (whole, fraction)
+            }
             Some(_) => return Err(SizeError::Malformed),
             None => (number, ""),
         };
@@ -69,8 +75,11 @@ impl FromStr for Size {
         // Only digits are left, so that the one way to fail is being too long for the type.
         let whole: u64 = whole.parse().map_err(|_| SizeError::TooLarge)?;
         let scale = 10_u128.pow(fraction.len() as u32);
-        let fraction: u128 =
-            if fraction.is_empty() { 0 } else { fraction.parse().map_err(|_| SizeError::Malformed)? };
+        let fraction: u128 = if fraction.is_empty() {
+            0
+        } else {
+            fraction.parse().map_err(|_| SizeError::Malformed)?
+        };
         let bytes = (u128::from(whole) << shift) + (fraction << shift) / scale;
         match u64::try_from(bytes) {
             Ok(0) => Err(SizeError::Zero),
@@ -118,7 +127,12 @@ impl fmt::Display for Size {
 
 /// Bytes for reading: one decimal, in the unit that keeps the number short.
 pub(crate) fn readable(bytes: u64) -> String {
-    let units = [(1_u64 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    let units = [
+        (1_u64 << 40, "TiB"),
+        (1 << 30, "GiB"),
+        (1 << 20, "MiB"),
+        (1 << 10, "KiB"),
+    ];
     for (unit, name) in units {
         if bytes >= unit {
             return format!("{:.1} {name}", bytes as f64 / unit as f64);
@@ -148,8 +162,10 @@ mod tests {
 
     #[test]
     fn refused_forms() {
-        for text in ["", "M", "1.5.5G", "-4M", "+4M", "4 M", "1e9", "0x10M", ".5G", "5.G", "4MM", "4iB", "٤M"]
-        {
+        for text in [
+            "", "M", "1.5.5G", "-4M", "+4M", "4 M", "1e9", "0x10M", ".5G", "5.G", "4MM", "4iB",
+            "٤M",
+        ] {
             assert_eq!(parse(text), Err(SizeError::Malformed), "{text}");
         }
         assert_eq!(parse("0"), Err(SizeError::Zero));

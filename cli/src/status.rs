@@ -16,6 +16,9 @@ pub(crate) fn command(args: &StatusArgs) -> Result<(), StatusError> {
 
 /// STUB: the question to the coordinator over `farpage-proto` goes here.
 fn ask(args: &StatusArgs) -> Result<(), StatusError> {
-    let StatusArgs { coordinator: _, json: _ } = args;
+    let StatusArgs {
+        coordinator: _,
+        json: _,
+    } = args;
     Err(StatusError::NotWired)
 }

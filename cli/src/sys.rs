@@ -89,7 +89,8 @@ fn dispose(signal: i32, handler: libc::sighandler_t) {
 
 /// True if the signal was ignored when this process was started, as SIGHUP is under nohup.
 pub(crate) fn ignored_at_start(signal: i32) -> bool {
-    (1..=LAST_SIGNAL).contains(&signal) && IGNORED_AT_START.load(Ordering::Relaxed) & bit(signal) != 0
+    (1..=LAST_SIGNAL).contains(&signal)
+        && IGNORED_AT_START.load(Ordering::Relaxed) & bit(signal) != 0
 }
 
 /// Makes the rest of this process's life a matter of `next_signal`: everything is blocked, here and in later threads.
@@ -112,7 +113,10 @@ pub(crate) struct Received {
 /// Waits for the next signal; with `wait` false, returns at once when none is pending.
 pub(crate) fn next_signal(wait: bool) -> Option<Received> {
     let all = set_of(u64::MAX);
-    let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     loop {
         let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
         // SAFETY: `all` and `now` are initialised; `info` is written by the call or stays all zeros, which is valid.
@@ -179,7 +183,11 @@ pub(crate) fn send(pid: u32, signal: i32) {
 /// Delivers a signal to this process with its default effect, and blocks it again if that lets the process live.
 pub(crate) fn suffer(signal: i32) {
     dispose(signal, libc::SIG_DFL);
-    let one = set_of(if (1..=LAST_SIGNAL).contains(&signal) { bit(signal) } else { 0 });
+    let one = set_of(if (1..=LAST_SIGNAL).contains(&signal) {
+        bit(signal)
+    } else {
+        0
+    });
     // SAFETY: the set is initialised. The signal is raised while blocked and delivered by the unblocking.
     unsafe {
         libc::raise(signal);
@@ -196,7 +204,9 @@ pub(crate) fn forbid_core() {
 
 /// True if this process is in the foreground group of a terminal, so that a shell waits to take the terminal back.
 pub(crate) fn in_terminal_foreground() -> bool {
-    let Ok(terminal) = File::open("/dev/tty") else { return false };
+    let Ok(terminal) = File::open("/dev/tty") else {
+        return false;
+    };
     // SAFETY: tcgetpgrp of an open descriptor and getpgrp only ask.
     unsafe { libc::tcgetpgrp(terminal.as_raw_fd()) == libc::getpgrp() }
 }
@@ -206,7 +216,14 @@ pub(crate) fn inherit_exactly(command: &mut Command) {
     let restore = || {
         let ignored = IGNORED_AT_START.load(Ordering::Relaxed);
         for signal in 1..=LAST_SIGNAL {
-            dispose(signal, if ignored & bit(signal) == 0 { libc::SIG_DFL } else { libc::SIG_IGN });
+            dispose(
+                signal,
+                if ignored & bit(signal) == 0 {
+                    libc::SIG_DFL
+                } else {
+                    libc::SIG_IGN
+                },
+            );
         }
         let closed = CLOSED_AT_START.load(Ordering::Relaxed);
         for fd in (0..3).filter(|fd| closed & 1 << fd != 0) {
@@ -215,7 +232,9 @@ pub(crate) fn inherit_exactly(command: &mut Command) {
         }
         let blocked = set_of(BLOCKED_AT_START.load(Ordering::Relaxed));
         // SAFETY: `blocked` is an initialised set.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const blocked, std::ptr::null_mut()) };
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const blocked, std::ptr::null_mut())
+        };
         Ok(())
     };
     // SAFETY: between fork and exec `restore` reads atomics and calls only async-signal-safe functions.
@@ -230,7 +249,12 @@ pub(crate) fn inherit_nothing_but(command: &mut Command, kept: OwnedFd) {
         unsafe {
             libc::setsid();
             // Everything closes at exec. On a kernel without this call what std opened does so anyway.
-            libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
+            libc::syscall(
+                libc::SYS_close_range,
+                3_u32,
+                u32::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            );
             if libc::fcntl(fd, libc::F_SETFD, 0) == -1 {
                 return Err(io::Error::last_os_error());
             }
@@ -265,9 +289,18 @@ pub(crate) fn may_execute(path: &Path) -> io::Result<()> {
 
 /// True if the file carries capabilities, which it would gain at exec.
 pub(crate) fn has_file_capabilities(path: &Path) -> bool {
-    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else { return false };
+    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else {
+        return false;
+    };
     // SAFETY: both names are C strings; a size of zero asks for the length and writes nothing.
-    unsafe { libc::getxattr(path.as_ptr(), c"security.capability".as_ptr(), std::ptr::null_mut(), 0) > 0 }
+    unsafe {
+        libc::getxattr(
+            path.as_ptr(),
+            c"security.capability".as_ptr(),
+            std::ptr::null_mut(),
+            0,
+        ) > 0
+    }
 }
 
 /// The effective user of this process.

@@ -1,5 +1,10 @@
 //! Unmodified programs at a half and a quarter of their peak memory: the same output, within the limit, nothing left.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout
+)]
 
 mod common;
 
@@ -33,8 +38,18 @@ fn compare(
     }
     let native = run_native(program, folder, NATIVE_DEADLINE);
     let peak = native.seen.peak_bytes;
-    println!("{name}: native {:?}, peak {} MiB, {:?}", native.elapsed, peak >> 20, native.seen);
-    assert!(native.status.success(), "{name} natively: {}: {}", native.status, native.errors);
+    println!(
+        "{name}: native {:?}, peak {} MiB, {:?}",
+        native.elapsed,
+        peak >> 20,
+        native.seen
+    );
+    assert!(
+        native.status.success(),
+        "{name} natively: {}: {}",
+        native.status,
+        native.errors
+    );
     assert!(
         peak_mib.contains(&(peak >> 20)),
         "{name}: {} MiB is not the size meant: {peak_mib:?}",
@@ -52,14 +67,37 @@ fn compare(
             far.seen.peak_bytes >> 20,
             far.seen
         );
-        assert_eq!(far.status.code(), native.status.code(), "{name} at 1/{part}: {}", far.errors);
-        assert_eq!(far.output, native.output, "{name} at 1/{part} printed something else");
+        assert_eq!(
+            far.status.code(),
+            native.status.code(),
+            "{name} at 1/{part}: {}",
+            far.errors
+        );
+        assert_eq!(
+            far.output, native.output,
+            "{name} at 1/{part} printed something else"
+        );
         let allowed = limit + SLACK_BYTES.max(limit / 20);
-        assert!(far.seen.peak_bytes <= allowed, "{name} at 1/{part}: {:?} above {allowed}", far.seen);
-        let summary = far.summary.unwrap_or_else(|| panic!("{name} at 1/{part}: no summary: {}", far.errors));
-        assert_eq!(summary["far_slots_in_use_at_exit"], 0, "{name} at 1/{part}: {summary}");
-        assert_eq!(summary["processes_unmanaged"], 0, "{name} at 1/{part}: {summary}");
-        assert!(summary["pages_evicted"].as_u64() > Some(0), "{name} at 1/{part} went nowhere: {summary}");
+        assert!(
+            far.seen.peak_bytes <= allowed,
+            "{name} at 1/{part}: {:?} above {allowed}",
+            far.seen
+        );
+        let summary = far
+            .summary
+            .unwrap_or_else(|| panic!("{name} at 1/{part}: no summary: {}", far.errors));
+        assert_eq!(
+            summary["far_slots_in_use_at_exit"], 0,
+            "{name} at 1/{part}: {summary}"
+        );
+        assert_eq!(
+            summary["processes_unmanaged"], 0,
+            "{name} at 1/{part}: {summary}"
+        );
+        assert!(
+            summary["pages_evicted"].as_u64() > Some(0),
+            "{name} at 1/{part} went nowhere: {summary}"
+        );
     }
     Some(native)
 }
@@ -69,7 +107,9 @@ fn write_lines(path: &Path, lines: u64) {
     let mut text = String::new();
     let mut key = 0x9e37_79b9_7f4a_7c15_u64;
     for line in 0..lines {
-        key = key.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        key = key
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         write!(text, "{key:016x}").unwrap();
         for word in 0..60 {
             // Half of it repeats in every line, for the compressors to find something.
@@ -84,7 +124,13 @@ fn write_lines(path: &Path, lines: u64) {
 fn sort() {
     let folder = tempfile::tempdir().unwrap();
     write_lines(&folder.path().join("lines"), 250_000);
-    compare("sort", "sort", &["sort", "--parallel=1", "-S", "1G", "lines"], folder.path(), 200..300);
+    compare(
+        "sort",
+        "sort",
+        &["sort", "--parallel=1", "-S", "1G", "lines"],
+        folder.path(),
+        200..300,
+    );
 }
 
 #[test]
@@ -105,7 +151,13 @@ for turn in range(2):
         digest.update(text.encode())
 print(len(numbers), len(words), digest.hexdigest())
 ";
-    compare("python", "python3", &["/usr/bin/python3", "-I", "-c", script], folder.path(), 150..350);
+    compare(
+        "python",
+        "python3",
+        &["/usr/bin/python3", "-I", "-c", script],
+        folder.path(),
+        150..350,
+    );
 }
 
 #[test]
@@ -144,22 +196,26 @@ fn compressor(name: &str, script: &str, peak_mib: std::ops::Range<u64>) {
 
 #[test]
 fn zstd() {
-    let script = "zstd -q -T2 -12 --long=27 -c lines > packed; zstd -q -d --long=27 -c packed; rm packed";
+    let script =
+        "zstd -q -T2 -12 --long=27 -c lines > packed; zstd -q -d --long=27 -c packed; rm packed";
     compressor("zstd", script, 150..450);
 }
 
 #[test]
 fn xz() {
     let packing = "xz -T2 --lzma2=preset=0,dict=16MiB,nice=64 -c lines > packed";
-    compressor("xz", &format!("{packing}; xz -T2 -d -c packed; rm packed"), 150..450);
+    compressor(
+        "xz",
+        &format!("{packing}; xz -T2 -d -c packed; rm packed"),
+        150..450,
+    );
 }
 
 #[test]
 fn stress_ng() {
     let folder = tempfile::tempdir().unwrap();
     // It checks itself: a wrong bit is a failure. Its sweeps touch every page again and again, the worst case.
-    let program =
-        "stress-ng -q --vm 2 --vm-bytes 240M --vm-keep --vm-method incdec --verify --vm-ops 1000 --seed 1";
+    let program = "stress-ng -q --vm 2 --vm-bytes 240M --vm-keep --vm-method incdec --verify --vm-ops 1000 --seed 1";
     let program: Vec<&str> = program.split(' ').collect();
     compare("stress_ng", "stress-ng", &program, folder.path(), 150..300);
 }
@@ -167,8 +223,9 @@ fn stress_ng() {
 #[test]
 fn gcc() {
     let folder = tempfile::tempdir().unwrap();
-    let mut source =
-        String::from("struct entry { const char *name; int a, b; double d; struct { short x, y; } p; };\n");
+    let mut source = String::from(
+        "struct entry { const char *name; int a, b; double d; struct { short x, y; } p; };\n",
+    );
     source.push_str("const struct entry table[] = {\n");
     for i in 0..260_000 {
         let (b, x, y) = (i * 7 % 1000 + i % 9 * 3, i % 100, i % 77);
@@ -177,5 +234,11 @@ fn gcc() {
     source.push_str("};\n");
     fs::write(folder.path().join("table.c"), source).unwrap();
     let script = "gcc -O1 -c table.c -o table.o && cat table.o && rm table.o";
-    compare("gcc", "gcc", &["sh", "-ec", script], folder.path(), 250..450);
+    compare(
+        "gcc",
+        "gcc",
+        &["sh", "-ec", script],
+        folder.path(),
+        250..450,
+    );
 }

@@ -1,5 +1,10 @@
 //! `farpage run` shows nothing of itself: exit status, environment, descriptors, and what it refuses.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout
+)]
 
 mod common;
 
@@ -12,11 +17,20 @@ use std::process::{Command, Output, Stdio};
 use common::{farpage, farpage_run, skip, sys};
 
 fn farpage_with(flags: &[&str]) -> Output {
-    Command::new(farpage()).args(flags).env_remove("FARPAGE_AGENT").stdin(Stdio::null()).output().unwrap()
+    Command::new(farpage())
+        .args(flags)
+        .env_remove("FARPAGE_AGENT")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
 }
 
 fn run(program: &[&str]) -> Output {
-    farpage_run().args(program).stdin(Stdio::null()).output().unwrap()
+    farpage_run()
+        .args(program)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -39,7 +53,10 @@ fn exit_statuses_are_the_programs() {
     for status in [0, 1, 2, 42, 126, 127, 255] {
         let out = run(&["sh", "-c", &format!("exit {status}")]);
         assert_eq!(out.status.code(), Some(status));
-        assert_eq!((text(&out.stdout), text(&out.stderr)), (String::new(), String::new()));
+        assert_eq!(
+            (text(&out.stdout), text(&out.stderr)),
+            (String::new(), String::new())
+        );
     }
 }
 
@@ -48,10 +65,20 @@ fn death_by_signal_is_the_programs() {
     if without_privilege("death_by_signal_is_the_programs") {
         return;
     }
-    for signal in
-        [libc::SIGTERM, libc::SIGKILL, libc::SIGSEGV, libc::SIGABRT, libc::SIGPIPE, libc::SIGHUP, 40]
-    {
-        let out = run(&["/bin/bash", "-c", &format!("ulimit -c 0; kill -{signal} $$; sleep 5")]);
+    for signal in [
+        libc::SIGTERM,
+        libc::SIGKILL,
+        libc::SIGSEGV,
+        libc::SIGABRT,
+        libc::SIGPIPE,
+        libc::SIGHUP,
+        40,
+    ] {
+        let out = run(&[
+            "/bin/bash",
+            "-c",
+            &format!("ulimit -c 0; kill -{signal} $$; sleep 5"),
+        ]);
         assert_eq!(out.status.signal(), Some(signal), "{}", out.status);
         let json = Command::new(farpage())
             .args([
@@ -82,7 +109,10 @@ fn standard_streams_pass_through() {
         .args(["sh", "-c", "read x; echo out $x; echo err $x >&2"])
         .stdin(File::open(input.path()).unwrap());
     let out = command.output().unwrap();
-    assert_eq!((text(&out.stdout), text(&out.stderr)), ("out over\n".into(), "err over\n".into()));
+    assert_eq!(
+        (text(&out.stdout), text(&out.stderr)),
+        ("out over\n".into(), "err over\n".into())
+    );
 }
 
 #[test]
@@ -95,7 +125,10 @@ fn signals_are_inherited_as_they_were() {
             prepare();
             Ok(())
         });
-        let out = command.args(["grep", "-E", "Sig(Ign|Blk|Cgt|Pnd)", "/proc/self/status"]).output().unwrap();
+        let out = command
+            .args(["grep", "-E", "Sig(Ign|Blk|Cgt|Pnd)", "/proc/self/status"])
+            .output()
+            .unwrap();
         assert!(out.status.success(), "{}", text(&out.stderr));
         text(&out.stdout)
     };
@@ -104,7 +137,13 @@ fn signals_are_inherited_as_they_were() {
         || sys::default(libc::SIGPIPE),
         || sys::ignore(libc::SIGPIPE),
         || {
-            for signal in [libc::SIGINT, libc::SIGHUP, libc::SIGCHLD, libc::SIGTSTP, libc::SIGTERM] {
+            for signal in [
+                libc::SIGINT,
+                libc::SIGHUP,
+                libc::SIGCHLD,
+                libc::SIGTSTP,
+                libc::SIGTERM,
+            ] {
                 sys::ignore(signal);
             }
             sys::block(libc::SIGUSR1);
@@ -112,7 +151,10 @@ fn signals_are_inherited_as_they_were() {
         },
     ];
     for prepare in cases {
-        assert_eq!(masks(farpage_run(), prepare), masks(Command::new("env"), prepare));
+        assert_eq!(
+            masks(farpage_run(), prepare),
+            masks(Command::new("env"), prepare)
+        );
     }
 }
 
@@ -121,14 +163,19 @@ fn a_closed_pipe_ends_the_program_as_without_us() {
     if without_privilege("a_closed_pipe_ends_the_program_as_without_us") {
         return;
     }
-    let script =
-        format!("{} run --summary none -- yes | head -1; echo ${{PIPESTATUS[0]}}", farpage().display());
+    let script = format!(
+        "{} run --summary none -- yes | head -1; echo ${{PIPESTATUS[0]}}",
+        farpage().display()
+    );
     let mut shell = Command::new("/bin/bash");
     sys::before_exec(&mut shell, || {
         sys::default(libc::SIGPIPE);
         Ok(())
     });
-    assert_eq!(text(&shell.args(["-c", &script]).output().unwrap().stdout), "y\n141\n");
+    assert_eq!(
+        text(&shell.args(["-c", &script]).output().unwrap().stdout),
+        "y\n141\n"
+    );
 }
 
 #[test]
@@ -172,7 +219,10 @@ fn environment_and_first_argument() {
         .output()
         .unwrap();
     let environment = text(&out.stdout);
-    assert!(environment.lines().any(|line| line == "MARK=a=b c"), "{environment}");
+    assert!(
+        environment.lines().any(|line| line == "MARK=a=b c"),
+        "{environment}"
+    );
     assert!(
         environment
             .lines()
@@ -180,7 +230,11 @@ fn environment_and_first_argument() {
         "{environment}"
     );
     let out = run(&["bash", "-c", "echo $0; tr '\\0' ' ' < /proc/$$/cmdline"]);
-    assert!(text(&out.stdout).starts_with("bash\nbash -c"), "{}", text(&out.stdout));
+    assert!(
+        text(&out.stdout).starts_with("bash\nbash -c"),
+        "{}",
+        text(&out.stdout)
+    );
 }
 
 #[test]
@@ -199,8 +253,17 @@ fn not_found_is_127_and_not_executable_126() {
     ];
     for (program, status, message) in cases {
         let out = run(&[program]);
-        assert_eq!(out.status.code(), Some(status), "{program}: {}", text(&out.stderr));
-        assert!(text(&out.stderr).contains(message), "{program}: {}", text(&out.stderr));
+        assert_eq!(
+            out.status.code(),
+            Some(status),
+            "{program}: {}",
+            text(&out.stderr)
+        );
+        assert!(
+            text(&out.stderr).contains(message),
+            "{program}: {}",
+            text(&out.stderr)
+        );
     }
 }
 
@@ -217,48 +280,133 @@ fn bad_arguments_are_2() {
         (&["run", "--local", "64MB", "--", "true"], "powers of 1024"),
         (&["run", "--local", "4K", "--", "true"], "too small"),
         (&["run", "--local", "999999P", "--", "true"], "128T"),
-        (&["run", "--local", "99999999999999999999999", "--", "true"], "128T"),
+        (
+            &["run", "--local", "99999999999999999999999", "--", "true"],
+            "128T",
+        ),
         (&["run", "--far", "100T", "--", "true"], "this machine"),
-        (&["run", "--local", "2G", "--far", "1G", "--", "true"], "more than --far"),
+        (
+            &["run", "--local", "2G", "--far", "1G", "--", "true"],
+            "more than --far",
+        ),
         (&["run", "--fabric", "pigeon", "--", "true"], "pigeon"),
         (&["run", "--replicas", "0", "--", "true"], "0"),
         (&["run", "--replicas", "2", "--", "true"], "--agent"),
         (&["run", "--summary", "xml", "--", "true"], "xml"),
-        (&["run", "--summary", "none", "--summary-file", "x", "--", "true"], "--summary-file"),
-        (&["node", "--capacity", "1G", "--fabric", "tcp"], "--coordinator"),
-        (&["node", "--capacity", "0", "--fabric", "tcp", "--coordinator", "http://x"], "zero"),
-        (&["coordinator", "--listen", "nowhere", "--state", "file:/x"], "--listen"),
-        (&["coordinator", "--listen", "127.0.0.1:0", "--state", "redis:x"], "file:PATH"),
+        (
+            &[
+                "run",
+                "--summary",
+                "none",
+                "--summary-file",
+                "x",
+                "--",
+                "true",
+            ],
+            "--summary-file",
+        ),
+        (
+            &["node", "--capacity", "1G", "--fabric", "tcp"],
+            "--coordinator",
+        ),
+        (
+            &[
+                "node",
+                "--capacity",
+                "0",
+                "--fabric",
+                "tcp",
+                "--coordinator",
+                "http://x",
+            ],
+            "zero",
+        ),
+        (
+            &["coordinator", "--listen", "nowhere", "--state", "file:/x"],
+            "--listen",
+        ),
+        (
+            &[
+                "coordinator",
+                "--listen",
+                "127.0.0.1:0",
+                "--state",
+                "redis:x",
+            ],
+            "file:PATH",
+        ),
         (&["bench"], "NAME"),
     ];
     for (flags, message) in cases {
         let out = farpage_with(flags);
-        assert_eq!(out.status.code(), Some(2), "{flags:?}: {}", text(&out.stderr));
-        assert!(text(&out.stderr).contains(message), "{flags:?}: {}", text(&out.stderr));
+        assert_eq!(
+            out.status.code(),
+            Some(2),
+            "{flags:?}: {}",
+            text(&out.stderr)
+        );
+        assert!(
+            text(&out.stderr).contains(message),
+            "{flags:?}: {}",
+            text(&out.stderr)
+        );
         assert_eq!(text(&out.stdout), "", "{flags:?}");
     }
 }
 
 #[test]
 fn failures_are_1_and_say_what_to_do() {
-    let out = farpage_with(&["run", "--summary-file", "/nonexistent/summary", "--", "true"]);
+    let out = farpage_with(&[
+        "run",
+        "--summary-file",
+        "/nonexistent/summary",
+        "--",
+        "true",
+    ]);
     assert_eq!(out.status.code(), Some(1));
-    assert!(text(&out.stderr).contains("can be written"), "{}", text(&out.stderr));
-    let out =
-        farpage_with(&["run", "--agent", "/nonexistent/agent.sock", "--", "touch", "/nonexistent/started"]);
+    assert!(
+        text(&out.stderr).contains("can be written"),
+        "{}",
+        text(&out.stderr)
+    );
+    let out = farpage_with(&[
+        "run",
+        "--agent",
+        "/nonexistent/agent.sock",
+        "--",
+        "touch",
+        "/nonexistent/started",
+    ]);
     assert_eq!(out.status.code(), Some(1));
-    assert!(text(&out.stderr).contains("farpage agent --socket"), "{}", text(&out.stderr));
+    assert!(
+        text(&out.stderr).contains("farpage agent --socket"),
+        "{}",
+        text(&out.stderr)
+    );
     let out = farpage_with(&["bench", "nonesuch"]);
     assert_eq!(out.status.code(), Some(1));
-    assert!(text(&out.stderr).contains("--list"), "{}", text(&out.stderr));
+    assert!(
+        text(&out.stderr).contains("--list"),
+        "{}",
+        text(&out.stderr)
+    );
 }
 
 /// Compiles a program from nothing but a `main`.
 fn compile(folder: &Path, flags: &[&str]) -> Option<String> {
     let (source, program) = (folder.join("main.c"), folder.join("main"));
     fs::write(&source, "int main(void) { return 0; }\n").unwrap();
-    let built = Command::new("gcc").args(flags).arg(&source).arg("-o").arg(&program).output().ok()?;
-    built.status.success().then(|| program.to_str().unwrap().to_owned())
+    let built = Command::new("gcc")
+        .args(flags)
+        .arg(&source)
+        .arg("-o")
+        .arg(&program)
+        .output()
+        .ok()?;
+    built
+        .status
+        .success()
+        .then(|| program.to_str().unwrap().to_owned())
 }
 
 #[test]
@@ -274,13 +422,21 @@ fn static_programs_are_refused() {
         };
         let out = run(&[&program]);
         assert_eq!(out.status.code(), Some(1));
-        assert!(text(&out.stderr).contains("statically linked"), "{}", text(&out.stderr));
+        assert!(
+            text(&out.stderr).contains("statically linked"),
+            "{}",
+            text(&out.stderr)
+        );
         // Through a script as well.
         let script = folder.path().join("script");
         fs::write(&script, format!("#!{program}\n")).unwrap();
         fs::set_permissions(&script, Permissions::from_mode(0o755)).unwrap();
         let out = run(&[script.to_str().unwrap()]);
-        assert!(text(&out.stderr).contains("statically linked"), "{}", text(&out.stderr));
+        assert!(
+            text(&out.stderr).contains("statically linked"),
+            "{}",
+            text(&out.stderr)
+        );
     }
 }
 
@@ -294,7 +450,11 @@ fn setuid_programs_are_refused() {
         let out = run(&[program.to_str().unwrap()]);
         assert_eq!(out.status.code(), Some(1));
         assert!(text(&out.stderr).contains("set"), "{}", text(&out.stderr));
-        assert!(text(&out.stderr).contains("without farpage"), "{}", text(&out.stderr));
+        assert!(
+            text(&out.stderr).contains("without farpage"),
+            "{}",
+            text(&out.stderr)
+        );
     }
 }
 
@@ -311,15 +471,23 @@ fn an_account_without_privilege_is_told_the_remedy() {
     fs::copy(farpage(), &copy).unwrap();
     let as_nobody = |flags: &[&str]| {
         let mut command = Command::new("setpriv");
-        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]).arg(&copy).args(flags);
+        command
+            .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])
+            .arg(&copy)
+            .args(flags);
         command.current_dir("/").output().unwrap()
     };
     let doctor = as_nobody(&["doctor", "--json"]);
     assert_eq!(doctor.status.code(), Some(0), "{}", text(&doctor.stderr));
     let report: serde_json::Value = serde_json::from_slice(&doctor.stdout).unwrap();
     assert_eq!(report["ready"], false);
-    if fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").is_ok_and(|value| value.trim() == "1") {
-        return skip(test, "vm.unprivileged_userfaultfd is 1: every account has the privilege");
+    if fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd")
+        .is_ok_and(|value| value.trim() == "1")
+    {
+        return skip(
+            test,
+            "vm.unprivileged_userfaultfd is 1: every account has the privilege",
+        );
     }
     let out = as_nobody(&["run", "--", "true"]);
     assert_eq!(out.status.code(), Some(1));
@@ -335,14 +503,30 @@ fn the_summary_goes_where_it_is_told_to() {
     }
     let file = tempfile::NamedTempFile::new().unwrap();
     let path = file.path().to_str().unwrap();
-    let out =
-        farpage_with(&["run", "--local", "64M", "--summary", "json", "--summary-file", path, "--", "true"]);
-    assert_eq!((out.status.code(), text(&out.stderr)), (Some(0), String::new()));
+    let out = farpage_with(&[
+        "run",
+        "--local",
+        "64M",
+        "--summary",
+        "json",
+        "--summary-file",
+        path,
+        "--",
+        "true",
+    ]);
+    assert_eq!(
+        (out.status.code(), text(&out.stderr)),
+        (Some(0), String::new())
+    );
     let summary: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
     assert_eq!(summary["local_limit_bytes"], 64 << 20);
     assert_eq!(summary["fabric"], "shm");
     let out = farpage_with(&["run", "--local", "64M", "--", "true"]);
-    assert!(text(&out.stderr).contains("local memory"), "{}", text(&out.stderr));
+    assert!(
+        text(&out.stderr).contains("local memory"),
+        "{}",
+        text(&out.stderr)
+    );
     let out = farpage_with(&["run", "--summary", "none", "--", "true"]);
     assert_eq!(text(&out.stderr), "");
 }

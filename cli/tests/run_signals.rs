@@ -1,5 +1,10 @@
 //! Signals, job control and sudden death: as without farpage, and nothing is left behind.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout
+)]
 
 mod common;
 
@@ -9,7 +14,8 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 
 use common::pty::Shell;
 use common::{
-    eventually, far_memory_is_a_stub, farpage, farpage_run, is_over, listing, marked, skip, state, sys,
+    eventually, far_memory_is_a_stub, farpage, farpage_run, is_over, listing, marked, skip, state,
+    sys,
 };
 
 /// Says so and returns true if this account cannot bring far memory up.
@@ -36,13 +42,23 @@ impl Running {
 
     fn start_marked(script: &str, mark: &str) -> Self {
         let mut command = farpage_run();
-        command.args(["/bin/bash", "-c", &format!("echo $$; {script}")]).env("FARPAGE_TEST_MARK", mark);
+        command
+            .args(["/bin/bash", "-c", &format!("echo $$; {script}")])
+            .env("FARPAGE_TEST_MARK", mark);
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
-        let mut launcher = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut launcher = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
         let mut output = BufReader::new(launcher.stdout.take().unwrap());
         let mut line = String::new();
         output.read_line(&mut line).unwrap();
-        Self { launcher, output, program: line.trim().parse().unwrap() }
+        Self {
+            launcher,
+            output,
+            program: line.trim().parse().unwrap(),
+        }
     }
 
     fn pid(&self) -> u32 {
@@ -68,16 +84,24 @@ fn signals_sent_to_run_reach_the_program_once() {
     if without_privilege("signals_sent_to_run_reach_the_program_once") {
         return;
     }
-    for name in ["INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "ALRM", "WINCH", "CONT", "RTMIN+5"] {
+    for name in [
+        "INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "ALRM", "WINCH", "CONT", "RTMIN+5",
+    ] {
         let mut running = Running::start(&format!(
             "n=0; trap 'n=$((n+1)); echo got $n' {name}; echo set; for i in $(seq 400); do sleep 0.01; done; exit 7"
         ));
         assert_eq!(running.line(), "set");
-        Command::new("kill").args(["-s", name, &running.pid().to_string()]).status().unwrap();
+        Command::new("kill")
+            .args(["-s", name, &running.pid().to_string()])
+            .status()
+            .unwrap();
         assert_eq!(running.line(), "got 1", "{name}");
         // A second copy would be printed before the next signal's.
         std::thread::sleep(std::time::Duration::from_millis(30));
-        Command::new("kill").args(["-s", name, &running.pid().to_string()]).status().unwrap();
+        Command::new("kill")
+            .args(["-s", name, &running.pid().to_string()])
+            .status()
+            .unwrap();
         assert_eq!(running.line(), "got 2", "{name}");
     }
 }
@@ -116,7 +140,11 @@ fn ignored_signals_stay_ignored_as_under_nohup() {
         "trap '' HUP; exec {} run --summary none -- bash -c 'echo $$; sleep 0.3; echo lived'",
         farpage().display()
     );
-    let mut child = command.args(["-c", &script]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = command
+        .args(["-c", &script])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut output = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     output.read_line(&mut line).unwrap();
@@ -134,15 +162,22 @@ fn stops_and_continues_with_the_program() {
     }
     let mut running = Running::start("for i in $(seq 1000); do sleep 0.01; done");
     sys::kill(running.pid() as i32, libc::SIGTSTP);
-    eventually("both stop", || state(running.program) == Some('T') && state(running.pid()) == Some('T'));
+    eventually("both stop", || {
+        state(running.program) == Some('T') && state(running.pid()) == Some('T')
+    });
     sys::kill(running.pid() as i32, libc::SIGCONT);
-    eventually("both go on", || state(running.program) != Some('T') && state(running.pid()) != Some('T'));
+    eventually("both go on", || {
+        state(running.program) != Some('T') && state(running.pid()) != Some('T')
+    });
     // Stopped and continued behind our back, it must not leave us stopped for ever.
     sys::kill(running.program as i32, libc::SIGSTOP);
     eventually("it stops", || state(running.program) == Some('T'));
     sys::kill(running.program as i32, libc::SIGCONT);
     sys::kill(running.program as i32, libc::SIGKILL);
-    assert_eq!(running.launcher.wait().unwrap().signal(), Some(libc::SIGKILL));
+    assert_eq!(
+        running.launcher.wait().unwrap().signal(),
+        Some(libc::SIGKILL)
+    );
 }
 
 #[test]
@@ -161,7 +196,9 @@ fn terminal_interrupt_reaches_the_program_once() {
     shell.keys("\x03");
     shell.expect("end 1");
     shell.expect("status=0.");
-    shell.keys(&format!("{run} bash -c 'echo rea\"\"dy; exec sleep 30'; echo status=$?.\n"));
+    shell.keys(&format!(
+        "{run} bash -c 'echo rea\"\"dy; exec sleep 30'; echo status=$?.\n"
+    ));
     shell.expect("ready");
     std::thread::sleep(std::time::Duration::from_millis(100));
     shell.keys("\x03");
@@ -178,7 +215,9 @@ fn terminal_stop_and_foreground() {
     let mut shell = Shell::start();
     shell.expect("PROMPT> ");
     let run = format!("{} run --summary none --", farpage().display());
-    shell.keys(&format!("{run} bash -c 'echo rea\"\"dy; read x; echo read $x; exit 5'\n"));
+    shell.keys(&format!(
+        "{run} bash -c 'echo rea\"\"dy; read x; echo read $x; exit 5'\n"
+    ));
     shell.expect("ready");
     std::thread::sleep(std::time::Duration::from_millis(100));
     shell.keys("\x1a");
@@ -210,12 +249,20 @@ fn no_process_and_no_file_is_left_behind() {
     let before = shared();
     for (round, victim) in ["nobody", "program", "launcher"].into_iter().enumerate() {
         if victim == "launcher" && far_memory_is_a_stub() {
-            skip(test, "the agent, which ends the program when run is killed, is not there yet");
+            skip(
+                test,
+                "the agent, which ends the program when run is killed, is not there yet",
+            );
             continue;
         }
         let mark = format!("farpage-mark-{}-{round}", std::process::id());
-        let script = if victim == "nobody" { "sleep 0.1" } else { "sleep 100 & sleep 200" };
-        let mut running = Running::start_marked(&format!("cd {}; {script}", folder.path().display()), &mark);
+        let script = if victim == "nobody" {
+            "sleep 0.1"
+        } else {
+            "sleep 100 & sleep 200"
+        };
+        let mut running =
+            Running::start_marked(&format!("cd {}; {script}", folder.path().display()), &mark);
         match victim {
             "program" => sys::kill(running.program as i32, libc::SIGKILL),
             "launcher" => sys::kill(running.pid() as i32, libc::SIGKILL),
@@ -226,9 +273,10 @@ fn no_process_and_no_file_is_left_behind() {
             // The descendants of a killed program live on natively too; with an agent they are managed and end.
             sys::kill(-(running.pid() as i32), libc::SIGKILL);
         }
-        eventually(&format!("{victim}: all processes end, left: {:?}", marked(&mark)), || {
-            marked(&mark).is_empty()
-        });
+        eventually(
+            &format!("{victim}: all processes end, left: {:?}", marked(&mark)),
+            || marked(&mark).is_empty(),
+        );
         assert_eq!(listing(folder.path()), Vec::<std::path::PathBuf>::new());
         eventually("shared memory is gone", || shared() == before);
     }

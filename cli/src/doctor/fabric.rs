@@ -12,14 +12,26 @@ pub(crate) fn has_rdma_device() -> bool {
 
 /// The devices, each with the state of its first port.
 fn devices() -> Vec<String> {
-    let Ok(entries) = std::fs::read_dir(DEVICES) else { return Vec::new() };
+    let Ok(entries) = std::fs::read_dir(DEVICES) else {
+        return Vec::new();
+    };
     let mut devices: Vec<String> = entries
         .flatten()
         .map(|entry| {
-            let state = std::fs::read_to_string(entry.path().join("ports/1/state")).unwrap_or_default();
-            let state = state.split(':').next_back().unwrap_or_default().trim().to_ascii_lowercase();
+            let state =
+                std::fs::read_to_string(entry.path().join("ports/1/state")).unwrap_or_default();
+            let state = state
+                .split(':')
+                .next_back()
+                .unwrap_or_default()
+                .trim()
+                .to_ascii_lowercase();
             let name = entry.file_name().to_string_lossy().into_owned();
-            if state.is_empty() { name } else { format!("{name} ({state})") }
+            if state.is_empty() {
+                name
+            } else {
+                format!("{name} ({state})")
+            }
         })
         .collect();
     devices.sort_unstable();

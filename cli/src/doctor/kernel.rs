@@ -8,8 +8,7 @@ const OLDEST: (u32, u32) = (6, 1);
 
 pub(crate) fn check(report: &mut Report) {
     version(report);
-    let scan =
-        "finding pages written since the last look in one call; with WP_ASYNC, without a message per page";
+    let scan = "finding pages written since the last look in one call; with WP_ASYNC, without a message per page";
     match sys::pagemap_scan() {
         Ok(()) => report.ok("pagemap_scan", "answers", scan),
         Err(error) => {
@@ -21,7 +20,8 @@ pub(crate) fn check(report: &mut Report) {
     match sys::pidfd() {
         Ok(()) => report.ok("pidfd", "answers", pidfd),
         Err(error) => {
-            let remedy = "Linux 5.3 or newer; in a container, a seccomp profile that allows pidfd_open";
+            let remedy =
+                "Linux 5.3 or newer; in a container, a seccomp profile that allows pidfd_open";
             report.missing("pidfd", format!("fails: {error}"), pidfd, remedy);
         }
     }
@@ -42,7 +42,12 @@ fn version(report: &mut Report) {
                 report.ok("kernel", found, purpose);
             }
         }
-        Err(error) => report.optional("kernel", format!("unknown: {error}"), purpose, "mount /proc"),
+        Err(error) => report.optional(
+            "kernel",
+            format!("unknown: {error}"),
+            purpose,
+            "mount /proc",
+        ),
     }
 }
 

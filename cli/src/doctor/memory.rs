@@ -22,15 +22,21 @@ fn memlock(report: &mut Report) {
                   /etc/security/limits.d";
     match sys::memlock_limit() {
         Ok(None) => report.ok("memlock", "no limit", purpose),
-        Ok(Some(bytes)) if bytes >= ENOUGH_MEMLOCK_BYTES => report.ok("memlock", readable(bytes), purpose),
-        Ok(Some(bytes)) => report.optional("memlock", format!("only {}", readable(bytes)), purpose, remedy),
+        Ok(Some(bytes)) if bytes >= ENOUGH_MEMLOCK_BYTES => {
+            report.ok("memlock", readable(bytes), purpose)
+        }
+        Ok(Some(bytes)) => report.optional(
+            "memlock",
+            format!("only {}", readable(bytes)),
+            purpose,
+            remedy,
+        ),
         Err(error) => report.optional("memlock", format!("unknown: {error}"), purpose, remedy),
     }
 }
 
 fn transparent_huge_pages(report: &mut Report) {
-    let purpose =
-        "fast growth of programs below their limit; a huge page is split when a part of it is taken out";
+    let purpose = "fast growth of programs below their limit; a huge page is split when a part of it is taken out";
     let path = "/sys/kernel/mm/transparent_hugepage/enabled";
     match std::fs::read_to_string(path) {
         Ok(text) => {
@@ -47,9 +53,13 @@ fn transparent_huge_pages(report: &mut Report) {
 }
 
 fn huge_pages(report: &mut Report) {
-    let purpose = "a memory node's pool with fewer address translations; programs' own huge pages stay local";
+    let purpose =
+        "a memory node's pool with fewer address translations; programs' own huge pages stay local";
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let total = text.lines().find_map(|line| line.strip_prefix("HugePages_Total:")).map_or("0", str::trim);
+    let total = text
+        .lines()
+        .find_map(|line| line.strip_prefix("HugePages_Total:"))
+        .map_or("0", str::trim);
     if total == "0" {
         let remedy = "on a memory node, if wanted: sysctl vm.nr_hugepages=N (2 MiB each)";
         report.optional("huge_pages", "none reserved", purpose, remedy);
@@ -59,19 +69,35 @@ fn huge_pages(report: &mut Report) {
 }
 
 fn cgroup(report: &mut Report) {
-    let purpose = "a second brake (memory.high) on programs that allocate faster than pages can be taken out";
+    let purpose =
+        "a second brake (memory.high) on programs that allocate faster than pages can be taken out";
     let remedy = "cgroup v2 with the memory controller delegated: systemd-run --user --scope -p Delegate=yes ..., or \
                   Delegate=yes in the agent's unit";
     match own_cgroup() {
         Some(folder)
-            if folder.join("memory.high").exists() && sys::may_write(&folder.join("cgroup.procs")) =>
+            if folder.join("memory.high").exists()
+                && sys::may_write(&folder.join("cgroup.procs")) =>
         {
-            report.ok("cgroup_v2", format!("may be used: {}", folder.display()), purpose);
+            report.ok(
+                "cgroup_v2",
+                format!("may be used: {}", folder.display()),
+                purpose,
+            );
         }
         Some(folder) if folder.join("memory.high").exists() => {
-            report.optional("cgroup_v2", format!("not delegated: {}", folder.display()), purpose, remedy);
+            report.optional(
+                "cgroup_v2",
+                format!("not delegated: {}", folder.display()),
+                purpose,
+                remedy,
+            );
         }
-        Some(_) => report.optional("cgroup_v2", "without the memory controller", purpose, remedy),
+        Some(_) => report.optional(
+            "cgroup_v2",
+            "without the memory controller",
+            purpose,
+            remedy,
+        ),
         None => report.optional("cgroup_v2", "not mounted", purpose, remedy),
     }
 }

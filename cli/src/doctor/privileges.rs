@@ -11,10 +11,22 @@ const CAP_SYS_PTRACE: u32 = 19;
 
 pub(crate) fn check(report: &mut Report) {
     device(report);
-    let sysctl = "userfaultfd for every account, by the system call; the device is the narrower way";
-    match std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").as_deref().map(str::trim) {
-        Ok("0") => report.ok("unprivileged_userfaultfd", "0: only privileged accounts", sysctl),
-        Ok(value) => report.ok("unprivileged_userfaultfd", format!("{value}: every account"), sysctl),
+    let sysctl =
+        "userfaultfd for every account, by the system call; the device is the narrower way";
+    match std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd")
+        .as_deref()
+        .map(str::trim)
+    {
+        Ok("0") => report.ok(
+            "unprivileged_userfaultfd",
+            "0: only privileged accounts",
+            sysctl,
+        ),
+        Ok(value) => report.ok(
+            "unprivileged_userfaultfd",
+            format!("{value}: every account"),
+            sysctl,
+        ),
         Err(error) => report.optional(
             "unprivileged_userfaultfd",
             format!("unknown: {error}"),
@@ -41,7 +53,10 @@ pub(crate) fn check(report: &mut Report) {
 }
 
 fn device(report: &mut Report) {
-    let (id, purpose) = ("dev_userfaultfd", "userfaultfd for the accounts that may open this file");
+    let (id, purpose) = (
+        "dev_userfaultfd",
+        "userfaultfd for the accounts that may open this file",
+    );
     let path = "/dev/userfaultfd";
     let rule = "as root: groupadd -f farpage; echo 'KERNEL==\"userfaultfd\", GROUP=\"farpage\", MODE=\"0660\"' > \
                 /etc/udev/rules.d/70-farpage.rules; udevadm trigger /dev/userfaultfd (or, without udev, chgrp and \
@@ -50,7 +65,11 @@ fn device(report: &mut Report) {
     match std::fs::metadata(path) {
         Ok(metadata) => {
             let mode = metadata.permissions().mode() & 0o777;
-            let found = format!("mode {mode:o}, owner {}, group {}", metadata.uid(), metadata.gid());
+            let found = format!(
+                "mode {mode:o}, owner {}, group {}",
+                metadata.uid(),
+                metadata.gid()
+            );
             match File::options().read(true).write(true).open(path) {
                 Ok(_) => report.ok(id, format!("may be opened ({found})"), purpose),
                 Err(error) => report.optional(id, format!("{error} ({found})"), purpose, rule),

@@ -48,7 +48,13 @@ pub(crate) struct JsonReport<'a> {
 impl Report {
     /// Adds something that is there.
     pub(crate) fn ok(&mut self, id: &'static str, found: impl Into<String>, purpose: &'static str) {
-        self.checks.push(Check { id, level: Level::Ok, found: found.into(), purpose, remedy: None });
+        self.checks.push(Check {
+            id,
+            level: Level::Ok,
+            found: found.into(),
+            purpose,
+            remedy: None,
+        });
     }
 
     /// Adds something that farpage does without.
@@ -60,7 +66,13 @@ impl Report {
         remedy: impl Into<String>,
     ) {
         let (found, remedy) = (found.into(), Some(remedy.into()));
-        self.checks.push(Check { id, level: Level::Optional, found, purpose, remedy });
+        self.checks.push(Check {
+            id,
+            level: Level::Optional,
+            found,
+            purpose,
+            remedy,
+        });
     }
 
     /// Adds something that farpage needs and that is not there.
@@ -72,16 +84,27 @@ impl Report {
         remedy: impl Into<String>,
     ) {
         let (found, remedy) = (found.into(), Some(remedy.into()));
-        self.checks.push(Check { id, level: Level::Missing, found, purpose, remedy });
+        self.checks.push(Check {
+            id,
+            level: Level::Missing,
+            found,
+            purpose,
+            remedy,
+        });
     }
 
     fn ready(&self) -> bool {
-        self.checks.iter().all(|check| check.level != Level::Missing)
+        self.checks
+            .iter()
+            .all(|check| check.level != Level::Missing)
     }
 
     /// The report as scripts see it.
     pub(crate) fn to_json(&self) -> JsonReport<'_> {
-        JsonReport { ready: self.ready(), checks: &self.checks }
+        JsonReport {
+            ready: self.ready(),
+            checks: &self.checks,
+        }
     }
 }
 

@@ -41,7 +41,11 @@ pub(crate) fn userfaultfd(full: bool) -> io::Result<OwnedFd> {
 
 /// Asks a fresh userfaultfd for `features` and returns all that the kernel has.
 pub(crate) fn userfaultfd_api(fd: &OwnedFd, features: u64) -> io::Result<u64> {
-    let mut api = uffdio_api { api: UFFD_API, features, ioctls: 0 };
+    let mut api = uffdio_api {
+        api: UFFD_API,
+        features,
+        ioctls: 0,
+    };
     // SAFETY: the kernel reads and writes exactly this struct, which outlives the call.
     match unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API.into(), &raw mut api) } {
         0 => Ok(api.features),
@@ -108,7 +112,11 @@ pub(crate) fn kernel() -> io::Result<(String, String)> {
         return Err(io::Error::last_os_error());
     }
     let text = |field: &[libc::c_char]| {
-        field.iter().take_while(|c| **c != 0).map(|c| char::from(*c as u8)).collect::<String>()
+        field
+            .iter()
+            .take_while(|c| **c != 0)
+            .map(|c| char::from(*c as u8))
+            .collect::<String>()
     };
     Ok((text(&name.release), text(&name.machine)))
 }
@@ -116,7 +124,9 @@ pub(crate) fn kernel() -> io::Result<(String, String)> {
 /// True if this process may write to the path, without trying.
 pub(crate) fn may_write(path: &std::path::Path) -> bool {
     use std::os::unix::ffi::OsStrExt;
-    let Ok(path) = std::ffi::CString::new(path.as_os_str().as_bytes()) else { return false };
+    let Ok(path) = std::ffi::CString::new(path.as_os_str().as_bytes()) else {
+        return false;
+    };
     // SAFETY: `path` is a C string that outlives the call.
     unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::W_OK, libc::AT_EACCESS) == 0 }
 }

@@ -39,7 +39,9 @@ pub(crate) enum UserfaultfdError {
          /run/farpage/agent.sock"
     )]
     NoForkEvents,
-    #[error("this kernel's userfaultfd lacks a feature that farpage needs ({0}); use Linux 6.1 or newer")]
+    #[error(
+        "this kernel's userfaultfd lacks a feature that farpage needs ({0}); use Linux 6.1 or newer"
+    )]
     TooOld(io::Error),
 }
 
@@ -48,7 +50,9 @@ pub(crate) fn usable() -> Result<(), UserfaultfdError> {
     let fd = full()?;
     match sys::userfaultfd_api(&fd, NEEDED) {
         Ok(_) => Ok(()),
-        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Err(UserfaultfdError::NoForkEvents),
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+            Err(UserfaultfdError::NoForkEvents)
+        }
         Err(error) => Err(UserfaultfdError::TooOld(error)),
     }
 }
@@ -101,7 +105,13 @@ const FEATURES: [Feature; 10] = [
         "5.7, built with CONFIG_HAVE_ARCH_USERFAULTFD_WP",
         false,
     ),
-    (uapi::UFFD_FEATURE_EVENT_FORK, "uffd_event_fork", "following a program's children", "4.11", true),
+    (
+        uapi::UFFD_FEATURE_EVENT_FORK,
+        "uffd_event_fork",
+        "following a program's children",
+        "4.11",
+        true,
+    ),
     (
         uapi::UFFD_FEATURE_EVENT_REMAP,
         "uffd_event_remap",
@@ -116,7 +126,13 @@ const FEATURES: [Feature; 10] = [
         "4.11",
         true,
     ),
-    (uapi::UFFD_FEATURE_EVENT_UNMAP, "uffd_event_unmap", "freeing far pages that are unmapped", "4.11", true),
+    (
+        uapi::UFFD_FEATURE_EVENT_UNMAP,
+        "uffd_event_unmap",
+        "freeing far pages that are unmapped",
+        "4.11",
+        true,
+    ),
     (
         uapi::UFFD_FEATURE_THREAD_ID,
         "uffd_thread_id",
@@ -141,11 +157,12 @@ pub(crate) fn check(report: &mut Report) {
     for (bit, id, purpose, since, needed) in FEATURES {
         match &features {
             Ok(features) if features & u64::from(bit) != 0 => report.ok(id, "there", purpose),
-            Ok(_) if needed => report.missing(id, "not in this kernel", purpose, format!("Linux {since}")),
+            Ok(_) if needed => {
+                report.missing(id, "not in this kernel", purpose, format!("Linux {since}"))
+            }
             Ok(_) => report.optional(id, "not in this kernel", purpose, format!("Linux {since}")),
             Err(error) => {
-                let remedy =
-                    "in a container, a seccomp profile that allows userfaultfd; else run doctor as root";
+                let remedy = "in a container, a seccomp profile that allows userfaultfd; else run doctor as root";
                 report.optional(id, format!("cannot be asked: {error}"), purpose, remedy);
             }
         }
@@ -153,9 +170,9 @@ pub(crate) fn check(report: &mut Report) {
 }
 
 fn access(report: &mut Report) {
-    let purpose =
-        "managing memory: a descriptor that answers every fault, also those the kernel takes in read(2)";
-    let forks = "following a program's children; only who asks for it needs this, and that is the agent";
+    let purpose = "managing memory: a descriptor that answers every fault, also those the kernel takes in read(2)";
+    let forks =
+        "following a program's children; only who asks for it needs this, and that is the agent";
     match usable() {
         Ok(()) => {
             report.ok("userfaultfd", "this account may use it", purpose);
@@ -163,10 +180,19 @@ fn access(report: &mut Report) {
         }
         Err(error @ UserfaultfdError::NoForkEvents) => {
             report.ok("userfaultfd", "this account may use it", purpose);
-            report.missing("fork_events", "needs CAP_SYS_PTRACE", forks, error.to_string());
+            report.missing(
+                "fork_events",
+                "needs CAP_SYS_PTRACE",
+                forks,
+                error.to_string(),
+            );
         }
         Err(error) => {
-            let found = if matches!(error, UserfaultfdError::Denied { .. }) { "denied" } else { "unusable" };
+            let found = if matches!(error, UserfaultfdError::Denied { .. }) {
+                "denied"
+            } else {
+                "unusable"
+            };
             report.missing("userfaultfd", found, purpose, error.to_string());
         }
     }

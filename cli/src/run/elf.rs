@@ -53,11 +53,16 @@ impl Elf {
             return Err(ElfError::Damaged);
         }
         if order == 2 {
-            return Err(ElfError::Foreign("a big-endian program of another machine".to_owned()));
+            return Err(ElfError::Foreign(
+                "a big-endian program of another machine".to_owned(),
+            ));
         }
         let machine = u16_at(&head, 18)?;
         if machine != MACHINE {
-            return Err(ElfError::Foreign(format!("a program for {}", machine_name(machine))));
+            return Err(ElfError::Foreign(format!(
+                "a program for {}",
+                machine_name(machine)
+            )));
         }
         if length < head.len() {
             return Err(ElfError::Damaged);
@@ -69,13 +74,17 @@ impl Elf {
         }
         for index in 0..u64::from(entries) {
             let mut entry = [0; 56];
-            let at =
-                index.checked_mul(56).and_then(|skip| table.checked_add(skip)).ok_or(ElfError::Damaged)?;
+            let at = index
+                .checked_mul(56)
+                .and_then(|skip| table.checked_add(skip))
+                .ok_or(ElfError::Damaged)?;
             if read_at(file, &mut entry, at)? < entry.len() {
                 return Err(ElfError::Damaged);
             }
             if u32_at(&entry, 0)? == PT_INTERP {
-                return Ok(Self { loader: Some(loader(file, u64_at(&entry, 8)?, u64_at(&entry, 32)?)?) });
+                return Ok(Self {
+                    loader: Some(loader(file, u64_at(&entry, 8)?, u64_at(&entry, 32)?)?),
+                });
             }
         }
         Ok(Self { loader: None })
@@ -83,7 +92,11 @@ impl Elf {
 }
 
 const fn concat_arch() -> &'static str {
-    if cfg!(target_arch = "x86_64") { "64-bit x86-64" } else { "64-bit ARM" }
+    if cfg!(target_arch = "x86_64") {
+        "64-bit x86-64"
+    } else {
+        "64-bit ARM"
+    }
 }
 
 fn loader(file: &File, offset: u64, length: u64) -> Result<String, ElfError> {
@@ -92,7 +105,12 @@ fn loader(file: &File, offset: u64, length: u64) -> Result<String, ElfError> {
     }
     let mut path = vec![0; length as usize];
     let read = read_at(file, &mut path, offset)?;
-    let path = path.get(..read).unwrap_or_default().split(|byte| *byte == 0).next().unwrap_or_default();
+    let path = path
+        .get(..read)
+        .unwrap_or_default()
+        .split(|byte| *byte == 0)
+        .next()
+        .unwrap_or_default();
     Ok(String::from_utf8_lossy(path).into_owned())
 }
 
@@ -127,7 +145,10 @@ fn read_at(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
 }
 
 fn bytes_at<const N: usize>(buffer: &[u8], at: usize) -> Result<[u8; N], ElfError> {
-    buffer.get(at..at + N).and_then(|bytes| bytes.try_into().ok()).ok_or(ElfError::Damaged)
+    buffer
+        .get(at..at + N)
+        .and_then(|bytes| bytes.try_into().ok())
+        .ok_or(ElfError::Damaged)
 }
 
 fn u16_at(buffer: &[u8], at: usize) -> Result<u16, ElfError> {

@@ -26,9 +26,15 @@ const COMPLAINT_BYTES: u64 = 4096;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HelperError {
     #[error("cannot start {name}: {source}")]
-    Start { name: &'static str, source: io::Error },
+    Start {
+        name: &'static str,
+        source: io::Error,
+    },
     #[error("{name} gave up: {complaint}")]
-    GaveUp { name: &'static str, complaint: String },
+    GaveUp {
+        name: &'static str,
+        complaint: String,
+    },
 }
 
 /// A helper that runs. Dropping it ends and reaps it.
@@ -46,23 +52,40 @@ pub(crate) struct Helper {
 impl Helper {
     /// Starts this executable with the arguments and `--lifeline FD`.
     pub(crate) fn start(name: &'static str, arguments: &[OsString]) -> Result<Self, HelperError> {
-        let program = std::env::current_exe().map_err(|source| HelperError::Start { name, source })?;
+        let program =
+            std::env::current_exe().map_err(|source| HelperError::Start { name, source })?;
         Self::start_program(name, program.into(), arguments)
             .map_err(|source| HelperError::Start { name, source })
     }
 
-    fn start_program(name: &'static str, program: OsString, arguments: &[OsString]) -> io::Result<Self> {
+    fn start_program(
+        name: &'static str,
+        program: OsString,
+        arguments: &[OsString],
+    ) -> io::Result<Self> {
         let (far_end, lifeline) = io::pipe()?;
         let (ready, ready_end) = io::pipe()?;
         let log = sys::memory_file("farpage-log")?;
         let far_end = OwnedFd::from(far_end);
         let mut command = Command::new(program);
-        command.args(arguments).arg("--lifeline").arg(far_end.as_raw_fd().to_string());
-        command.stdin(Stdio::null()).stdout(ready_end).stderr(log.try_clone()?);
+        command
+            .args(arguments)
+            .arg("--lifeline")
+            .arg(far_end.as_raw_fd().to_string());
+        command
+            .stdin(Stdio::null())
+            .stdout(ready_end)
+            .stderr(log.try_clone()?);
         sys::inherit_nothing_but(&mut command, far_end);
         // `command` still holds the helper's ends; they close with it at the end of this function.
         let child = command.spawn()?;
-        Ok(Self { name, child, lifeline: Some(lifeline), ready, log })
+        Ok(Self {
+            name,
+            child,
+            lifeline: Some(lifeline),
+            ready,
+            log,
+        })
     }
 
     /// The helper's pid.
@@ -75,17 +98,24 @@ impl Helper {
         let mut answer = [0; READY.len()];
         match self.ready.read_exact(&mut answer) {
             Ok(()) if answer == *READY.as_bytes() => Ok(()),
-            _ => Err(HelperError::GaveUp { name: self.name, complaint: self.complaint() }),
+            _ => Err(HelperError::GaveUp {
+                name: self.name,
+                complaint: self.complaint(),
+            }),
         }
     }
 
     /// What the helper said on standard error.
     fn complaint(&mut self) -> String {
         let mut text = String::new();
-        let read =
-            self.log.rewind().and_then(|()| (&self.log).take(COMPLAINT_BYTES).read_to_string(&mut text));
+        let read = self
+            .log
+            .rewind()
+            .and_then(|()| (&self.log).take(COMPLAINT_BYTES).read_to_string(&mut text));
         match read {
-            Ok(_) if !text.trim().is_empty() => text.trim().trim_start_matches("farpage: ").to_owned(),
+            Ok(_) if !text.trim().is_empty() => {
+                text.trim().trim_start_matches("farpage: ").to_owned()
+            }
             _ => "it ended without saying why".to_owned(),
         }
     }
@@ -112,7 +142,12 @@ mod tests {
 
     fn shell(script: &str) -> Helper {
         // `$1` is the lifeline's number, behind the word `--lifeline` as `$0`.
-        Helper::start_program("a helper", "/bin/bash".into(), &["-c".into(), script.into()]).unwrap()
+        Helper::start_program(
+            "a helper",
+            "/bin/bash".into(),
+            &["-c".into(), script.into()],
+        )
+        .unwrap()
     }
 
     #[test]
@@ -128,7 +163,9 @@ mod tests {
 
     #[test]
     fn its_complaint_is_repeated() {
-        let error = shell("echo farpage: no memory >&2; exit 1").wait_ready().unwrap_err();
+        let error = shell("echo farpage: no memory >&2; exit 1")
+            .wait_ready()
+            .unwrap_err();
         assert_eq!(error.to_string(), "a helper gave up: no memory");
     }
 
@@ -140,7 +177,9 @@ mod tests {
         let descriptors = lines.iter().filter(|line| line.contains("->")).count();
         // Three standard ones, the lifeline, and the folder that `ls` itself reads.
         assert_eq!(descriptors, 5, "{complaint}");
-        let [.., session, pid] = lines[..] else { panic!("{complaint}") };
+        let [.., session, pid] = lines[..] else {
+            panic!("{complaint}")
+        };
         assert_eq!(session.trim(), pid.trim());
     }
 }

@@ -20,7 +20,11 @@ pub(crate) struct LaunchError {
 impl LaunchError {
     /// The status that a shell gives: 127 if something was not there, else 126.
     pub(crate) fn exit_status(&self) -> u8 {
-        if self.source.kind() == io::ErrorKind::NotFound { 127 } else { 126 }
+        if self.source.kind() == io::ErrorKind::NotFound {
+            127
+        } else {
+            126
+        }
     }
 }
 
@@ -34,11 +38,17 @@ pub(crate) fn launch(
     environment: Vec<(OsString, OsString)>,
 ) -> Result<u32, LaunchError> {
     let mut command = Command::new(exact(path));
-    command.arg0(&options.program).args(&options.arguments).envs(environment);
+    command
+        .arg0(&options.program)
+        .args(&options.arguments)
+        .envs(environment);
     sys::inherit_exactly(&mut command);
     match command.spawn() {
         Ok(child) => Ok(child.id()),
-        Err(source) => Err(LaunchError { path: path.to_owned(), source }),
+        Err(source) => Err(LaunchError {
+            path: path.to_owned(),
+            source,
+        }),
     }
 }
 

@@ -35,7 +35,10 @@ pub(crate) fn command(args: &RunArgs) -> ExitCode {
     let options = match RunOptions::new(args) {
         Ok(options) => options,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "error: {error}\n\nFor more information, try '--help'.");
+            let _ = writeln!(
+                std::io::stderr(),
+                "error: {error}\n\nFor more information, try '--help'."
+            );
             return ExitCode::from(BAD_ARGUMENTS);
         }
     };

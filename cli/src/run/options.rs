@@ -58,7 +58,9 @@ impl RunOptions {
 
     fn judge(args: &RunArgs, machine: &MachineMemory) -> Result<Self, OptionsError> {
         let (program, arguments) = args.program.split_first().ok_or(OptionsError::NoProgram)?;
-        let local = args.local.unwrap_or_else(|| Size::clamped((machine.available / 2).max(MIN_LOCAL_BYTES)));
+        let local = args
+            .local
+            .unwrap_or_else(|| Size::clamped((machine.available / 2).max(MIN_LOCAL_BYTES)));
         if local.bytes() < MIN_LOCAL_BYTES {
             return Err(OptionsError::LocalTooSmall(local));
         }
@@ -105,11 +107,23 @@ impl MachineMemory {
     fn read() -> Self {
         let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let field = |name: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            let kib = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim_end().parse::<u64>().ok());
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            let kib = line.and_then(|rest| {
+                rest.trim()
+                    .trim_end_matches("kB")
+                    .trim_end()
+                    .parse::<u64>()
+                    .ok()
+            });
             kib.unwrap_or(0).saturating_mul(1024)
         };
-        Self { total: field("MemTotal"), available: field("MemAvailable"), swap: field("SwapTotal") }
+        Self {
+            total: field("MemTotal"),
+            available: field("MemAvailable"),
+            swap: field("SwapTotal"),
+        }
     }
 }
 
@@ -121,31 +135,58 @@ mod tests {
 
     fn judge(flags: &str) -> Result<RunOptions, OptionsError> {
         let words = format!("farpage run {flags} -- true");
-        let Command::Run(args) = Cli::parse_from(words.split_whitespace()).command else { panic!() };
-        RunOptions::judge(&args, &MachineMemory { total: 8 << 30, available: 4 << 30, swap: 0 })
+        let Command::Run(args) = Cli::parse_from(words.split_whitespace()).command else {
+            panic!()
+        };
+        RunOptions::judge(
+            &args,
+            &MachineMemory {
+                total: 8 << 30,
+                available: 4 << 30,
+                swap: 0,
+            },
+        )
     }
 
     #[test]
     fn defaults() {
         let options = judge("").unwrap();
-        assert_eq!((options.local.bytes(), options.far.bytes()), (2 << 30, 8 << 30));
+        assert_eq!(
+            (options.local.bytes(), options.far.bytes()),
+            (2 << 30, 8 << 30)
+        );
         assert_eq!(judge("--local 4G").unwrap().far.bytes(), 16 << 30);
     }
 
     #[test]
     fn refusals() {
         let size = |text: &str| text.parse::<Size>().unwrap();
-        assert_eq!(judge("--local 8K").unwrap_err(), OptionsError::LocalTooSmall(size("8K")));
+        assert_eq!(
+            judge("--local 8K").unwrap_err(),
+            OptionsError::LocalTooSmall(size("8K"))
+        );
         assert_eq!(
             judge("--local 2G --far 1G").unwrap_err(),
-            OptionsError::LocalAboveFar { local: size("2G"), far: size("1G") }
+            OptionsError::LocalAboveFar {
+                local: size("2G"),
+                far: size("1G")
+            }
         );
         assert_eq!(
             judge("--far 9G").unwrap_err(),
-            OptionsError::FarAboveMachine { far: size("9G"), here: size("8G") }
+            OptionsError::FarAboveMachine {
+                far: size("9G"),
+                here: size("8G")
+            }
         );
         assert!(judge("--far 9G --agent /run/a").is_ok());
-        assert_eq!(judge("--replicas 2").unwrap_err(), OptionsError::TooManyReplicas(2));
-        assert_eq!(judge("--summary none --summary-file x").unwrap_err(), OptionsError::FileForNothing);
+        assert_eq!(
+            judge("--replicas 2").unwrap_err(),
+            OptionsError::TooManyReplicas(2)
+        );
+        assert_eq!(
+            judge("--summary none --summary-file x").unwrap_err(),
+            OptionsError::FileForNothing
+        );
     }
 }

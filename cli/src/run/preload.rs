@@ -29,7 +29,11 @@ pub(crate) fn find() -> Result<PathBuf, PreloadError> {
     let shim = match std::env::var_os("FARPAGE_PRELOAD").filter(|value| !value.is_empty()) {
         Some(named) => {
             let named = PathBuf::from(named);
-            named.canonicalize().ok().filter(|path| path.is_file()).ok_or(PreloadError::Misnamed(named))?
+            named
+                .canonicalize()
+                .ok()
+                .filter(|path| path.is_file())
+                .ok_or(PreloadError::Misnamed(named))?
         }
         None => {
             let executable = std::env::current_exe().map_err(|_| PreloadError::Missing)?;
@@ -40,7 +44,12 @@ pub(crate) fn find() -> Result<PathBuf, PreloadError> {
                 .ok_or(PreloadError::Missing)?
         }
     };
-    if shim.as_os_str().as_bytes().iter().any(|byte| matches!(byte, b' ' | b':')) {
+    if shim
+        .as_os_str()
+        .as_bytes()
+        .iter()
+        .any(|byte| matches!(byte, b' ' | b':'))
+    {
         return Err(PreloadError::Unnameable(shim));
     }
     Ok(shim)
@@ -62,7 +71,8 @@ mod tests {
 
     #[test]
     fn the_shim_comes_first() {
-        let with = |existing: Option<&str>| prepended(OsStr::new("/s.so"), existing.map(OsStr::new));
+        let with =
+            |existing: Option<&str>| prepended(OsStr::new("/s.so"), existing.map(OsStr::new));
         assert_eq!(with(None), "/s.so");
         assert_eq!(with(Some("")), "/s.so");
         assert_eq!(with(Some("/a.so /b.so")), "/s.so:/a.so /b.so");

@@ -65,7 +65,10 @@ impl ProgramError {
     pub(crate) fn exit_status(&self) -> u8 {
         match self {
             Self::NotInPath(_) | Self::NotFound(_) | Self::NoInterpreter(..) => 127,
-            Self::Directory(_) | Self::NotExecutable(..) | Self::Interpreters(_) | Self::BadElf(..) => 126,
+            Self::Directory(_)
+            | Self::NotExecutable(..)
+            | Self::Interpreters(_)
+            | Self::BadElf(..) => 126,
             Self::Privileged(..) | Self::Static(_) | Self::Foreign(..) | Self::OtherLibc(..) => 1,
         }
     }
@@ -86,7 +89,11 @@ pub(crate) fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Progra
         if name.is_empty() {
             break;
         }
-        let folder = if folder.as_os_str().is_empty() { PathBuf::from(".") } else { folder };
+        let folder = if folder.as_os_str().is_empty() {
+            PathBuf::from(".")
+        } else {
+            folder
+        };
         let file = folder.join(name);
         match executable(&file) {
             Ok(()) => return Ok(file),
@@ -130,12 +137,18 @@ pub(crate) fn check(file: &Path) -> Result<(), ProgramError> {
     let mut current = file.to_owned();
     for _ in 0..MAX_INTERPRETERS {
         // A program that may be executed but not read cannot be looked into; the agent reports it if it is unmanaged.
-        let Ok(opened) = File::open(&current) else { return Ok(()) };
-        let metadata = opened.metadata().map_err(|error| unusable(current.clone(), error))?;
+        let Ok(opened) = File::open(&current) else {
+            return Ok(());
+        };
+        let metadata = opened
+            .metadata()
+            .map_err(|error| unusable(current.clone(), error))?;
         match interpreter(&opened) {
             Some(next) => {
                 executable(&next).map_err(|error| match unusable(next.clone(), error) {
-                    ProgramError::NotFound(_) => ProgramError::NoInterpreter(current.clone(), next.clone()),
+                    ProgramError::NotFound(_) => {
+                        ProgramError::NoInterpreter(current.clone(), next.clone())
+                    }
                     other => other,
                 })?;
                 current = next;
@@ -170,15 +183,18 @@ fn check_binary(path: &Path, file: &File, metadata: &Metadata) -> Result<(), Pro
     }
     // Root has the capabilities anyway, and then the loader does not distrust the environment.
     if sys::effective_user() != 0 && sys::has_file_capabilities(path) {
-        return Err(ProgramError::Privileged(path.to_owned(), "given capabilities (setcap)"));
+        return Err(ProgramError::Privileged(
+            path.to_owned(),
+            "given capabilities (setcap)",
+        ));
     }
     match Elf::read(file) {
         Err(ElfError::Foreign(what)) => Err(ProgramError::Foreign(path.to_owned(), what)),
         Err(error) => Err(ProgramError::BadElf(path.to_owned(), error)),
         Ok(Elf { loader: None }) => Err(ProgramError::Static(path.to_owned())),
-        Ok(Elf { loader: Some(loader) }) if loader.contains("musl") => {
-            Err(ProgramError::OtherLibc(path.to_owned(), loader))
-        }
+        Ok(Elf {
+            loader: Some(loader),
+        }) if loader.contains("musl") => Err(ProgramError::OtherLibc(path.to_owned(), loader)),
         Ok(_) => Ok(()),
     }
 }
@@ -191,14 +207,19 @@ mod tests {
     fn script(text: &str) -> tempfile::NamedTempFile {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(text.as_bytes()).unwrap();
-        file.as_file().set_permissions(std::fs::Permissions::from_mode(0o755)).unwrap();
+        file.as_file()
+            .set_permissions(std::fs::Permissions::from_mode(0o755))
+            .unwrap();
         file
     }
 
     #[test]
     fn finds_as_a_shell_does() {
         let find = |name: &str, path: &str| find(OsStr::new(name), Some(OsStr::new(path)));
-        assert_eq!(find("sh", "/nonexistent:/bin").unwrap(), Path::new("/bin/sh"));
+        assert_eq!(
+            find("sh", "/nonexistent:/bin").unwrap(),
+            Path::new("/bin/sh")
+        );
         assert_eq!(find("sh", "/nonexistent").unwrap_err().exit_status(), 127);
         assert_eq!(find("", "/bin").unwrap_err().exit_status(), 127);
         assert_eq!(find("/bin", "").unwrap_err().exit_status(), 126);
@@ -219,7 +240,10 @@ mod tests {
         for _ in 0..MAX_INTERPRETERS {
             let outer = script(&format!("#!{}\n", inner.path().display()));
             // Kept, as the next one names it.
-            std::mem::replace(&mut inner, outer).into_temp_path().keep().unwrap();
+            std::mem::replace(&mut inner, outer)
+                .into_temp_path()
+                .keep()
+                .unwrap();
         }
         let error = check(inner.path()).unwrap_err();
         assert!(matches!(error, ProgramError::Interpreters(_)), "{error}");
@@ -229,8 +253,15 @@ mod tests {
     fn refuses_set_ids() {
         let copy = tempfile::NamedTempFile::new().unwrap();
         std::fs::copy("/bin/true", copy.path()).unwrap();
-        for (mode, refused) in [(0o755, false), (0o4755, true), (0o2755, true), (0o2745, false)] {
-            copy.as_file().set_permissions(std::fs::Permissions::from_mode(mode)).unwrap();
+        for (mode, refused) in [
+            (0o755, false),
+            (0o4755, true),
+            (0o2755, true),
+            (0o2745, false),
+        ] {
+            copy.as_file()
+                .set_permissions(std::fs::Permissions::from_mode(mode))
+                .unwrap();
             assert_eq!(check(copy.path()).is_err(), refused, "{mode:o}");
         }
     }

@@ -25,7 +25,10 @@ pub(crate) enum SessionError {
          everything brought up for this run",
         .socket.display(), .socket.display()
     )]
-    NoAgent { socket: PathBuf, source: std::io::Error },
+    NoAgent {
+        socket: PathBuf,
+        source: std::io::Error,
+    },
     #[error("no far memory for this program: {0}")]
     Preload(#[from] PreloadError),
     #[error("no far memory for this program: {0}")]
@@ -53,20 +56,31 @@ impl Session {
     /// Brings far memory up, or connects to the agent that has it.
     pub(crate) fn open(options: &RunOptions) -> Result<Self, SessionError> {
         if let Some(socket) = &options.agent {
-            std::os::unix::net::UnixStream::connect(socket)
-                .map_err(|source| SessionError::NoAgent { socket: socket.clone(), source })?;
+            std::os::unix::net::UnixStream::connect(socket).map_err(|source| {
+                SessionError::NoAgent {
+                    socket: socket.clone(),
+                    source,
+                }
+            })?;
         } else {
             crate::doctor::userfaultfd_is_usable()?;
             if options.fabric == Fabric::Rdma && !crate::doctor::has_rdma_device() {
                 return Err(SessionError::NoRdma);
             }
         }
-        let helpers = if WIRED && options.agent.is_none() { bring_up(options)? } else { Vec::new() };
+        let helpers = if WIRED && options.agent.is_none() {
+            bring_up(options)?
+        } else {
+            Vec::new()
+        };
         // STUB: to become `preload::find()?` once the shim is built; a missing one is an error then.
         let environment = match preload::find() {
             Ok(shim) => {
                 let existing = std::env::var_os("LD_PRELOAD");
-                vec![("LD_PRELOAD".into(), preload::prepended(shim.as_os_str(), existing.as_deref()))]
+                vec![(
+                    "LD_PRELOAD".into(),
+                    preload::prepended(shim.as_os_str(), existing.as_deref()),
+                )]
             }
             Err(PreloadError::Missing) => Vec::new(),
             Err(error) => return Err(error.into()),
@@ -103,15 +117,30 @@ impl Session {
 /// Starts a memory node and an agent for this run alone. Their abstract sockets leave no file behind.
 fn bring_up(options: &RunOptions) -> Result<Vec<Helper>, HelperError> {
     let run = std::process::id();
-    let (node_socket, agent_socket) = (format!("@farpage-node-{run}"), format!("@farpage-agent-{run}"));
+    let (node_socket, agent_socket) = (
+        format!("@farpage-node-{run}"),
+        format!("@farpage-agent-{run}"),
+    );
     let words = |words: &[&str]| words.iter().map(OsString::from).collect::<Vec<_>>();
     let capacity = options.far.to_string();
-    let node = ["far-memory", "--socket", &node_socket, "--capacity", &capacity];
+    let node = [
+        "far-memory",
+        "--socket",
+        &node_socket,
+        "--capacity",
+        &capacity,
+    ];
     let mut node = Helper::start("the memory node", &words(&node))?;
     node.wait_ready()?;
     // STUB: the agent is also to be told `options.local` and `options.replicas`.
     let _untold = options.replicas;
-    let agent = ["agent", "--coordinator", &node_socket, "--socket", &agent_socket];
+    let agent = [
+        "agent",
+        "--coordinator",
+        &node_socket,
+        "--socket",
+        &agent_socket,
+    ];
     let mut agent = Helper::start("the agent", &words(&agent))?;
     agent.wait_ready()?;
     Ok(vec![agent, node])

@@ -83,7 +83,9 @@ pub(crate) fn follow(pid: u32) -> Result<Ended, FollowError> {
             Some(ChildState::Continued) => relay.continued(),
             None => {
                 if let Some(received) = sys::next_signal(true) {
-                    let own = received.sender.is_some_and(|sender| descends_from(sender, pid));
+                    let own = received
+                        .sender
+                        .is_some_and(|sender| descends_from(sender, pid));
                     if relay.passes_on(received, own, || is_stopped(pid)) {
                         sys::send(pid, received.number);
                     }
@@ -177,7 +179,10 @@ mod tests {
     fn terminal_signals_are_not_doubled() {
         let mut relay = Relay::default();
         for number in TERMINAL_SIGNALS {
-            assert!(!relay.passes_on(from(number, None), false, || false), "{number}");
+            assert!(
+                !relay.passes_on(from(number, None), false, || false),
+                "{number}"
+            );
         }
         assert!(relay.passes_on(from(libc::SIGALRM, None), false, || false));
     }
@@ -185,9 +190,22 @@ mod tests {
     #[test]
     fn what_others_send_goes_on_and_what_the_program_sends_does_not() {
         let mut relay = Relay::default();
-        for number in [libc::SIGINT, libc::SIGTERM, libc::SIGUSR1, libc::SIGCONT, libc::SIGTSTP, 40] {
-            assert!(relay.passes_on(from(number, Some(7)), false, || false), "{number}");
-            assert!(!relay.passes_on(from(number, Some(7)), true, || false), "{number}");
+        for number in [
+            libc::SIGINT,
+            libc::SIGTERM,
+            libc::SIGUSR1,
+            libc::SIGCONT,
+            libc::SIGTSTP,
+            40,
+        ] {
+            assert!(
+                relay.passes_on(from(number, Some(7)), false, || false),
+                "{number}"
+            );
+            assert!(
+                !relay.passes_on(from(number, Some(7)), true, || false),
+                "{number}"
+            );
         }
         assert!(!relay.passes_on(from(libc::SIGCHLD, Some(7)), false, || false));
     }

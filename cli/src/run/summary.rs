@@ -55,15 +55,25 @@ pub(crate) struct Summary {
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let pages = |count: u64| format!("{count} ({})", readable(count.saturating_mul(PAGE_BYTES)));
-        writeln!(f, "farpage: the program ended with status {}", self.exit_status)?;
+        let pages =
+            |count: u64| format!("{count} ({})", readable(count.saturating_mul(PAGE_BYTES)));
+        writeln!(
+            f,
+            "farpage: the program ended with status {}",
+            self.exit_status
+        )?;
         writeln!(
             f,
             "  local memory  {} at most, of {} allowed",
             readable(self.local_peak_bytes),
             readable(self.local_limit_bytes)
         )?;
-        writeln!(f, "  far memory    {} at most, over {}", readable(self.far_peak_bytes), self.fabric)?;
+        writeln!(
+            f,
+            "  far memory    {} at most, over {}",
+            readable(self.far_peak_bytes),
+            self.fabric
+        )?;
         if self.faults > 0 {
             writeln!(
                 f,
@@ -87,12 +97,18 @@ impl fmt::Display for Summary {
         write!(f, "  processes     {} managed", self.processes)?;
         if self.processes_unmanaged > 0 || self.unmanaged_bytes > 0 {
             let (count, bytes) = (self.processes_unmanaged, readable(self.unmanaged_bytes));
-            write!(f, ", {count} could not be; {bytes} of memory could not be managed")?;
+            write!(
+                f,
+                ", {count} could not be; {bytes} of memory could not be managed"
+            )?;
         }
         writeln!(f)?;
         if self.far_slots_in_use_at_exit > 0 {
             let slots = self.far_slots_in_use_at_exit;
-            writeln!(f, "  leak          {slots} far pages were still held at the end: please report this")?;
+            writeln!(
+                f,
+                "  leak          {slots} far pages were still held at the end: please report this"
+            )?;
         }
         Ok(())
     }
@@ -117,10 +133,20 @@ impl SummarySink {
     /// Opens the file, if one is named, and leaves what it held until there is something new to write.
     pub(crate) fn open(form: SummaryForm, path: Option<&Path>) -> Result<Self, SinkError> {
         let open = |path: &Path| {
-            let opened = File::options().write(true).create(true).truncate(false).open(path);
-            opened.map_err(|source| SinkError { path: path.to_owned(), source })
+            let opened = File::options()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(path);
+            opened.map_err(|source| SinkError {
+                path: path.to_owned(),
+                source,
+            })
         };
-        Ok(Self { form, file: path.map(open).transpose()? })
+        Ok(Self {
+            form,
+            file: path.map(open).transpose()?,
+        })
     }
 
     /// Writes the summary. A reader that has gone away is no reason to spoil the program's exit status.
@@ -138,7 +164,10 @@ impl SummarySink {
             None => io::stderr().write_all(text.as_bytes()),
         };
         if let (Err(error), Some(_)) = (written, &self.file) {
-            let _ = writeln!(io::stderr(), "farpage: the summary could not be written: {error}\n{text}");
+            let _ = writeln!(
+                io::stderr(),
+                "farpage: the summary could not be written: {error}\n{text}"
+            );
         }
     }
 }
@@ -160,7 +189,12 @@ mod tests {
     #[test]
     fn json_has_the_contracts_keys() {
         let value = serde_json::to_value(Summary::default()).unwrap();
-        let keys: Vec<_> = value.as_object().unwrap().keys().map(String::as_str).collect();
+        let keys: Vec<_> = value
+            .as_object()
+            .unwrap()
+            .keys()
+            .map(String::as_str)
+            .collect();
         let mut contract = [
             "faults",
             "fault_p50_us",

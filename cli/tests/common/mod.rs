@@ -1,7 +1,13 @@
 //! What the end-to-end tests share: running a program natively and with far memory, and watching what it uses.
 //!
 //! A test that cannot run here says so with `skip`, on a line that `cargo xtask test` counts as skipped.
-#![allow(dead_code, unreachable_pub, missing_docs, clippy::print_stdout, clippy::print_stderr)]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    clippy::print_stdout,
+    clippy::print_stderr
+)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod pty;
@@ -16,14 +22,18 @@ use std::time::{Duration, Instant};
 
 /// The binary under test.
 pub fn farpage() -> PathBuf {
-    PathBuf::from(env!("CARGO_BIN_EXE_farpage")).canonicalize().unwrap()
+    PathBuf::from(env!("CARGO_BIN_EXE_farpage"))
+        .canonicalize()
+        .unwrap()
 }
 
 /// A command of `farpage run` without a summary.
 pub fn farpage_run() -> Command {
     let mut command = Command::new(farpage());
     command.args(["run", "--summary", "none", "--"]);
-    command.env_remove("FARPAGE_AGENT").env_remove("FARPAGE_COORDINATOR");
+    command
+        .env_remove("FARPAGE_AGENT")
+        .env_remove("FARPAGE_COORDINATOR");
     command
 }
 
@@ -43,13 +53,20 @@ pub fn without_far_memory(test: &str) -> bool {
         skip(test, "run/session.rs brings up no far memory yet");
         return true;
     }
-    let out = Command::new(farpage()).args(["doctor", "--json"]).output().unwrap();
+    let out = Command::new(farpage())
+        .args(["doctor", "--json"])
+        .output()
+        .unwrap();
     let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
     if report["ready"] == true {
         return false;
     }
-    let missing: Vec<_> =
-        report["checks"].as_array().unwrap().iter().filter(|c| c["level"] == "missing").collect();
+    let missing: Vec<_> = report["checks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|c| c["level"] == "missing")
+        .collect();
     skip(test, &format!("farpage doctor misses {missing:?}"));
     true
 }
@@ -59,7 +76,10 @@ pub fn without_program(test: &str, program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
     if !found {
-        skip(test, &format!("{program} is not installed; cargo xtask setup installs it"));
+        skip(
+            test,
+            &format!("{program} is not installed; cargo xtask setup installs it"),
+        );
     }
     !found
 }
@@ -82,7 +102,14 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 /// The field of `/proc/PID/status`, without its name.
 pub fn status_field(pid: u32, name: &str) -> Option<String> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    text.lines().find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim().to_owned()))
+    text.lines().find_map(|line| {
+        Some(
+            line.strip_prefix(name)?
+                .strip_prefix(':')?
+                .trim()
+                .to_owned(),
+        )
+    })
 }
 
 /// The first letter of the process's state; none if it is gone.
@@ -100,7 +127,9 @@ pub fn marked(mark: &str) -> Vec<u32> {
     let carries = |pid: u32| {
         ["environ", "cmdline"].iter().any(|file| {
             let bytes = std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
-            bytes.windows(mark.len()).any(|window| window == mark.as_bytes())
+            bytes
+                .windows(mark.len())
+                .any(|window| window == mark.as_bytes())
         })
     };
     let me = std::process::id();
@@ -108,12 +137,17 @@ pub fn marked(mark: &str) -> Vec<u32> {
         .unwrap()
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.filter(|pid| *pid != me && !is_over(*pid) && carries(*pid)).collect()
+    pids.filter(|pid| *pid != me && !is_over(*pid) && carries(*pid))
+        .collect()
 }
 
 /// Everything below a folder, by path.
 pub fn listing(folder: &Path) -> Vec<PathBuf> {
-    let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path()).collect();
+    let mut paths: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
     paths.sort();
     paths
 }

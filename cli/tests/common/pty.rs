@@ -21,7 +21,10 @@ impl Shell {
         let (master, path) = sys::open_terminal().unwrap();
         let side = File::options().read(true).write(true).open(path).unwrap();
         let mut command = Command::new("/bin/bash");
-        command.args(["--norc", "--noprofile", "-i"]).env("PS1", "PROMPT> ").env("HISTFILE", "");
+        command
+            .args(["--norc", "--noprofile", "-i"])
+            .env("PS1", "PROMPT> ")
+            .env("HISTFILE", "");
         let copy = || Stdio::from(side.try_clone().unwrap());
         command.stdin(copy()).stdout(copy()).stderr(copy());
         sys::before_exec(&mut command, sys::take_terminal);
@@ -32,10 +35,17 @@ impl Shell {
             let mut buffer = [0; 4096];
             // The master reads an error once the last process has left the terminal.
             while let Ok(read @ 1..) = reader.read(&mut buffer) {
-                collected.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..read]));
+                collected
+                    .lock()
+                    .unwrap()
+                    .push_str(&String::from_utf8_lossy(&buffer[..read]));
             }
         });
-        Self { master, child, printed }
+        Self {
+            master,
+            child,
+            printed,
+        }
     }
 
     /// Types keys as they are.
@@ -46,13 +56,21 @@ impl Shell {
     /// Waits until the text has been printed, and forgets all up to its end. Returns what came before it.
     pub fn expect(&mut self, text: &str) -> String {
         let mut before = String::new();
-        eventually(&format!("{text:?} on the terminal, after {:?}", self.printed.lock().unwrap()), || {
-            let mut printed = self.printed.lock().unwrap();
-            let Some(at) = printed.find(text) else { return false };
-            before = printed[..at].to_owned();
-            *printed = printed[at + text.len()..].to_owned();
-            true
-        });
+        eventually(
+            &format!(
+                "{text:?} on the terminal, after {:?}",
+                self.printed.lock().unwrap()
+            ),
+            || {
+                let mut printed = self.printed.lock().unwrap();
+                let Some(at) = printed.find(text) else {
+                    return false;
+                };
+                before = printed[..at].to_owned();
+                *printed = printed[at + text.len()..].to_owned();
+                true
+            },
+        );
         before
     }
 }

@@ -35,7 +35,14 @@ pub fn run_far(local: u64, program: &[&str], folder: &Path, deadline: Duration) 
     let summary = tempfile::NamedTempFile::new().unwrap();
     let mut command = Command::new(farpage());
     command
-        .args(["run", "--local", &local.to_string(), "--summary", "json", "--summary-file"])
+        .args([
+            "run",
+            "--local",
+            &local.to_string(),
+            "--summary",
+            "json",
+            "--summary-file",
+        ])
         .arg(summary.path());
     command.arg("--").args(program).env_remove("FARPAGE_AGENT");
     let mut outcome = run(command, folder, deadline);
@@ -45,8 +52,14 @@ pub fn run_far(local: u64, program: &[&str], folder: &Path, deadline: Duration) 
 }
 
 fn run(mut command: Command, folder: &Path, deadline: Duration) -> Outcome {
-    command.current_dir(folder).env("LC_ALL", "C").process_group(0);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .current_dir(folder)
+        .env("LC_ALL", "C")
+        .process_group(0);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let start = Instant::now();
     let mut child = command.spawn().unwrap();
     let tree = Tree::watch(child.id(), farpage());
@@ -64,14 +77,24 @@ fn run(mut command: Command, folder: &Path, deadline: Duration) -> Outcome {
         if start.elapsed() > deadline {
             sys::kill(-(child.id() as i32), libc::SIGKILL);
             let _ = child.wait();
-            panic!("{command:?} did not end within {deadline:?}; seen: {:?}", tree.seen());
+            panic!(
+                "{command:?} did not end within {deadline:?}; seen: {:?}",
+                tree.seen()
+            );
         }
         std::thread::sleep(Duration::from_millis(2));
     };
     let elapsed = start.elapsed();
     let seen = tree.seen();
     let (output, errors) = (output.join().unwrap(), errors.join().unwrap());
-    Outcome { status, output, errors, elapsed, seen, summary: None }
+    Outcome {
+        status,
+        output,
+        errors,
+        elapsed,
+        seen,
+        summary: None,
+    }
 }
 
 /// A hash, the same in every run, and the length.

@@ -30,7 +30,10 @@ pub fn same_memory(one: u32, other: u32) -> Option<bool> {
 }
 
 /// Runs `prepare` in the child before exec. It may only do what is safe there.
-pub fn before_exec(command: &mut Command, prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
+pub fn before_exec(
+    command: &mut Command,
+    prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+) {
     // SAFETY: the tests' closures call async-signal-safe functions only.
     unsafe { command.pre_exec(prepare) };
 }
@@ -86,7 +89,11 @@ pub fn open_terminal() -> io::Result<(File, String)> {
         {
             return Err(io::Error::last_os_error());
         }
-        let path = name.iter().take_while(|byte| **byte != 0).map(|byte| char::from(*byte)).collect();
+        let path = name
+            .iter()
+            .take_while(|byte| **byte != 0)
+            .map(|byte| char::from(*byte))
+            .collect();
         Ok((master, path))
     }
 }

@@ -1,6 +1,6 @@
 //! Watches how much anonymous memory a program's process tree has resident, from outside.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -45,8 +45,12 @@ impl Tree {
         let stop = Arc::new(AtomicBool::new(false));
         let asked = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
-            let mut watcher =
-                Watcher { own, known: BTreeMap::from([(root, birth(root))]), seen: Seen::default() };
+            let mut watcher = Watcher {
+                own,
+                known: BTreeMap::from([(root, birth(root))]),
+                programs: BTreeSet::new(),
+                seen: Seen::default(),
+            };
             let mut last = Instant::now();
             while !asked.load(Ordering::Relaxed) {
                 let start = Instant::now();
@@ -73,64 +77,97 @@ struct Watcher {
     /// Every process of the tree seen so far and when it was born: one whose parent has died is no one's child any
     /// more, and a number can come to belong to somebody else.
     known: BTreeMap<u32, Option<u64>>,
+    /// The processes among them that were seen to be the program's.
+    programs: BTreeSet<u32>,
     seen: Seen,
 }
 
 impl Watcher {
     fn look(&mut self) {
-        self.known.retain(|pid, born| born.is_some() && birth(*pid) == *born);
+        self.known
+            .retain(|pid, born| born.is_some() && birth(*pid) == *born);
         let mut queue: Vec<u32> = self.known.keys().copied().collect();
         while let Some(pid) = queue.pop() {
             for child in children(pid) {
-                if !self.known.contains_key(&child) {
-                    self.known.insert(child, birth(child));
-                    self.seen.processes += usize::from(!self.is_ours(child));
+                if self.known.insert(child, birth(child)).is_none() {
                     queue.push(child);
                 }
             }
         }
         let mut memories: Vec<u32> = Vec::new();
-        for pid in self.known.keys().copied().filter(|pid| !self.is_ours(*pid)) {
+        let programs: Vec<u32> = self
+            .known
+            .keys()
+            .copied()
+            .filter(|pid| !self.is_ours(*pid))
+            .collect();
+        for pid in programs {
+            self.programs.insert(pid);
             // Processes that share one memory each report all of it.
-            if !memories.iter().any(|other| sys::same_memory(pid, *other) == Some(true)) {
+            if !memories
+                .iter()
+                .any(|other| sys::same_memory(pid, *other) == Some(true))
+            {
                 memories.push(pid);
             }
         }
         let bytes = match memories[..] {
             // Nothing is shared, so that the kernel's counter says the same as walking the pages, at once.
             [only] => field(&format!("/proc/{only}/status"), "RssAnon:"),
-            _ => memories.iter().map(|pid| field(&format!("/proc/{pid}/smaps_rollup"), "Pss_Anon:")).sum(),
+            _ => memories
+                .iter()
+                .map(|pid| field(&format!("/proc/{pid}/smaps_rollup"), "Pss_Anon:"))
+                .sum(),
         };
         self.seen.peak_bytes = self.seen.peak_bytes.max(bytes);
+        self.seen.processes = self.programs.len();
     }
 
     /// farpage's own processes: the launcher, the agent, the memory node, and the helpers beside program processes.
     fn is_ours(&self, pid: u32) -> bool {
         let runs_own = fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == self.own);
         runs_own
-            || fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim_end() == HELPER)
+            || fs::read_to_string(format!("/proc/{pid}/comm"))
+                .is_ok_and(|comm| comm.trim_end() == HELPER)
     }
 }
 
 /// The children of all of a process's threads.
 fn children(pid: u32) -> Vec<u32> {
-    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
-    let lists = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return Vec::new();
+    };
+    let lists = tasks
+        .flatten()
+        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
     lists
-        .flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .flat_map(|list| {
+            list.split_whitespace()
+                .filter_map(|pid| pid.parse().ok())
+                .collect::<Vec<_>>()
+        })
         .collect()
 }
 
 /// When the process was started, in clock ticks since boot.
 fn birth(pid: u32) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    text.get(text.rfind(')')? + 1..)?.split_whitespace().nth(19)?.parse().ok()
+    text.get(text.rfind(')')? + 1..)?
+        .split_whitespace()
+        .nth(19)?
+        .parse()
+        .ok()
 }
 
 /// A field in KiB, as bytes; zero if the process is gone.
 fn field(path: &str, name: &str) -> u64 {
     let text = fs::read_to_string(Path::new(path)).unwrap_or_default();
-    let value =
-        text.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse::<u64>().ok());
+    let value = text.lines().find_map(|line| {
+        line.strip_prefix(name)?
+            .split_whitespace()
+            .next()?
+            .parse::<u64>()
+            .ok()
+    });
     value.unwrap_or(0) * 1024
 }
