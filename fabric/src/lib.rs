@@ -9,9 +9,7 @@
 
 pub mod endpoint;
 
-pub use endpoint::{
-    Completion, Endpoint, LocalSlice, PostError, RegionId, RemoteSlice, WorkError, WorkId,
-};
+pub use endpoint::{Completion, Endpoint, LocalSlice, PostError, RegionId, RemoteSlice, WorkError, WorkId};
 pub mod memory;
 
 /// The most bytes that one work request may move. Bounds every buffer that a peer can make us hold.
