@@ -11,6 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// Signals have numbers from 1 to this one.
 const LAST_SIGNAL: i32 = 64;
@@ -263,6 +264,30 @@ pub(crate) fn inherit_nothing_but(command: &mut Command, kept: OwnedFd) {
     };
     // SAFETY: between fork and exec `detach` calls only async-signal-safe functions and allocates nothing.
     unsafe { command.pre_exec(detach) };
+}
+
+/// Waits until there is something to read, or nothing ever will be. False if the time is over first.
+pub(crate) fn readable_within(source: &impl AsRawFd, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        let left = deadline
+            .saturating_duration_since(Instant::now())
+            .as_millis();
+        let mut wanted = libc::pollfd {
+            fd: source.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one initialised entry, which outlives the call.
+        let ready =
+            unsafe { libc::poll(&raw mut wanted, 1, i32::try_from(left).unwrap_or(i32::MAX)) };
+        if ready > 0 {
+            return true;
+        }
+        if left == 0 {
+            return false;
+        }
+    }
 }
 
 /// A file without a name, in memory, closed at exec.

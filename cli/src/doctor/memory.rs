@@ -23,7 +23,7 @@ fn memlock(report: &mut Report) {
     match sys::memlock_limit() {
         Ok(None) => report.ok("memlock", "no limit", purpose),
         Ok(Some(bytes)) if bytes >= ENOUGH_MEMLOCK_BYTES => {
-            report.ok("memlock", readable(bytes), purpose)
+            report.ok("memlock", readable(bytes), purpose);
         }
         Ok(Some(bytes)) => report.optional(
             "memlock",

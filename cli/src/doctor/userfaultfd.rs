@@ -158,7 +158,7 @@ pub(crate) fn check(report: &mut Report) {
         match &features {
             Ok(features) if features & u64::from(bit) != 0 => report.ok(id, "there", purpose),
             Ok(_) if needed => {
-                report.missing(id, "not in this kernel", purpose, format!("Linux {since}"))
+                report.missing(id, "not in this kernel", purpose, format!("Linux {since}"));
             }
             Ok(_) => report.optional(id, "not in this kernel", purpose, format!("Linux {since}")),
             Err(error) => {

@@ -13,8 +13,11 @@ use std::time::{Duration, Instant};
 
 use crate::sys;
 
-/// What a helper writes to its standard output when it is ready to serve.
+/// What a helper writes to its standard output, at once and before anything else, when it is ready to serve.
 pub(crate) const READY: &str = "ready\n";
+
+/// How long a helper may take to be ready. It has no work to do before that which could take a second.
+const READY_DEADLINE: Duration = Duration::from_secs(20);
 
 /// How long a helper may take to end by itself before it is killed.
 const END_DEADLINE: Duration = Duration::from_secs(5);
@@ -30,6 +33,8 @@ pub(crate) enum HelperError {
         name: &'static str,
         source: io::Error,
     },
+    #[error("{name} is not ready after {READY_DEADLINE:?}; is this machine overloaded? Try again")]
+    Late { name: &'static str },
     #[error("{name} gave up: {complaint}")]
     GaveUp {
         name: &'static str,
@@ -95,6 +100,9 @@ impl Helper {
 
     /// Waits until the helper says that it serves. Both a word and its end count as an answer.
     pub(crate) fn wait_ready(&mut self) -> Result<(), HelperError> {
+        if !sys::readable_within(&self.ready, READY_DEADLINE) {
+            return Err(HelperError::Late { name: self.name });
+        }
         let mut answer = [0; READY.len()];
         match self.ready.read_exact(&mut answer) {
             Ok(()) if answer == *READY.as_bytes() => Ok(()),

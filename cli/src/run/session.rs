@@ -132,8 +132,8 @@ fn bring_up(options: &RunOptions) -> Result<Vec<Helper>, HelperError> {
     ];
     let mut node = Helper::start("the memory node", &words(&node))?;
     node.wait_ready()?;
-    // STUB: the agent is also to be told `options.local` and `options.replicas`.
-    let _untold = options.replicas;
+    // STUB: the agent is also to be told these, over its socket or by hidden flags.
+    let _untold = (options.local, options.fabric, options.replicas);
     let agent = [
         "agent",
         "--coordinator",
