@@ -1,0 +1,318 @@
+//! The command line. Names here are a contract that scripts rely on.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::builder::NonEmptyStringValueParser;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::size::Size;
+
+/// Runs programs with part of their memory on other machines.
+#[derive(Debug, Parser)]
+#[command(
+    name = "farpage",
+    version,
+    arg_required_else_help = true,
+    disable_help_subcommand = true
+)]
+#[command(after_help = "Example:\n  farpage run --local 64M -- sort big.txt")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run an unmodified program with a bounded part of its memory here and the rest on memory nodes
+    Run(RunArgs),
+    /// Lend this machine's memory
+    Node(NodeArgs),
+    /// Serve the control plane: nodes, capacity, leases
+    Coordinator(CoordinatorArgs),
+    /// Serve the programs of this machine: the per-host pager
+    Agent(AgentArgs),
+    /// Show nodes, capacity, agents and processes
+    Status(StatusArgs),
+    /// Show what this machine offers, what each thing is for, and how to get what is missing
+    Doctor(DoctorArgs),
+    /// Run a benchmark
+    Bench(BenchArgs),
+    /// The memory node of one `farpage run`
+    #[command(hide = true)]
+    FarMemory(FarMemoryArgs),
+}
+
+/// How pages travel between this machine and a memory node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Fabric {
+    /// Shared memory, within one machine
+    Shm,
+    /// TCP
+    Tcp,
+    /// RDMA verbs: InfiniBand, RoCE or SoftRoCE
+    Rdma,
+}
+
+impl Fabric {
+    /// The name as it is written on the command line and in the summary.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Shm => "shm",
+            Self::Tcp => "tcp",
+            Self::Rdma => "rdma",
+        }
+    }
+}
+
+/// In which form `run` tells what it did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SummaryForm {
+    /// A few lines for people
+    Text,
+    /// One JSON object
+    Json,
+    /// Nothing
+    None,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The exit status is the program's own. A program that dies by signal N makes farpage die by signal N too (128+N \
+in the JSON summary). 127: program not found; 126: found but not executable; 2: bad arguments; 1: farpage failed.
+
+Examples:
+  farpage run --local 64M -- sort big.txt
+  farpage run --local 1G --far 8G --summary json --summary-file run.json -- python3 train.py
+  farpage run --agent /run/farpage/agent.sock --local 1G -- redis-server")]
+pub(crate) struct RunArgs {
+    /// How much of the anonymous memory of the program and its children may stay here [default: half of what is
+    /// available]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) local: Option<Size>,
+    /// How much may lie on memory nodes [default: this machine's memory, or four times --local if that is more]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) far: Option<Size>,
+    /// Use the agent at this socket; without it, run brings up its own and takes it down again
+    #[arg(long, value_name = "SOCKET", env = "FARPAGE_AGENT")]
+    pub(crate) agent: Option<PathBuf>,
+    /// How pages travel
+    #[arg(long, value_enum, default_value_t = Fabric::Shm)]
+    pub(crate) fabric: Fabric,
+    /// On how many memory nodes each page is kept
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub(crate) replicas: u8,
+    /// What to tell on standard error when the program has ended
+    #[arg(long, value_enum, default_value_t = SummaryForm::Text)]
+    pub(crate) summary: SummaryForm,
+    /// Write the summary to this file instead
+    #[arg(long, value_name = "PATH")]
+    pub(crate) summary_file: Option<PathBuf>,
+    /// The program and its arguments
+    #[arg(value_name = "CMD", required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = false)]
+    pub(crate) program: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  farpage node --capacity 64G --coordinator http://10.0.0.1:7400 --fabric tcp --listen 10.0.0.2:7500 --id rack1-a")]
+pub(crate) struct NodeArgs {
+    /// How much memory to lend
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) capacity: Size,
+    /// Where the coordinator is
+    #[arg(long, value_name = "URL", env = "FARPAGE_COORDINATOR", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) coordinator: String,
+    /// How pages travel
+    #[arg(long, value_enum)]
+    pub(crate) fabric: Fabric,
+    /// Where the data path is served
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) listen: Option<String>,
+    /// The node's name, unique in the cluster [default: the host name]
+    #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) id: Option<String>,
+    /// A label for placement; may be repeated
+    #[arg(long = "label", value_name = "K=V", value_parser = parse_label)]
+    pub(crate) labels: Vec<Label>,
+}
+
+/// A node's label, for placement.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Label {
+    pub(crate) key: String,
+    pub(crate) value: String,
+}
+
+fn parse_label(text: &str) -> Result<Label, String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok(Label {
+            key: key.to_owned(),
+            value: value.to_owned(),
+        }),
+        _ => Err("a label is KEY=VALUE, such as rack=r1".to_owned()),
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  farpage coordinator --listen 10.0.0.1:7400 --state file:/var/lib/farpage/state.redb")]
+pub(crate) struct CoordinatorArgs {
+    /// Where gRPC is served
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) listen: std::net::SocketAddr,
+    /// Where the state is kept: file:PATH or etcd:URL,...
+    #[arg(long, value_name = "STORE", value_parser = parse_state)]
+    pub(crate) state: StateStore,
+}
+
+/// Where a coordinator keeps its state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum StateStore {
+    /// A file of this machine.
+    File(PathBuf),
+    /// The URLs of an etcd cluster.
+    Etcd(Vec<String>),
+}
+
+fn parse_state(text: &str) -> Result<StateStore, String> {
+    match text.split_once(':') {
+        Some(("file", path)) if !path.is_empty() => Ok(StateStore::File(path.into())),
+        Some(("etcd", urls)) if urls.split(',').all(|url| !url.is_empty()) => Ok(StateStore::Etcd(
+            urls.split(',').map(str::to_owned).collect(),
+        )),
+        _ => Err(
+            "state is file:PATH, such as file:/var/lib/farpage/state.redb, or etcd:URL,..."
+                .to_owned(),
+        ),
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  sudo farpage agent --coordinator http://10.0.0.1:7400 --socket /run/farpage/agent.sock --group farpage")]
+pub(crate) struct AgentArgs {
+    /// Where the coordinator is
+    #[arg(long, value_name = "URL", env = "FARPAGE_COORDINATOR", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) coordinator: String,
+    /// Where programs connect
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: PathBuf,
+    /// The group whose members may connect
+    #[arg(long, value_name = "GROUP", default_value = "farpage")]
+    pub(crate) group: String,
+    /// End when this inherited descriptor reads end-of-file
+    #[arg(long, value_name = "FD", hide = true)]
+    pub(crate) lifeline: Option<i32>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  farpage status --coordinator http://10.0.0.1:7400")]
+pub(crate) struct StatusArgs {
+    /// Where the coordinator is
+    #[arg(long, value_name = "URL", env = "FARPAGE_COORDINATOR", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) coordinator: String,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  farpage doctor --json")]
+pub(crate) struct DoctorArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  farpage bench --list\n  farpage bench fault --json fault.json"
+)]
+pub(crate) struct BenchArgs {
+    /// Which benchmark
+    #[arg(value_name = "NAME", required_unless_present = "list")]
+    pub(crate) name: Option<String>,
+    /// List the benchmarks
+    #[arg(long, conflicts_with_all = ["name", "json"])]
+    pub(crate) list: bool,
+    /// Write every measurement to this file
+    #[arg(long, value_name = "PATH")]
+    pub(crate) json: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FarMemoryArgs {
+    /// The abstract socket's name, with a leading @
+    #[arg(long)]
+    pub(crate) socket: String,
+    /// How much memory to lend
+    #[arg(long)]
+    pub(crate) capacity: Size,
+    /// End when this inherited descriptor reads end-of-file
+    #[arg(long, value_name = "FD")]
+    pub(crate) lifeline: Option<i32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn definition_is_sound_and_every_help_has_an_example() {
+        let cli = Cli::command();
+        cli.clone().debug_assert();
+        for command in cli
+            .get_subcommands()
+            .filter(|command| !command.is_hide_set())
+        {
+            let help = command.clone().render_long_help().to_string();
+            assert!(
+                help.contains("Example"),
+                "{} has no example",
+                command.get_name()
+            );
+        }
+    }
+
+    #[test]
+    fn the_program_keeps_its_own_flags() {
+        let cli = Cli::try_parse_from([
+            "farpage", "run", "--local", "64M", "--", "sort", "--local", "-S", "1M",
+        ]);
+        let Ok(Cli {
+            command: Command::Run(run),
+        }) = cli
+        else {
+            panic!("{cli:?}")
+        };
+        assert_eq!(run.program, ["sort", "--local", "-S", "1M"]);
+        assert_eq!(run.local.map(Size::bytes), Some(64 << 20));
+    }
+
+    #[test]
+    fn labels_and_stores() {
+        assert!(
+            parse_label("rack=r1").is_ok()
+                && parse_label("=x").is_err()
+                && parse_label("x").is_err()
+        );
+        assert_eq!(
+            parse_state("file:/a:b"),
+            Ok(StateStore::File("/a:b".into()))
+        );
+        assert_eq!(
+            parse_state("etcd:http://a,http://b"),
+            Ok(StateStore::Etcd(vec!["http://a".into(), "http://b".into()]))
+        );
+        assert!(
+            parse_state("etcd:").is_err()
+                && parse_state("redis:x").is_err()
+                && parse_state("file:").is_err()
+        );
+    }
+}

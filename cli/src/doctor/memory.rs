@@ -1,0 +1,116 @@
+//! Limits and settings of this machine's memory.
+
+use std::path::{Path, PathBuf};
+
+use crate::doctor::report::Report;
+use crate::doctor::sys;
+use crate::size::readable;
+
+/// Less lockable memory than this is too little for registered memory to be worth having.
+const ENOUGH_MEMLOCK_BYTES: u64 = 64 << 20;
+
+pub(crate) fn check(report: &mut Report) {
+    memlock(report);
+    transparent_huge_pages(report);
+    huge_pages(report);
+    cgroup(report);
+}
+
+fn memlock(report: &mut Report) {
+    let purpose = "registering memory with an RDMA device, which locks it; shm and tcp need none";
+    let remedy = "ulimit -l unlimited, LimitMEMLOCK=infinity in a systemd unit, or a line in \
+                  /etc/security/limits.d";
+    match sys::memlock_limit() {
+        Ok(None) => report.ok("memlock", "no limit", purpose),
+        Ok(Some(bytes)) if bytes >= ENOUGH_MEMLOCK_BYTES => {
+            report.ok("memlock", readable(bytes), purpose);
+        }
+        Ok(Some(bytes)) => report.optional(
+            "memlock",
+            format!("only {}", readable(bytes)),
+            purpose,
+            remedy,
+        ),
+        Err(error) => report.optional("memlock", format!("unknown: {error}"), purpose, remedy),
+    }
+}
+
+fn transparent_huge_pages(report: &mut Report) {
+    let purpose = "fast growth of programs below their limit; a huge page is split when a part of it is taken out";
+    let path = "/sys/kernel/mm/transparent_hugepage/enabled";
+    match std::fs::read_to_string(path) {
+        Ok(text) => {
+            let mode = text.split(['[', ']']).nth(1).unwrap_or("unknown");
+            report.ok("transparent_huge_pages", mode, purpose);
+        }
+        Err(_) => report.optional(
+            "transparent_huge_pages",
+            "not in this kernel",
+            purpose,
+            "nothing: farpage works without",
+        ),
+    }
+}
+
+fn huge_pages(report: &mut Report) {
+    let purpose =
+        "a memory node's pool with fewer address translations; programs' own huge pages stay local";
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total = text
+        .lines()
+        .find_map(|line| line.strip_prefix("HugePages_Total:"))
+        .map_or("0", str::trim);
+    if total == "0" {
+        let remedy = "on a memory node, if wanted: sysctl vm.nr_hugepages=N (2 MiB each)";
+        report.optional("huge_pages", "none reserved", purpose, remedy);
+    } else {
+        report.ok("huge_pages", format!("{total} reserved"), purpose);
+    }
+}
+
+fn cgroup(report: &mut Report) {
+    let purpose =
+        "a second brake (memory.high) on programs that allocate faster than pages can be taken out";
+    let remedy = "cgroup v2 with the memory controller delegated: systemd-run --user --scope -p Delegate=yes ..., or \
+                  Delegate=yes in the agent's unit";
+    match own_cgroup() {
+        Some(folder)
+            if folder.join("memory.high").exists()
+                && sys::may_write(&folder.join("cgroup.procs")) =>
+        {
+            report.ok(
+                "cgroup_v2",
+                format!("may be used: {}", folder.display()),
+                purpose,
+            );
+        }
+        Some(folder) if folder.join("memory.high").exists() => {
+            report.optional(
+                "cgroup_v2",
+                format!("not delegated: {}", folder.display()),
+                purpose,
+                remedy,
+            );
+        }
+        Some(_) => report.optional(
+            "cgroup_v2",
+            "without the memory controller",
+            purpose,
+            remedy,
+        ),
+        None => report.optional("cgroup_v2", "not mounted", purpose, remedy),
+    }
+}
+
+/// This process's own folder in the second version of control groups.
+fn own_cgroup() -> Option<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
+    let root = mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ');
+        let folder = fields.nth(1)?;
+        (fields.next()? == "cgroup2").then(|| PathBuf::from(folder))
+    })?;
+    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let own = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    Some(root.join(Path::new(own.trim_start_matches('/'))))
+}

@@ -1,0 +1,153 @@
+//! What the end-to-end tests share: running a program natively and with far memory, and watching what it uses.
+//!
+//! A test that cannot run here says so with `skip`, on a line that `cargo xtask test` counts as skipped.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    clippy::print_stdout,
+    clippy::print_stderr
+)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+pub mod pty;
+pub mod runs;
+pub mod sys;
+pub mod tree;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// The binary under test.
+pub fn farpage() -> PathBuf {
+    PathBuf::from(env!("CARGO_BIN_EXE_farpage"))
+        .canonicalize()
+        .unwrap()
+}
+
+/// A command of `farpage run` without a summary.
+pub fn farpage_run() -> Command {
+    let mut command = Command::new(farpage());
+    command.args(["run", "--summary", "none", "--"]);
+    command
+        .env_remove("FARPAGE_AGENT")
+        .env_remove("FARPAGE_COORDINATOR");
+    command
+}
+
+/// Says that a test did not run. The form of the line is what `cargo xtask test` counts.
+pub fn skip(test: &str, reason: &str) {
+    println!("SKIPPED: {test}: {reason}");
+}
+
+/// True while `run/session.rs` brings nothing up: then there is no far side to test.
+pub fn far_memory_is_a_stub() -> bool {
+    include_str!("../../src/run/session.rs").contains("const WIRED: bool = false")
+}
+
+/// Says so and returns true if this machine or account cannot run `test` with far memory.
+pub fn without_far_memory(test: &str) -> bool {
+    if far_memory_is_a_stub() {
+        skip(test, "run/session.rs brings up no far memory yet");
+        return true;
+    }
+    let out = Command::new(farpage())
+        .args(["doctor", "--json"])
+        .output()
+        .unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    if report["ready"] == true {
+        return false;
+    }
+    let missing: Vec<_> = report["checks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|c| c["level"] == "missing")
+        .collect();
+    skip(test, &format!("farpage doctor misses {missing:?}"));
+    true
+}
+
+/// Says so and returns true if a program that `test` needs is not installed.
+pub fn without_program(test: &str, program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
+    if !found {
+        skip(
+            test,
+            &format!("{program} is not installed; cargo xtask setup installs it"),
+        );
+    }
+    !found
+}
+
+/// One measurement at a time: two would share the CPUs and blur each other.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits until something holds, and fails the test with `what` if it does not in time.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !holds() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The field of `/proc/PID/status`, without its name.
+pub fn status_field(pid: u32, name: &str) -> Option<String> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    text.lines().find_map(|line| {
+        Some(
+            line.strip_prefix(name)?
+                .strip_prefix(':')?
+                .trim()
+                .to_owned(),
+        )
+    })
+}
+
+/// The first letter of the process's state; none if it is gone.
+pub fn state(pid: u32) -> Option<char> {
+    status_field(pid, "State")?.chars().next()
+}
+
+/// True if the process is gone or a zombie that somebody has yet to reap.
+pub fn is_over(pid: u32) -> bool {
+    matches!(state(pid), None | Some('Z' | 'X'))
+}
+
+/// Processes whose environment or command line carries the mark.
+pub fn marked(mark: &str) -> Vec<u32> {
+    let carries = |pid: u32| {
+        ["environ", "cmdline"].iter().any(|file| {
+            let bytes = std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+            bytes
+                .windows(mark.len())
+                .any(|window| window == mark.as_bytes())
+        })
+    };
+    let me = std::process::id();
+    let pids = std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| *pid != me && !is_over(*pid) && carries(*pid))
+        .collect()
+}
+
+/// Everything below a folder, by path.
+pub fn listing(folder: &Path) -> Vec<PathBuf> {
+    let mut paths: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
+    paths.sort();
+    paths
+}

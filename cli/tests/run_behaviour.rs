@@ -1,0 +1,271 @@
+//! `farpage run` shows nothing of itself: exit status, environment, descriptors, signals as inherited.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout
+)]
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Output, Stdio};
+
+use common::{farpage, farpage_run, skip, sys};
+
+fn farpage_with(flags: &[&str]) -> Output {
+    Command::new(farpage())
+        .args(flags)
+        .env_remove("FARPAGE_AGENT")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn run(program: &[&str]) -> Output {
+    farpage_run()
+        .args(program)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Says so and returns true if this account cannot bring far memory up.
+fn without_privilege(test: &str) -> bool {
+    if !sys::is_root() {
+        skip(test, "needs root for userfaultfd");
+    }
+    !sys::is_root()
+}
+
+#[test]
+fn exit_statuses_are_the_programs() {
+    if without_privilege("exit_statuses_are_the_programs") {
+        return;
+    }
+    for status in [0, 1, 2, 42, 126, 127, 255] {
+        let out = run(&["sh", "-c", &format!("exit {status}")]);
+        assert_eq!(out.status.code(), Some(status));
+        assert_eq!(
+            (text(&out.stdout), text(&out.stderr)),
+            (String::new(), String::new())
+        );
+    }
+}
+
+#[test]
+fn death_by_signal_is_the_programs() {
+    if without_privilege("death_by_signal_is_the_programs") {
+        return;
+    }
+    for signal in [
+        libc::SIGTERM,
+        libc::SIGKILL,
+        libc::SIGSEGV,
+        libc::SIGABRT,
+        libc::SIGPIPE,
+        libc::SIGHUP,
+        40,
+    ] {
+        let out = run(&[
+            "/bin/bash",
+            "-c",
+            &format!("ulimit -c 0; kill -{signal} $$; sleep 5"),
+        ]);
+        assert_eq!(out.status.signal(), Some(signal), "{}", out.status);
+        let json = Command::new(farpage())
+            .args([
+                "run",
+                "--summary",
+                "json",
+                "--",
+                "/bin/bash",
+                "-c",
+                &format!("ulimit -c 0; kill -{signal} $$"),
+            ])
+            .output()
+            .unwrap();
+        let summary: serde_json::Value = serde_json::from_slice(&json.stderr).unwrap();
+        assert_eq!(summary["exit_status"], 128 + signal);
+    }
+}
+
+#[test]
+fn standard_streams_pass_through() {
+    if without_privilege("standard_streams_pass_through") {
+        return;
+    }
+    let input = tempfile::NamedTempFile::new().unwrap();
+    fs::write(input.path(), "over\n").unwrap();
+    let mut command = farpage_run();
+    command
+        .args(["sh", "-c", "read x; echo out $x; echo err $x >&2"])
+        .stdin(File::open(input.path()).unwrap());
+    let out = command.output().unwrap();
+    assert_eq!(
+        (text(&out.stdout), text(&out.stderr)),
+        ("out over\n".into(), "err over\n".into())
+    );
+}
+
+#[test]
+fn signals_are_inherited_as_they_were() {
+    if without_privilege("signals_are_inherited_as_they_were") {
+        return;
+    }
+    let masks = |mut command: Command, prepare: fn()| {
+        sys::before_exec(&mut command, move || {
+            prepare();
+            Ok(())
+        });
+        let out = command
+            .args(["grep", "-E", "Sig(Ign|Blk|Cgt|Pnd)", "/proc/self/status"])
+            .output()
+            .unwrap();
+        assert!(out.status.success(), "{}", text(&out.stderr));
+        text(&out.stdout)
+    };
+    let cases: [fn(); 3] = [
+        // Restoring SIGPIPE is what a shell's child has and what Rust's own start-up changes.
+        || sys::default(libc::SIGPIPE),
+        || sys::ignore(libc::SIGPIPE),
+        || {
+            for signal in [
+                libc::SIGINT,
+                libc::SIGHUP,
+                libc::SIGCHLD,
+                libc::SIGTSTP,
+                libc::SIGTERM,
+            ] {
+                sys::ignore(signal);
+            }
+            sys::block(libc::SIGUSR1);
+            sys::block(40);
+        },
+    ];
+    for prepare in cases {
+        assert_eq!(
+            masks(farpage_run(), prepare),
+            masks(Command::new("env"), prepare)
+        );
+    }
+}
+
+#[test]
+fn a_closed_pipe_ends_the_program_as_without_us() {
+    if without_privilege("a_closed_pipe_ends_the_program_as_without_us") {
+        return;
+    }
+    let script = format!(
+        "{} run --summary none -- yes | head -1; echo ${{PIPESTATUS[0]}}",
+        farpage().display()
+    );
+    let mut shell = Command::new("/bin/bash");
+    sys::before_exec(&mut shell, || {
+        sys::default(libc::SIGPIPE);
+        Ok(())
+    });
+    assert_eq!(
+        text(&shell.args(["-c", &script]).output().unwrap().stdout),
+        "y\n141\n"
+    );
+}
+
+#[test]
+fn descriptors_are_inherited_as_they_were() {
+    if without_privilege("descriptors_are_inherited_as_they_were") {
+        return;
+    }
+    let list = |mut command: Command, closed: Option<i32>| {
+        let file = tempfile::tempfile().unwrap();
+        let fd = sys::number(&file);
+        sys::before_exec(&mut command, move || {
+            sys::place(fd, 57);
+            if let Some(closed) = closed {
+                sys::close(closed);
+            }
+            Ok(())
+        });
+        let out = command
+            .args(["/bin/bash", "-c", "cd /proc/$$/fd; echo *"])
+            .stderr(Stdio::piped())
+            .output()
+            .unwrap();
+        text(&out.stdout)
+    };
+    for closed in [None, Some(0), Some(2)] {
+        let native = list(Command::new("env"), closed);
+        assert!(native.contains("57"), "{native}");
+        assert_eq!(list(farpage_run(), closed), native);
+    }
+}
+
+#[test]
+fn environment_and_first_argument() {
+    if without_privilege("environment_and_first_argument") {
+        return;
+    }
+    let out = farpage_run()
+        .args(["env"])
+        .env("MARK", "a=b c")
+        .env("LD_PRELOAD", "/nonexistent/x.so")
+        .output()
+        .unwrap();
+    let environment = text(&out.stdout);
+    assert!(
+        environment.lines().any(|line| line == "MARK=a=b c"),
+        "{environment}"
+    );
+    assert!(
+        environment
+            .lines()
+            .any(|line| line.starts_with("LD_PRELOAD=") && line.ends_with("/nonexistent/x.so")),
+        "{environment}"
+    );
+    let out = run(&["bash", "-c", "echo $0; tr '\\0' ' ' < /proc/$$/cmdline"]);
+    assert!(
+        text(&out.stdout).starts_with("bash\nbash -c"),
+        "{}",
+        text(&out.stdout)
+    );
+}
+
+#[test]
+fn the_summary_goes_where_it_is_told_to() {
+    if without_privilege("the_summary_goes_where_it_is_told_to") {
+        return;
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    let out = farpage_with(&[
+        "run",
+        "--local",
+        "64M",
+        "--summary",
+        "json",
+        "--summary-file",
+        path,
+        "--",
+        "true",
+    ]);
+    assert_eq!(
+        (out.status.code(), text(&out.stderr)),
+        (Some(0), String::new())
+    );
+    let summary: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    assert_eq!(summary["local_limit_bytes"], 64 << 20);
+    assert_eq!(summary["fabric"], "shm");
+    let out = farpage_with(&["run", "--local", "64M", "--", "true"]);
+    assert!(
+        text(&out.stderr).contains("local memory"),
+        "{}",
+        text(&out.stderr)
+    );
+    let out = farpage_with(&["run", "--summary", "none", "--", "true"]);
+    assert_eq!(text(&out.stderr), "");
+}

@@ -1,0 +1,283 @@
+//! Signals, job control and sudden death: as without farpage, and nothing is left behind.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout
+)]
+
+mod common;
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, ChildStdout, Command, Stdio};
+
+use common::pty::Shell;
+use common::{
+    eventually, far_memory_is_a_stub, farpage, farpage_run, is_over, listing, marked, skip, state,
+    sys,
+};
+
+/// Says so and returns true if this account cannot bring far memory up.
+fn without_privilege(test: &str) -> bool {
+    if !sys::is_root() {
+        skip(test, "needs root for userfaultfd");
+    }
+    !sys::is_root()
+}
+
+/// A program under `farpage run`, started in a process group of its own as by a shell.
+struct Running {
+    launcher: Child,
+    output: BufReader<ChildStdout>,
+    /// The program's own pid, which it printed.
+    program: u32,
+}
+
+impl Running {
+    /// Runs a bash script. It must not print before this has printed its pid for it.
+    fn start(script: &str) -> Self {
+        Self::start_marked(script, "")
+    }
+
+    fn start_marked(script: &str, mark: &str) -> Self {
+        let mut command = farpage_run();
+        command
+            .args(["/bin/bash", "-c", &format!("echo $$; {script}")])
+            .env("FARPAGE_TEST_MARK", mark);
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        let mut launcher = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut output = BufReader::new(launcher.stdout.take().unwrap());
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        Self {
+            launcher,
+            output,
+            program: line.trim().parse().unwrap(),
+        }
+    }
+
+    fn pid(&self) -> u32 {
+        self.launcher.id()
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.output.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        sys::kill(-(self.pid() as i32), libc::SIGKILL);
+        let _ = self.launcher.wait();
+    }
+}
+
+#[test]
+fn signals_sent_to_run_reach_the_program_once() {
+    if without_privilege("signals_sent_to_run_reach_the_program_once") {
+        return;
+    }
+    for name in [
+        "INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "ALRM", "WINCH", "CONT", "RTMIN+5",
+    ] {
+        let mut running = Running::start(&format!(
+            "n=0; trap 'n=$((n+1)); echo got $n' {name}; echo set; for i in $(seq 400); do sleep 0.01; done; exit 7"
+        ));
+        assert_eq!(running.line(), "set");
+        Command::new("kill")
+            .args(["-s", name, &running.pid().to_string()])
+            .status()
+            .unwrap();
+        assert_eq!(running.line(), "got 1", "{name}");
+        // A second copy would be printed before the next signal's.
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        Command::new("kill")
+            .args(["-s", name, &running.pid().to_string()])
+            .status()
+            .unwrap();
+        assert_eq!(running.line(), "got 2", "{name}");
+    }
+}
+
+#[test]
+fn a_program_that_signals_its_group_is_not_answered_with_an_echo() {
+    if without_privilege("a_program_that_signals_its_group_is_not_answered_with_an_echo") {
+        return;
+    }
+    let mut running = Running::start("trap 'echo got' USR1; kill -USR1 0; sleep 0.2; echo end");
+    assert_eq!(running.line(), "got");
+    assert_eq!(running.line(), "end");
+}
+
+#[test]
+fn run_dies_of_what_the_program_dies_of() {
+    if without_privilege("run_dies_of_what_the_program_dies_of") {
+        return;
+    }
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGUSR1] {
+        let mut running = Running::start("exec sleep 30");
+        sys::kill(running.pid() as i32, signal);
+        let status = running.launcher.wait().unwrap();
+        assert_eq!(status.signal(), Some(signal));
+        assert!(is_over(running.program));
+    }
+}
+
+#[test]
+fn ignored_signals_stay_ignored_as_under_nohup() {
+    if without_privilege("ignored_signals_stay_ignored_as_under_nohup") {
+        return;
+    }
+    let mut command = Command::new("/bin/bash");
+    let script = format!(
+        "trap '' HUP; exec {} run --summary none -- bash -c 'echo $$; sleep 0.3; echo lived'",
+        farpage().display()
+    );
+    let mut child = command
+        .args(["-c", &script])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    sys::kill(child.id() as i32, libc::SIGHUP);
+    line.clear();
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line, "lived\n");
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn stops_and_continues_with_the_program() {
+    if without_privilege("stops_and_continues_with_the_program") {
+        return;
+    }
+    let mut running = Running::start("for i in $(seq 1000); do sleep 0.01; done");
+    sys::kill(running.pid() as i32, libc::SIGTSTP);
+    eventually("both stop", || {
+        state(running.program) == Some('T') && state(running.pid()) == Some('T')
+    });
+    sys::kill(running.pid() as i32, libc::SIGCONT);
+    eventually("both go on", || {
+        state(running.program) != Some('T') && state(running.pid()) != Some('T')
+    });
+    // Stopped and continued behind our back, it must not leave us stopped for ever.
+    sys::kill(running.program as i32, libc::SIGSTOP);
+    eventually("it stops", || state(running.program) == Some('T'));
+    sys::kill(running.program as i32, libc::SIGCONT);
+    sys::kill(running.program as i32, libc::SIGKILL);
+    assert_eq!(
+        running.launcher.wait().unwrap().signal(),
+        Some(libc::SIGKILL)
+    );
+}
+
+#[test]
+fn terminal_interrupt_reaches_the_program_once() {
+    if without_privilege("terminal_interrupt_reaches_the_program_once") {
+        return;
+    }
+    let mut shell = Shell::start();
+    let run = format!("{} run --summary none --", farpage().display());
+    shell.expect("PROMPT> ");
+    shell.keys(&format!(
+        "{run} bash -c 'n=0; trap \"n=\\$((n+1))\" INT; echo rea\"\"dy; sleep 5; sleep 0.3; echo end $n'; echo status=$?.\n"
+    ));
+    shell.expect("ready");
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    shell.keys("\x03");
+    shell.expect("end 1");
+    shell.expect("status=0.");
+    shell.keys(&format!(
+        "{run} bash -c 'echo rea\"\"dy; exec sleep 30'; echo status=$?.\n"
+    ));
+    shell.expect("ready");
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    shell.keys("\x03");
+    shell.expect("PROMPT> ");
+    shell.keys("echo stat\"\"us=$?.\n");
+    shell.expect("status=130.");
+}
+
+#[test]
+fn terminal_stop_and_foreground() {
+    if without_privilege("terminal_stop_and_foreground") {
+        return;
+    }
+    let mut shell = Shell::start();
+    shell.expect("PROMPT> ");
+    let run = format!("{} run --summary none --", farpage().display());
+    shell.keys(&format!(
+        "{run} bash -c 'echo rea\"\"dy; read x; echo read $x; exit 5'\n"
+    ));
+    shell.expect("ready");
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    shell.keys("\x1a");
+    shell.expect("Stopped");
+    shell.expect("PROMPT> ");
+    shell.keys("fg\n");
+    shell.expect("exit 5'");
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    shell.keys("words\n");
+    shell.expect("read words");
+    shell.expect("PROMPT> ");
+    shell.keys("echo status=$?.\n");
+    shell.expect("status=5.");
+    // A stop that the program gives itself must hand the terminal back as well.
+    shell.keys(&format!("{run} bash -c 'kill -STOP $$; echo aga\"\"in'\n"));
+    shell.expect("Stopped");
+    shell.keys("fg\n");
+    shell.expect("again");
+}
+
+#[test]
+fn no_process_and_no_file_is_left_behind() {
+    let test = "no_process_and_no_file_is_left_behind";
+    if without_privilege(test) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let shared = || listing(std::path::Path::new("/dev/shm"));
+    let before = shared();
+    for (round, victim) in ["nobody", "program", "launcher"].into_iter().enumerate() {
+        if victim == "launcher" && far_memory_is_a_stub() {
+            skip(
+                test,
+                "the agent, which ends the program when run is killed, is not there yet",
+            );
+            continue;
+        }
+        let mark = format!("farpage-mark-{}-{round}", std::process::id());
+        let script = if victim == "nobody" {
+            "sleep 0.1"
+        } else {
+            "sleep 100 & sleep 200"
+        };
+        let mut running =
+            Running::start_marked(&format!("cd {}; {script}", folder.path().display()), &mark);
+        match victim {
+            "program" => sys::kill(running.program as i32, libc::SIGKILL),
+            "launcher" => sys::kill(running.pid() as i32, libc::SIGKILL),
+            _ => {}
+        }
+        running.launcher.wait().unwrap();
+        if victim == "program" && far_memory_is_a_stub() {
+            // The descendants of a killed program live on natively too; with an agent they are managed and end.
+            sys::kill(-(running.pid() as i32), libc::SIGKILL);
+        }
+        eventually(
+            &format!("{victim}: all processes end, left: {:?}", marked(&mark)),
+            || marked(&mark).is_empty(),
+        );
+        assert_eq!(listing(folder.path()), Vec::<std::path::PathBuf>::new());
+        eventually("shared memory is gone", || shared() == before);
+    }
+}

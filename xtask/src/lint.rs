@@ -1,0 +1,78 @@
+//! Checks that need no test: formatting, clippy, dependencies.
+
+use crate::step::{Step, installed};
+use crate::tally::Tally;
+
+/// Runs every check, also after one has failed.
+pub(crate) fn run(tally: &mut Tally) {
+    for (name, component, arguments) in [
+        (
+            "cargo fmt",
+            "cargo-fmt",
+            ["fmt", "--all", "--check"].as_slice(),
+        ),
+        (
+            "cargo clippy",
+            "cargo-clippy",
+            &[
+                "clippy",
+                "--workspace",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ],
+        ),
+    ] {
+        if installed(component).is_some() {
+            check(tally, name, Step::cargo(arguments));
+        } else {
+            tally.skip(name, "not installed; rustup component add rustfmt clippy");
+        }
+    }
+    deny(tally);
+}
+
+fn check(tally: &mut Tally, name: &str, step: Step) {
+    let result = step.run();
+    if let Err(error) = &result {
+        eprintln!("xtask: {error}");
+    }
+    tally.check(name, result.is_ok());
+}
+
+/// Licences, sources and duplicates of dependencies, and known flaws in them.
+fn deny(tally: &mut Tally) {
+    // Building it takes three minutes on two cores: CI can wait for that, a developer is not made to.
+    if installed("cargo-deny").is_none() && std::env::var_os("CI").is_some() {
+        let _ = Step::cargo(&["install", "cargo-deny", "--locked"]).run();
+    }
+    if installed("cargo-deny").is_none() {
+        tally.skip(
+            "cargo deny",
+            "not installed; cargo install cargo-deny --locked",
+        );
+        return;
+    }
+    check(
+        tally,
+        "cargo deny",
+        Step::cargo(&["deny", "check", "bans", "licenses", "sources"]),
+    );
+    // The list of known flaws comes over the network, and a machine may have none.
+    let step = Step::cargo(&["deny", "check", "advisories"]);
+    println!("--- {}", step.words());
+    match step.quietly() {
+        Some((true, _)) => tally.check("cargo deny advisories", true),
+        Some((false, printed)) if printed.contains("failed to fetch advisory database") => {
+            tally.skip(
+                "cargo deny advisories",
+                "the list of known flaws cannot be fetched from here",
+            );
+        }
+        other => {
+            eprintln!("{}", other.map(|(_, printed)| printed).unwrap_or_default());
+            tally.check("cargo deny advisories", false);
+        }
+    }
+}
