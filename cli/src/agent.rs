@@ -1,29 +1,91 @@
 //! `farpage agent`: the per-host pager.
 
-use crate::args::AgentArgs;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use farpage_agent::{AgentConfig, serve};
+use farpage_proto::transport::EndpointUrl;
+
+use crate::args::{AgentArgs, Fabric};
+use crate::daemon;
+use crate::run::{Helper, HelperError, READY};
 
 /// Why programs are not served.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AgentError {
     #[error("programs cannot be given far memory: {0}")]
     Userfaultfd(#[from] crate::doctor::UserfaultfdError),
-    #[error("farpage agent is not wired up in this build")]
-    NotWired,
+    #[error("--coordinator: {0}")]
+    Url(#[from] farpage_proto::FieldError),
+    #[error("--group {0}: there is no such group; create it (groupadd {0}), or name another")]
+    NoGroup(String),
+    #[error("--socket: the path is not valid UTF-8; choose another")]
+    Socket,
+    #[error("--fabric rdma: this build has no rdma transport; use tcp or shm")]
+    NoRdma,
+    #[error(transparent)]
+    Helper(#[from] HelperError),
+    #[error(transparent)]
+    Agent(#[from] farpage_agent::AgentError),
+    #[error("cannot wait for signals: {0}")]
+    Signals(#[from] std::io::Error),
 }
 
 /// Serves until a signal, or the end of the lifeline, ends it.
 pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
     crate::doctor::userfaultfd_is_usable()?;
-    serve(args)
+    daemon::log_to_standard_error();
+    if args.fabric == Some(Fabric::Rdma) {
+        return Err(AgentError::NoRdma);
+    }
+    let socket = args.socket.to_str().ok_or(AgentError::Socket)?.to_owned();
+    // Held until the agent has ended: the memory goes after those who use it.
+    let (_own_far_memory, coordinator) = match args.own_far_memory {
+        Some(capacity) => {
+            let (helper, url) = bring_up(&socket, capacity, args.fabric)?;
+            (Some(helper), url)
+        }
+        None => (None, args.coordinator.clone().unwrap_or_default()),
+    };
+    let config = AgentConfig {
+        coordinator: EndpointUrl::parse_field("the URL", &coordinator)?,
+        socket,
+        group: group(args)?,
+        id: args.id.clone().unwrap_or_else(daemon::default_id),
+        fabric: args.fabric.map(Fabric::kind),
+        exit_on_eof: args.lifeline.map(crate::sys::take_descriptor).transpose()?,
+    };
+    let stop = Arc::new(AtomicBool::new(false));
+    daemon::stop_on_signals(&stop)?;
+    Ok(serve(config, &stop, || daemon::say(READY))?)
 }
 
-/// STUB: the pager of `farpage-agent` goes here. It writes `run::helper::READY` when it serves.
-fn serve(args: &AgentArgs) -> Result<(), AgentError> {
-    let AgentArgs {
-        coordinator: _,
-        socket: _,
-        group: _,
-        lifeline: _,
-    } = args;
-    Err(AgentError::NotWired)
+/// The group that may come in: none where the agent is one run's own. A missing default group is no error, since
+/// the agent's own user and root may come in without it.
+fn group(args: &AgentArgs) -> Result<Option<u32>, AgentError> {
+    if args.own_far_memory.is_some() {
+        return Ok(None);
+    }
+    match crate::sys::group_id(&args.group) {
+        Some(id) => Ok(Some(id)),
+        None if args.group == "farpage" => {
+            tracing::warn!("there is no group farpage: only this user and root may connect; create it (groupadd farpage)");
+            Ok(None)
+        }
+        None => Err(AgentError::NoGroup(args.group.clone())),
+    }
+}
+
+/// Starts the coordinator and memory node of one run, in one process beside this one.
+fn bring_up(
+    socket: &str,
+    capacity: crate::size::Size,
+    fabric: Option<Fabric>,
+) -> Result<(Helper, String), HelperError> {
+    let name = format!("{socket}-far");
+    let fabric = fabric.unwrap_or(Fabric::Shm).name();
+    let words = ["far-memory", "--socket", &name, "--capacity", &capacity.to_string(), "--fabric", fabric];
+    let mut helper = Helper::start("the memory node", &words.map(Into::into))?;
+    helper.wait_ready()?;
+    Ok((helper, format!("unix:{name}")))
 }

@@ -55,6 +55,15 @@ pub(crate) enum Fabric {
 }
 
 impl Fabric {
+    /// As the control plane knows it.
+    pub(crate) fn kind(self) -> farpage_proto::FabricKind {
+        match self {
+            Self::Shm => farpage_proto::FabricKind::Shm,
+            Self::Tcp => farpage_proto::FabricKind::Tcp,
+            Self::Rdma => farpage_proto::FabricKind::Rdma,
+        }
+    }
+
     /// The name as it is written on the command line and in the summary.
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -196,14 +205,24 @@ Example:
   sudo farpage agent --coordinator http://10.0.0.1:7400 --socket /run/farpage/agent.sock --group farpage")]
 pub(crate) struct AgentArgs {
     /// Where the coordinator is
-    #[arg(long, value_name = "URL", env = "FARPAGE_COORDINATOR", value_parser = NonEmptyStringValueParser::new())]
-    pub(crate) coordinator: String,
+    #[arg(long, value_name = "URL", env = "FARPAGE_COORDINATOR", required_unless_present = "own_far_memory",
+        value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) coordinator: Option<String>,
     /// Where programs connect
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: PathBuf,
     /// The group whose members may connect
     #[arg(long, value_name = "GROUP", default_value = "farpage")]
     pub(crate) group: String,
+    /// How pages travel [default: whatever a node offers, one that crosses hosts first]
+    #[arg(long, value_enum)]
+    pub(crate) fabric: Option<Fabric>,
+    /// Its name in the cluster [default: the host name and the pid]
+    #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) id: Option<String>,
+    /// Bring up a coordinator and a memory node of this capacity for this agent alone
+    #[arg(long, value_name = "SIZE", hide = true)]
+    pub(crate) own_far_memory: Option<Size>,
     /// End when this inherited descriptor reads end-of-file
     #[arg(long, value_name = "FD", hide = true)]
     pub(crate) lifeline: Option<i32>,
@@ -252,6 +271,9 @@ pub(crate) struct FarMemoryArgs {
     /// How much memory to lend
     #[arg(long)]
     pub(crate) capacity: Size,
+    /// How pages travel
+    #[arg(long, value_enum, default_value_t = Fabric::Shm)]
+    pub(crate) fabric: Fabric,
     /// End when this inherited descriptor reads end-of-file
     #[arg(long, value_name = "FD")]
     pub(crate) lifeline: Option<i32>,

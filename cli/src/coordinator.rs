@@ -1,24 +1,36 @@
-//! `farpage coordinator`: the control plane.
+//! `farpage coordinator`: the gRPC control plane.
+
+use farpage_proto::FieldError;
+use farpage_proto::transport::EndpointUrl;
+use farpage_server::coordinator::{StoreUrl, Timing};
+use farpage_server::{CoordinatorConfig, run_coordinator};
 
 use crate::args::{CoordinatorArgs, StateStore};
+use crate::daemon;
 
 /// Why the control plane is not served.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CoordinatorError {
-    #[error("farpage coordinator is not wired up in this build")]
-    NotWired,
+    #[error("--listen: {0}")]
+    Listen(#[from] FieldError),
+    #[error("--state etcd is not supported by this build yet; use file:PATH")]
+    NoEtcd,
+    #[error("cannot start: {0}")]
+    Runtime(#[from] std::io::Error),
+    #[error(transparent)]
+    Coordinator(#[from] farpage_server::CoordinatorError),
 }
 
 /// Serves until a signal ends it.
 pub(crate) fn command(args: &CoordinatorArgs) -> Result<(), CoordinatorError> {
-    serve(args)
-}
-
-/// STUB: the coordinator of `farpage-server` goes here.
-fn serve(args: &CoordinatorArgs) -> Result<(), CoordinatorError> {
-    let _listen = args.listen;
-    match &args.state {
-        StateStore::File(_path) => Err(CoordinatorError::NotWired),
-        StateStore::Etcd(_urls) => Err(CoordinatorError::NotWired),
-    }
+    daemon::log_to_standard_error();
+    let StateStore::File(path) = &args.state else { return Err(CoordinatorError::NoEtcd) };
+    let config = CoordinatorConfig {
+        listen: EndpointUrl::parse_field("the address", &args.listen.to_string())?,
+        store: StoreUrl::File(path.clone()),
+        timing: Timing::default(),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let ready = |ready: farpage_server::CoordinatorReady| daemon::say(&format!("coordinator serves at {}\n", ready.url));
+    Ok(runtime.block_on(run_coordinator(config, ready, daemon::told_to_stop()))?)
 }

@@ -1,25 +1,31 @@
 //! `farpage far-memory`, hidden: the coordinator and memory node of one `farpage run`, in one process.
 
+use farpage_proto::{ByteCount, FieldError};
+use farpage_server::{EmbeddedConfig, EmbeddedError, embedded};
+
 use crate::args::FarMemoryArgs;
+use crate::daemon;
+use crate::run::READY;
 
 /// Why there is no far memory.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FarMemoryError {
-    #[error("farpage far-memory is not wired up in this build")]
-    NotWired,
+    #[error("--socket: {0}")]
+    Name(#[from] FieldError),
+    #[error("--lifeline: {0}")]
+    Lifeline(#[from] std::io::Error),
+    #[error(transparent)]
+    Embedded(#[from] EmbeddedError),
 }
 
 /// Serves until the lifeline ends it.
 pub(crate) fn command(args: &FarMemoryArgs) -> Result<(), FarMemoryError> {
-    serve(args)
-}
-
-/// STUB: the embedded mode of `farpage-server` goes here. It writes `run::helper::READY` when it serves.
-fn serve(args: &FarMemoryArgs) -> Result<(), FarMemoryError> {
-    let FarMemoryArgs {
-        socket: _,
-        capacity: _,
-        lifeline: _,
-    } = args;
-    Err(FarMemoryError::NotWired)
+    daemon::log_to_standard_error();
+    let name = args.socket.trim_start_matches('@');
+    let extent = farpage_proto::limits::DEFAULT_EXTENT_BYTES;
+    let capacity = args.capacity.bytes().next_multiple_of(extent);
+    let mut config = EmbeddedConfig::new(ByteCount(capacity), name);
+    config.fabric = args.fabric.kind();
+    config.exit_on_eof = args.lifeline.map(crate::sys::take_descriptor).transpose()?;
+    Ok(embedded(config, |_| daemon::say(READY), std::future::pending())?)
 }

@@ -6,6 +6,7 @@ mod agent;
 mod args;
 mod bench;
 mod coordinator;
+mod daemon;
 mod doctor;
 mod far_memory;
 mod node;

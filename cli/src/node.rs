@@ -1,6 +1,13 @@
 //! `farpage node`: lends this machine's memory.
 
-use crate::args::{Label, NodeArgs};
+use farpage_proto::address::HostPort;
+use farpage_proto::transport::EndpointUrl;
+use farpage_proto::{ByteCount, FieldError, NodeId};
+use farpage_server::node::TcpListen;
+use farpage_server::{NodeConfig, run_node};
+
+use crate::args::{Fabric, Label, NodeArgs};
+use crate::daemon;
 
 /// A node's parameters, judged and with their defaults filled in.
 #[derive(Debug)]
@@ -15,8 +22,16 @@ pub(crate) struct NodeOptions<'a> {
 pub(crate) enum NodeError {
     #[error("this machine's host name cannot be read; name the node with --id")]
     NoName,
-    #[error("farpage node is not wired up in this build")]
-    NotWired,
+    #[error("{0}")]
+    Field(#[from] FieldError),
+    #[error("--fabric tcp needs --listen ADDR:PORT, where the data path is served")]
+    NoListen,
+    #[error("--fabric rdma: this build has no rdma transport; use tcp or shm")]
+    NoRdma,
+    #[error("cannot start: {0}")]
+    Runtime(#[from] std::io::Error),
+    #[error(transparent)]
+    Node(#[from] farpage_server::NodeError),
 }
 
 /// Lends memory until a signal ends it.
@@ -38,21 +53,27 @@ pub(crate) fn command(args: &NodeArgs) -> Result<(), NodeError> {
     })
 }
 
-/// STUB: the memory node of `farpage-server` goes here.
 fn serve(options: &NodeOptions<'_>) -> Result<(), NodeError> {
-    let NodeArgs {
-        capacity: _,
-        coordinator: _,
-        fabric: _,
-        listen: _,
-        ..
-    } = options.args;
-    let _wanted = (
-        &options.id,
-        options
-            .labels
-            .first()
-            .map(|label| (&label.key, &label.value)),
-    );
-    Err(NodeError::NotWired)
+    let args = options.args;
+    daemon::log_to_standard_error();
+    let coordinator = EndpointUrl::parse_field("--coordinator", &args.coordinator)?;
+    let mut config = NodeConfig::new(NodeId::new(options.id.clone())?, ByteCount(args.capacity.bytes()), coordinator);
+    match args.fabric {
+        Fabric::Shm => {
+            config.shm = Some(args.listen.clone().unwrap_or_else(|| format!("@farpage-node-{}", options.id)));
+        }
+        Fabric::Tcp => {
+            let listen = args.listen.as_deref().ok_or(NodeError::NoListen)?;
+            config.tcp = Some(TcpListen { listen: HostPort::parse("--listen", listen)? });
+        }
+        Fabric::Rdma => return Err(NodeError::NoRdma),
+    }
+    config.labels = options.labels.iter().map(|label| (label.key.clone(), label.value.clone())).collect();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let id = options.id.clone();
+    let ready = move |ready: farpage_server::NodeReady| {
+        let addresses: Vec<String> = ready.data_addresses.iter().map(ToString::to_string).collect();
+        daemon::say(&format!("node {id} lends memory at {}\n", addresses.join(", ")));
+    };
+    Ok(runtime.block_on(run_node(config, ready, daemon::told_to_stop()))?)
 }

@@ -333,3 +333,25 @@ pub(crate) fn effective_user() -> u32 {
     // SAFETY: geteuid takes nothing and cannot fail.
     unsafe { libc::geteuid() }
 }
+
+/// Takes ownership of a descriptor that was inherited for us alone.
+///
+/// # Errors
+/// EBADF where there is none of this number.
+pub(crate) fn take_descriptor(number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: F_GETFD takes no pointer.
+    if unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, and the launcher has passed it to this process for this use alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// The number of a group.
+pub(crate) fn group_id(name: &str) -> Option<u32> {
+    let text = std::fs::read_to_string("/etc/group").ok()?;
+    text.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok())?
+    })
+}

@@ -25,6 +25,7 @@ use session::Session;
 use signals::Ended;
 use summary::SummarySink;
 
+pub(crate) use helper::{Helper, HelperError, READY};
 pub(crate) use preload::find as find_preload;
 
 /// The status for bad arguments.
@@ -81,7 +82,7 @@ pub(crate) fn command(args: &RunArgs) -> ExitCode {
             return ExitCode::from(error.exit_status());
         }
     };
-    session.attached(pid);
+    session.started(pid);
     let ended = match signals::follow(pid) {
         Ok(ended) => ended,
         Err(error) => {

@@ -1,11 +1,9 @@
 //! Far memory for one run: what is brought up before the program starts and taken down after it.
-//!
-//! STUB: this is the one place where `run` meets the agent and the memory node. While `WIRED` is false nothing is
-//! brought up: the program runs with all of its memory here and the summary's counts are zero. To fill in: what is
-//! said to the agent over its socket in `open`, `attached` and `finish`.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+
+use farpage_agent::client::{ClientError, JobClient};
 
 use crate::args::Fabric;
 use crate::run::helper::{Helper, HelperError};
@@ -13,9 +11,6 @@ use crate::run::options::RunOptions;
 use crate::run::preload::{self, PreloadError};
 use crate::run::signals::Ended;
 use crate::run::summary::Summary;
-
-/// STUB: true once `far-memory` and `agent` serve.
-const WIRED: bool = false;
 
 /// Why there is no far memory, or no account of it.
 #[derive(Debug, thiserror::Error)]
@@ -25,20 +20,18 @@ pub(crate) enum SessionError {
          everything brought up for this run",
         .socket.display(), .socket.display()
     )]
-    NoAgent {
-        socket: PathBuf,
-        source: std::io::Error,
-    },
+    NoAgent { socket: PathBuf, source: ClientError },
+    #[error("{0}")]
+    Agent(#[from] ClientError),
+    #[error("--agent: the path is not valid UTF-8; use another")]
+    Socket,
     #[error("no far memory for this program: {0}")]
     Preload(#[from] PreloadError),
     #[error("no far memory for this program: {0}")]
     Userfaultfd(#[from] crate::doctor::UserfaultfdError),
     #[error("no far memory for this program: {0}")]
     Helper(#[from] HelperError),
-    #[error(
-        "--fabric rdma: this machine has no RDMA device; use --fabric tcp or shm, or see farpage doctor for how to \
-         get one"
-    )]
+    #[error("--fabric rdma: this build has no rdma transport; use --fabric tcp or shm")]
     NoRdma,
 }
 
@@ -48,49 +41,42 @@ pub(crate) struct Session {
     local_limit_bytes: u64,
     fabric: &'static str,
     environment: Vec<(OsString, OsString)>,
-    /// The agent before the memory node, as they end in this order: the agent still gives its slots back.
-    helpers: Vec<Helper>,
+    job: JobClient,
+    /// The agent of this run alone; it holds the memory node.
+    agent: Option<Helper>,
 }
 
 impl Session {
     /// Brings far memory up, or connects to the agent that has it.
     pub(crate) fn open(options: &RunOptions) -> Result<Self, SessionError> {
-        if let Some(socket) = &options.agent {
-            std::os::unix::net::UnixStream::connect(socket).map_err(|source| {
-                SessionError::NoAgent {
-                    socket: socket.clone(),
-                    source,
-                }
-            })?;
-        } else {
-            crate::doctor::userfaultfd_is_usable()?;
-            if options.fabric == Fabric::Rdma && !crate::doctor::has_rdma_device() {
-                return Err(SessionError::NoRdma);
-            }
+        let shim = preload::find()?;
+        if options.fabric == Fabric::Rdma {
+            return Err(SessionError::NoRdma);
         }
-        let helpers = if WIRED && options.agent.is_none() {
-            bring_up(options)?
-        } else {
-            Vec::new()
-        };
-        // STUB: to become `preload::find()?` once the shim is built; a missing one is an error then.
-        let environment = match preload::find() {
-            Ok(shim) => {
-                let existing = std::env::var_os("LD_PRELOAD");
-                vec![(
-                    "LD_PRELOAD".into(),
-                    preload::prepended(shim.as_os_str(), existing.as_deref()),
-                )]
+        let (agent, socket) = match &options.agent {
+            Some(socket) => (None, socket.to_str().ok_or(SessionError::Socket)?.to_owned()),
+            None => {
+                crate::doctor::userfaultfd_is_usable()?;
+                let (agent, socket) = bring_up(options)?;
+                (Some(agent), socket)
             }
-            Err(PreloadError::Missing) => Vec::new(),
-            Err(error) => return Err(error.into()),
         };
-        Ok(Self {
-            local_limit_bytes: options.local.bytes(),
-            fabric: options.fabric.name(),
-            environment,
-            helpers,
-        })
+        let (local, far) = (options.local.bytes(), options.far.bytes());
+        let job = JobClient::open(&socket, local, far, u32::from(options.replicas)).map_err(|source| {
+            match (&options.agent, source) {
+                (Some(socket), source @ ClientError::Unreachable(_)) => {
+                    SessionError::NoAgent { socket: socket.clone(), source }
+                }
+                (_, source) => SessionError::Agent(source),
+            }
+        })?;
+        let existing = std::env::var_os("LD_PRELOAD");
+        let environment = vec![
+            ("LD_PRELOAD".into(), preload::prepended(shim.as_os_str(), existing.as_deref())),
+            ("FARPAGE_ATTACH".into(), socket.into()),
+            ("FARPAGE_JOB".into(), job.token().into()),
+        ];
+        Ok(Self { local_limit_bytes: local, fabric: options.fabric.name(), environment, job, agent })
     }
 
     /// What the program's environment must have in addition.
@@ -99,49 +85,48 @@ impl Session {
     }
 
     /// Tells which process is the program, as soon as it has been started.
-    pub(crate) fn attached(&self, _pid: u32) {
-        let _agent = self.helpers.first().map(Helper::pid);
+    pub(crate) fn started(&self, pid: u32) {
+        // An agent that is gone by now shows itself at the end.
+        let _ = self.job.started(pid.cast_signed());
     }
 
-    /// Takes everything down after the program has ended, and returns the account.
+    /// Takes everything down after the program has ended, and returns the account. An agent of our own stays as long
+    /// as processes do that the program has left behind, and not longer.
     pub(crate) fn finish(self, ended: Ended) -> Result<Summary, SessionError> {
+        let account = self.job.finish()?;
+        if let Some(agent) = self.agent
+            && account.processes_left > 0
+        {
+            agent.leave_to_itself();
+        }
         Ok(Summary {
+            faults: account.faults,
+            fault_p50_us: account.fault_p50_us,
+            fault_p99_us: account.fault_p99_us,
+            pages_fetched: account.pages_fetched,
+            pages_prefetched: account.pages_prefetched,
+            prefetch_hits: account.prefetch_hits,
+            pages_evicted: account.pages_evicted,
+            pages_written_back: account.pages_written_back,
             local_limit_bytes: self.local_limit_bytes,
-            fabric: self.fabric.to_owned(),
+            local_peak_bytes: account.local_peak_bytes,
+            far_peak_bytes: account.far_peak_bytes,
+            far_slots_in_use_at_exit: account.far_slots_in_use_at_exit,
+            fabric: if account.fabric == "any" { self.fabric.to_owned() } else { account.fabric },
+            processes: account.processes,
+            processes_unmanaged: account.processes_unmanaged,
+            unmanaged_bytes: account.unmanaged_bytes,
             exit_status: ended.status(),
-            ..Summary::default()
         })
     }
 }
 
-/// Starts a memory node and an agent for this run alone. Their abstract sockets leave no file behind.
-fn bring_up(options: &RunOptions) -> Result<Vec<Helper>, HelperError> {
-    let run = std::process::id();
-    let (node_socket, agent_socket) = (
-        format!("@farpage-node-{run}"),
-        format!("@farpage-agent-{run}"),
-    );
-    let words = |words: &[&str]| words.iter().map(OsString::from).collect::<Vec<_>>();
-    let capacity = options.far.to_string();
-    let node = [
-        "far-memory",
-        "--socket",
-        &node_socket,
-        "--capacity",
-        &capacity,
-    ];
-    let mut node = Helper::start("the memory node", &words(&node))?;
-    node.wait_ready()?;
-    // STUB: the agent is also to be told these, over its socket or by hidden flags.
-    let _untold = (options.local, options.fabric, options.replicas);
-    let agent = [
-        "agent",
-        "--coordinator",
-        &node_socket,
-        "--socket",
-        &agent_socket,
-    ];
-    let mut agent = Helper::start("the agent", &words(&agent))?;
+/// Starts an agent for this run alone, with a memory node of its own. Their abstract sockets leave no file behind.
+fn bring_up(options: &RunOptions) -> Result<(Helper, String), HelperError> {
+    let socket = format!("@farpage-{}", std::process::id());
+    let far = options.far.to_string();
+    let words = ["agent", "--own-far-memory", &far, "--socket", &socket, "--fabric", options.fabric.name()];
+    let mut agent = Helper::start("the agent", &words.map(OsString::from))?;
     agent.wait_ready()?;
-    Ok(vec![agent, node])
+    Ok((agent, socket))
 }

@@ -212,6 +212,7 @@ impl Job {
             processes: count(&counters.processes),
             processes_unmanaged: count(&counters.processes_unmanaged),
             unmanaged_bytes: self.unmanaged_peak() * 4096,
+            processes_left: self.spaces().len() as u64,
             fabric: fabric.to_owned(),
         }
     }
