@@ -18,4 +18,4 @@ mod random;
 
 pub use coordinator::{CoordinatorConfig, CoordinatorError, CoordinatorReady, run_coordinator};
 pub use embedded::{EmbeddedConfig, EmbeddedError, EmbeddedReady, embedded};
-pub use node::{NodeConfig, NodeError, NodeReady, run_node};
+pub use node::{NodeConfig, NodeError, NodeReady, TcpListen, run_node};
