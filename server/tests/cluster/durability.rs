@@ -94,6 +94,7 @@ async fn whatever_was_answered_survives_sigkill() {
     let mut agent = Agent::new(&url).await;
     let mut held = Vec::new();
     for round in 0..ROUNDS {
+        held.extend(agent.grant(3).await.unwrap());
         // Keep it busy until it dies in the middle of something.
         let pid = rustix::process::Pid::from_child(&process);
         let killer = tokio::spawn(async move {

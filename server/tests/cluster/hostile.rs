@@ -4,6 +4,8 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
+use farpage_proto::LeaseId;
+use farpage_proto::client::{CallError, Coordinator};
 use farpage_proto::transport::{EndpointUrl, connect};
 use farpage_proto::v1::{OpenLeaseRequest, ReleaseExtentsRequest};
 use tokio_stream::StreamExt;
@@ -115,4 +117,49 @@ fn pseudo_random(seed: u32, length: usize) -> Vec<u8> {
         state as u8
     };
     (0..length).map(|_| next()).collect()
+}
+
+const TARGET: &str = "FARPAGE_TEST_TARGET";
+
+/// Not a test of its own: what another user's process does in the next test.
+#[tokio::test]
+async fn stranger_process() {
+    let Ok(url) = std::env::var(TARGET) else { return };
+    let client = Coordinator::connect(&url.parse().unwrap(), Duration::from_secs(2)).await;
+    let served = match client {
+        Ok(client) => client.status().await.is_ok(),
+        Err(_) => false,
+    };
+    println!("\nserved={served}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn over_a_unix_socket_other_users_are_not_served() {
+    use std::os::unix::process::CommandExt;
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can start a process as another user");
+        return;
+    }
+    // Where another user can run this program.
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let program = dir.path().join("stranger");
+    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    let url = EndpointUrl::UnixAbstract(format!("farpage-test-{}-uid", std::process::id()));
+    let (coordinator, url) = start_coordinator("memory:", url).await;
+    for (uid, served) in [(0, true), (65534, false)] {
+        let mut command = std::process::Command::new(&program);
+        command
+            .args(["hostile::stranger_process", "--exact", "--nocapture"])
+            .env(TARGET, url.to_string())
+            .uid(uid);
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(text.contains(&format!("served={served}")), "uid {uid}: {text}");
+    }
+    let client = Coordinator::connect(&url, DEADLINE).await.unwrap();
+    assert_eq!(client.status().await.unwrap().capacity_bytes, 0);
+    let gone = client.renew_lease(LeaseId::new(1).unwrap()).await.unwrap_err();
+    assert!(matches!(gone, CallError::Gone(_)), "{gone}");
+    coordinator.stop().await;
 }

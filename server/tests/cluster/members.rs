@@ -6,6 +6,7 @@ use farpage_proto::transport::{EndpointUrl, connect};
 use farpage_proto::v1::memory_node_client::MemoryNodeClient;
 use farpage_proto::v1::{GrantExtentRequest, NodeHealth, RevokeExtentRequest};
 use farpage_server::{NodeError, TcpListen};
+use tokio::net::TcpListener;
 use tonic::Code;
 
 use crate::harness::*;
@@ -125,6 +126,45 @@ async fn only_the_coordinator_may_grant_and_revoke() {
     assert_eq!(error.code(), Code::PermissionDenied);
     let info = client.node_info(farpage_proto::v1::NodeInfoRequest {}).await.unwrap().into_inner();
     assert_eq!((info.node_id.as_str(), info.capacity_bytes, info.granted_extents), ("n1", 2 * MIB, 0));
+    node.stop().await;
+    coordinator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_node_stands_in_for_one_that_hangs() {
+    let (coordinator, url) = start_coordinator("memory:", loopback(0)).await;
+    let (node, _) = start_node(node_config("works", 4, &url)).await;
+    let mut agent = Agent::new(&url).await;
+    // Takes connections, says nothing; its heartbeats go on, as with a node whose disk or pool is stuck. It is the
+    // emptiest, and so asked first.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let registration = farpage_proto::v1::RegisterNodeRequest {
+        node_id: "hangs".into(),
+        incarnation: 5,
+        capacity_bytes: 32 * MIB,
+        extent_bytes: MIB,
+        data_addresses: vec!["tcp:127.0.0.1:1".into()],
+        control_url: format!("http://{}", silent.local_addr().unwrap()),
+        control_token: vec![0; 16],
+        ..Default::default()
+    };
+    agent.client.register_node(registration).await.unwrap();
+    let mut beats = agent.client.clone();
+    let (mut renewals, lease) = (agent.client.clone(), agent.lease.get());
+    let beating = tokio::spawn(async move {
+        loop {
+            let beat = farpage_proto::v1::NodeHeartbeatRequest { node_id: "hangs".into(), incarnation: 5 };
+            beats.node_heartbeat(beat).await.unwrap();
+            renewals.renew_lease(farpage_proto::v1::RenewLeaseRequest { lease_id: lease }).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+    let grants = agent.grant(3).await.unwrap();
+    assert_eq!(grants.len(), 3);
+    assert!(grants.iter().all(|grant| grant.node.as_str() == "works"), "{grants:?}");
+    // Whether the other one granted is not known: those extents wait for its confirmation.
+    assert_eq!(agent.status().await.pending_bytes, 3 * MIB);
+    beating.abort();
     node.stop().await;
     coordinator.stop().await;
 }
