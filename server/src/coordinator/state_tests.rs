@@ -65,6 +65,7 @@ enum Step {
     Release { lease: usize, which: Vec<usize> },
     Revokes { lost: Vec<bool> },
     Late(usize),
+    LateAnswer(usize),
     Pass(u64),
     Beat(usize),
     Kill(usize),
@@ -83,6 +84,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         4 => (0usize..4, prop::collection::vec(0usize..8, 0..4)).prop_map(|(lease, which)| Step::Release { lease, which }),
         5 => lost().prop_map(|lost| Step::Revokes { lost }),
         1 => (0usize..64).prop_map(Step::Late),
+        2 => (0usize..64).prop_map(Step::LateAnswer),
         3 => (1u64..5000).prop_map(Step::Pass),
         4 => (0usize..3).prop_map(Step::Beat),
         1 => (0usize..3).prop_map(Step::Kill),
@@ -101,6 +103,7 @@ struct World {
     /// What agents were told: extent to grant.
     told: BTreeMap<LeaseId, BTreeMap<ExtentId, ExtentGrant>>,
     sent: Vec<NodeOrder>,
+    revoked: Vec<(ExtentId, Epoch)>,
     epochs: BTreeSet<u64>,
     drawn: u64,
 }
@@ -115,6 +118,7 @@ impl World {
             leases: Vec::new(),
             told: BTreeMap::new(),
             sent: Vec::new(),
+            revoked: Vec::new(),
             epochs: BTreeSet::new(),
             drawn: 0,
         }
@@ -143,7 +147,11 @@ impl World {
         let at: usize = order.node.as_str()[1..].parse().unwrap();
         let node = &mut self.nodes[at];
         // Another life knows another token.
-        node.up && order.token.0[0] == node.life as u8 && node.obey(order)
+        let done = node.up && order.token.0[0] == node.life as u8 && node.obey(order);
+        if done && order.kind == OrderKind::Revoke {
+            self.revoked.push((order.extent, order.epoch));
+        }
+        done
     }
 
     fn step(&mut self, step: Step) {
@@ -192,6 +200,12 @@ impl World {
                     if self.deliver(order) && !lost {
                         self.state.revoke_confirmed(order.extent, order.epoch);
                     }
+                }
+            }
+            // The answer to a revocation, when nobody expects it any more.
+            Step::LateAnswer(at) => {
+                if let Some(&(extent, epoch)) = self.revoked.get(at) {
+                    self.state.revoke_confirmed(extent, epoch);
                 }
             }
             // An old message arrives again; nobody waits for its answer.
