@@ -6,10 +6,10 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::endpoint::WorkError;
 use crate::fence;
+use crate::gate::{Gate, GatePlace, GateWord};
 use crate::geometry::PoolGeometry;
-use crate::memory::{MemoryOptions, OutOfBounds, RegisteredMemory};
+use crate::memory::RegisteredMemory;
 
 /// How long a revocation waits for operations that are under way. One is a copy of at most
 /// [`crate::MAX_TRANSFER`] bytes, well under a millisecond; a thread inside may be preempted for some
@@ -25,20 +25,13 @@ const FENCE_SPINS: u32 = 200;
 /// How long it sleeps between looks after that.
 const FENCE_NAP: Duration = Duration::from_micros(50);
 
-/// Bytes of a gate that is shared with another process: one page, as nothing smaller can be mapped. The gate word is
-/// at its start.
-pub(crate) const GATE_BYTES: usize = 4096;
-
-/// Where in a shared gate the responder says that it is closed, in bytes: on a cache line that only it writes.
-const CLOSED_AT: u64 = 64;
-
 /// The key memory's length in bytes.
 pub(crate) fn key_memory_bytes(geometry: &PoolGeometry) -> usize {
     geometry.extents() as usize * 8
 }
 
 /// The key word of an extent, in bytes from the key memory's start.
-fn key_offset(extent: u32) -> u64 {
+pub(crate) fn key_offset(extent: u32) -> u64 {
     u64::from(extent) * 8
 }
 
@@ -108,9 +101,7 @@ impl AccessTable {
     /// # Errors
     /// As for [`RegisteredMemory::create`]; also when the kernel lacks `F_SEAL_FUTURE_WRITE` (Linux 5.1).
     pub fn new(geometry: PoolGeometry) -> io::Result<Arc<Self>> {
-        let (keys, _) =
-            RegisteredMemory::create("farpage-keys", key_memory_bytes(&geometry), MemoryOptions::default())?;
-        keys.seal_future_writes()?;
+        let keys = RegisteredMemory::create_for_readers("farpage-keys", key_memory_bytes(&geometry))?;
         Ok(Arc::new(Self {
             geometry,
             keys,
@@ -130,7 +121,7 @@ impl AccessTable {
         &self.keys
     }
 
-    fn key_word(&self, extent: u32) -> Option<&AtomicU64> {
+    pub(crate) fn key_word(&self, extent: u32) -> Option<&AtomicU64> {
         if extent >= self.geometry.extents() {
             return None;
         }
@@ -219,6 +210,12 @@ impl AccessTable {
         self.admit_gate(GateWord::new(GatePlace::Shared(memory)))
     }
 
+    /// Forgets a gate: revocations pass it by from now on.
+    pub(crate) fn forget_gate(&self, word: &Arc<GateWord>) {
+        word.mark_gone();
+        lock(&self.gates).retain(|gate| !Arc::ptr_eq(gate, word));
+    }
+
     fn admit_gate(self: &Arc<Self>, word: GateWord) -> Result<Gate, TooManyGates> {
         let mut gates = lock(&self.gates);
         if gates.len() >= MAX_GATES {
@@ -226,7 +223,7 @@ impl AccessTable {
         }
         let word = Arc::new(word);
         gates.push(word.clone());
-        Ok(Gate { table: self.clone(), word })
+        Ok(Gate::new(self.clone(), word))
     }
 }
 
@@ -240,200 +237,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-#[derive(Debug)]
-enum GatePlace {
-    Private(AtomicU64),
-    Shared(RegisteredMemory),
-}
-
-/// On a cache line of its own: each connection writes its gate at every request.
-#[derive(Debug)]
-#[repr(align(64))]
-struct GateWord {
-    place: GatePlace,
-    gone: std::sync::atomic::AtomicBool,
-}
-
-impl GateWord {
-    fn new(place: GatePlace) -> Self {
-        Self { place, gone: false.into() }
-    }
-
-    fn word(&self) -> Option<&AtomicU64> {
-        match &self.place {
-            GatePlace::Private(word) => Some(word),
-            GatePlace::Shared(memory) => memory.word(0).ok(),
-        }
-    }
-
-    fn is_inside(&self, extent: u32) -> bool {
-        self.word().is_some_and(|word| fence::is_inside(word, extent))
-    }
-
-    fn is_gone(&self) -> bool {
-        self.gone.load(std::sync::atomic::Ordering::Acquire)
-    }
-}
-
-/// One connection's way in. Dropping it says that the connection touches nothing any more.
-#[derive(Debug)]
-pub struct Gate {
-    table: Arc<AccessTable>,
-    word: Arc<GateWord>,
-}
-
-impl Gate {
-    /// The table that this is a gate of.
-    #[must_use]
-    pub fn table(&self) -> &Arc<AccessTable> {
-        &self.table
-    }
-
-    /// Admits an operation on `len` bytes at `offset` of `extent` if `key` is that extent's live key. The
-    /// bytes may be touched while the guard lives; a revocation waits for it. One at a time.
-    ///
-    /// # Errors
-    /// [`WorkError::AccessDenied`], or [`WorkError::RemoteBounds`] for a holder of the key who left the extent.
-    pub fn check(
-        &mut self,
-        extent: u32,
-        key: u64,
-        offset: u64,
-        len: u32,
-    ) -> Result<AccessGuard<'_>, WorkError> {
-        let key_word = self.table.key_word(extent).ok_or(WorkError::AccessDenied)?;
-        let gate = self.word.word().ok_or(WorkError::AccessDenied)?;
-        admit(&self.table.geometry, key_word, gate, extent, key, offset, len)
-    }
-}
-
-impl Gate {
-    /// Lets nobody in any more through a shared gate (a private one closes by being dropped).
-    pub(crate) fn close(&self) {
-        if let GatePlace::Shared(memory) = &self.word.place
-            && let Ok(closed) = memory.word(CLOSED_AT)
-        {
-            fence::Change::store(closed, 1);
-            fence::Look::fence(closed);
-        }
-    }
-
-    /// Whether somebody is inside any extent.
-    pub(crate) fn is_occupied(&self) -> bool {
-        self.word.word().is_some_and(fence::is_occupied)
-    }
-}
-
-impl Drop for Gate {
-    fn drop(&mut self) {
-        self.word.gone.store(true, std::sync::atomic::Ordering::Release);
-        lock(&self.table.gates).retain(|gate| !Arc::ptr_eq(gate, &self.word));
-    }
-}
-
-/// A requester's own way in, over memory that the responder shares with it.
-#[derive(Debug)]
-pub(crate) struct SharedGate {
-    geometry: PoolGeometry,
-    keys: RegisteredMemory,
-    word: RegisteredMemory,
-}
-
-/// A key word in memory that is mapped read-only.
-struct SharedKey<'a> {
-    keys: &'a RegisteredMemory,
-    offset: u64,
-}
-
-impl fence::Look for SharedKey<'_> {
-    fn load(&self) -> u64 {
-        self.keys.load_word(self.offset).unwrap_or(fence::NO_KEY)
-    }
-
-    fn fence(&self) {
-        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-    }
-}
-
-impl SharedGate {
-    /// Over key memory of [`key_memory_bytes`] and a gate page of [`GATE_BYTES`].
-    pub(crate) fn new(
-        geometry: PoolGeometry,
-        keys: RegisteredMemory,
-        word: RegisteredMemory,
-    ) -> Result<Self, OutOfBounds> {
-        word.word(0)?;
-        word.word(CLOSED_AT)?;
-        Ok(Self { geometry, keys, word })
-    }
-
-    /// Whether the responder has ended this connection.
-    pub(crate) fn is_closed(&self) -> bool {
-        self.word.load_word(CLOSED_AT) != Ok(0)
-    }
-
-    /// As [`Gate::check`].
-    pub(crate) fn check(
-        &mut self,
-        extent: u32,
-        key: u64,
-        offset: u64,
-        len: u32,
-    ) -> Result<AccessGuard<'_>, WorkError> {
-        if extent >= self.geometry.extents() {
-            return Err(WorkError::AccessDenied);
-        }
-        let key_word = SharedKey { keys: &self.keys, offset: key_offset(extent) };
-        let gate = self.word.word(0).map_err(|_| WorkError::AccessDenied)?;
-        let guard = admit(&self.geometry, &key_word, gate, extent, key, offset, len)?;
-        // Looked at after the announcement, as the key is: the responder looks at the gate after it has closed it.
-        if self.is_closed() { Err(WorkError::Disconnected) } else { Ok(guard) }
-    }
-}
-
-fn admit<'a>(
-    geometry: &PoolGeometry,
-    key_word: &impl fence::Look,
-    gate: &'a AtomicU64,
-    extent: u32,
-    key: u64,
-    offset: u64,
-    len: u32,
-) -> Result<AccessGuard<'a>, WorkError> {
-    if !fence::enter(key_word, gate, extent, key) {
-        return Err(WorkError::AccessDenied);
-    }
-    // From here on the guard's drop leaves.
-    let mut guard = AccessGuard { gate, pool_offset: 0 };
-    guard.pool_offset = geometry.pool_offset(extent, offset, len).ok_or(WorkError::RemoteBounds)?;
-    Ok(guard)
-}
-
-/// Permission to touch a range of the pool, until it is dropped.
-#[derive(Debug)]
-#[must_use]
-pub struct AccessGuard<'a> {
-    gate: &'a AtomicU64,
-    pool_offset: u64,
-}
-
-impl AccessGuard<'_> {
-    /// Where the range starts in the pool, in bytes.
-    #[must_use]
-    pub fn pool_offset(&self) -> u64 {
-        self.pool_offset
-    }
-}
-
-impl Drop for AccessGuard<'_> {
-    fn drop(&mut self) {
-        fence::leave(self.gate);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::endpoint::WorkError;
+    use crate::gate::GATE_BYTES;
+    use crate::memory::MemoryOptions;
 
     fn table() -> Arc<AccessTable> {
         AccessTable::new(PoolGeometry::new(8192, 4).unwrap()).unwrap()

@@ -112,3 +112,41 @@ pub trait Endpoint: Send {
     /// where posts complete at once (shared memory).
     fn wait_fd(&self) -> Option<BorrowedFd<'_>>;
 }
+
+impl<E: Endpoint + ?Sized> Endpoint for Box<E> {
+    fn register(&mut self, memory: Arc<RegisteredMemory>) -> RegionId {
+        (**self).register(memory)
+    }
+
+    fn post_read(&mut self, id: WorkId, local: LocalSlice, remote: RemoteSlice) -> Result<(), PostError> {
+        (**self).post_read(id, local, remote)
+    }
+
+    fn post_write(&mut self, id: WorkId, local: LocalSlice, remote: RemoteSlice) -> Result<(), PostError> {
+        (**self).post_write(id, local, remote)
+    }
+
+    fn flush(&mut self) {
+        (**self).flush();
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        (**self).poll(out)
+    }
+
+    fn credits(&self) -> usize {
+        (**self).credits()
+    }
+
+    fn window(&self) -> usize {
+        (**self).window()
+    }
+
+    fn is_connected(&self) -> bool {
+        (**self).is_connected()
+    }
+
+    fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
+        (**self).wait_fd()
+    }
+}

@@ -141,7 +141,7 @@ impl<E: Endpoint> FaultyEndpoint<E> {
         } else {
             let fate = self.draw();
             let number = self.posted;
-            let withheld = fate.lost && self.random.next() % 2 == 0;
+            let withheld = fate.lost && self.random.next().is_multiple_of(2);
             let posted = if withheld { Ok(()) } else { post(&mut inner, WorkId(number)) };
             if posted.is_ok() {
                 self.posted += 1;

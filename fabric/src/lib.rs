@@ -13,6 +13,7 @@ pub mod connect;
 pub mod endpoint;
 pub mod faulty;
 mod fence;
+pub mod gate;
 pub mod geometry;
 pub mod memory;
 mod regions;

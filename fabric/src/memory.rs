@@ -107,6 +107,24 @@ impl RegisteredMemory {
     }
 
     fn create_with(name: &str, len: usize, flags: MemfdFlags, page: usize) -> io::Result<Self> {
+        let memory = Self::create_unsealed(name, len, flags, page)?;
+        // No further seals: a peer could otherwise keep others from mapping it.
+        fs::fcntl_add_seals(&memory.fd, SealFlags::SEAL)?;
+        Ok(memory)
+    }
+
+    /// Creates memory that only this mapping can write: whoever is handed the descriptor can map it read-only.
+    pub(crate) fn create_for_readers(name: &str, len: usize) -> io::Result<Self> {
+        Self::create_unsealed(name, len, MemfdFlags::empty(), rustix::param::page_size())
+            .and_then(|memory| {
+                fs::fcntl_add_seals(&memory.fd, SealFlags::FUTURE_WRITE | SealFlags::SEAL)?;
+                Ok(memory)
+            })
+            .map_err(|error| explain(len, &error))
+    }
+
+    /// Of fixed size, but open to more seals.
+    fn create_unsealed(name: &str, len: usize, flags: MemfdFlags, page: usize) -> io::Result<Self> {
         let fd = fs::memfd_create(name, flags | MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         fs::ftruncate(&fd, len as u64)?;
         fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)?;
@@ -154,12 +172,6 @@ impl RegisteredMemory {
         let mapping =
             Mapping::new(fd.as_fd(), len, (page as usize).max(rustix::param::page_size()), protection)?;
         Ok(Self { mapping, fd })
-    }
-
-    /// Forbids everybody, this process included, to map the file for writing from now on. Mappings that
-    /// exist, such as this one, stay writable: whoever is handed the descriptor can only look.
-    pub(crate) fn seal_future_writes(&self) -> io::Result<()> {
-        Ok(fs::fcntl_add_seals(&self.fd, SealFlags::FUTURE_WRITE | SealFlags::SEAL)?)
     }
 
     /// Length in bytes; never zero.
@@ -266,8 +278,10 @@ fn explain(len: usize, error: &io::Error) -> io::Error {
         Some(libc::EMFILE | libc::ENFILE) => {
             "too many open files; raise `ulimit -n` or LimitNOFILE= in the unit"
         }
-        Some(libc::EINVAL) => "the name is over 249 bytes, or the size is beyond what a file can have",
-        Some(libc::ENOSYS) => "this kernel lacks memfd_create; farpage needs Linux 4.14 or newer",
+        Some(libc::EINVAL) => {
+            "the name is over 249 bytes, the size beyond what a file can have, or the kernel older than 5.1"
+        }
+        Some(libc::ENOSYS) => "this kernel lacks memfd_create; farpage needs Linux 5.1 or newer",
         _ => "unexpected; see dmesg",
     };
     io::Error::new(error.kind(), format!("cannot create {len} bytes of shared memory: {error}: {advice}"))
@@ -329,7 +343,8 @@ mod tests {
     fn our_own_memory_cannot_be_resized_and_sealed_memory_not_be_written_by_others() {
         let a = memory(8192);
         assert!(fs::ftruncate(a.fd(), 4096).is_err());
-        a.seal_future_writes().unwrap();
+        assert!(fs::fcntl_add_seals(a.fd(), SealFlags::FUTURE_WRITE).is_err());
+        let a = RegisteredMemory::create_for_readers("test", 8192).unwrap();
         assert!(RegisteredMemory::from_memfd(a.fd().try_clone_to_owned().unwrap(), 8192).is_err());
         let look =
             RegisteredMemory::from_memfd_read_only(a.fd().try_clone_to_owned().unwrap(), 8192).unwrap();
@@ -344,7 +359,7 @@ mod tests {
     #[test]
     fn the_hash_is_xxh3_128_whatever_the_length() {
         let a = memory(3 * 4096);
-        let bytes: Vec<u8> = (0..3 * 4096u32).map(|i| (i * 31 >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..3 * 4096u32).map(|i| ((i * 31) >> 3) as u8).collect();
         a.write(0, &bytes).unwrap();
         for (offset, len) in [(0, 0), (0, 4096), (5, 100), (1, 4097), (0, 3 * 4096)] {
             let expected = twox_hash::XxHash3_128::oneshot(&bytes[offset..offset + len]);

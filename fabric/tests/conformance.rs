@@ -1,6 +1,7 @@
 //! What every transport must do, run against each one for real.
 
-#![allow(missing_docs)]
+// Helpers outside of #[test] functions may panic here as well.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
 mod common;
 
@@ -111,7 +112,7 @@ fn after_a_revocation_nothing_touches_the_extent() {
                 let (node, done) = (&node, &done);
                 scope.spawn(move || {
                     let mut client = Client::new(node.connect());
-                    client.local.write(0, &[0xff; 65536]).unwrap();
+                    client.local.write(0, &vec![0xff; 65536]).unwrap();
                     let mut out = Vec::new();
                     let mut posted = 0;
                     while !done.load(Ordering::Acquire) {

@@ -11,12 +11,13 @@ use rustix::net::{
     AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv, socket_with,
 };
 
-use crate::access::{GATE_BYTES, SharedGate, key_memory_bytes};
+use crate::access::key_memory_bytes;
 use crate::address::ShmAddress;
 use crate::connect::{ConnectError, check_window, handshake_error, remaining, send_all, welcome};
 use crate::endpoint::{
     Completion, Endpoint, LocalSlice, PostError, RegionId, RemoteSlice, WorkError, WorkId,
 };
+use crate::gate::{GATE_BYTES, SharedGate};
 use crate::geometry::PoolGeometry;
 use crate::memory::RegisteredMemory;
 use crate::regions::Regions;

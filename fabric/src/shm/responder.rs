@@ -16,9 +16,10 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv, sockopt};
 
 use crate::MAX_TRANSFER;
-use crate::access::{AccessTable, FENCE_DEADLINE, GATE_BYTES, Gate};
+use crate::access::{AccessTable, FENCE_DEADLINE};
 use crate::address::ShmAddress;
 use crate::connect::send_all;
+use crate::gate::{GATE_BYTES, Gate};
 use crate::memory::{MemoryOptions, RegisteredMemory};
 use crate::shm::handover;
 use crate::wire::{CLIENT_HELLO_BYTES, ClientHello, ServerHello, VERSION};

@@ -1,8 +1,8 @@
 //! A responder's side of one connection, without the socket: request bytes in, response bytes out.
 
 use crate::MAX_TRANSFER;
-use crate::access::Gate;
 use crate::endpoint::WorkError;
+use crate::gate::Gate;
 use crate::memory::RegisteredMemory;
 use crate::wire::{Operation, REQUEST_BYTES, RESPONSE_BYTES, Request, Response, Status, WireError};
 
