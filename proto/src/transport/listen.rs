@@ -158,7 +158,7 @@ impl Stream for Incoming {
             match Arc::clone(&self.places).try_acquire_owned() {
                 Ok(permit) => return Poll::Ready(Some(Ok(connection.accepted(permit)))),
                 Err(_) => {
-                    tracing::warn!(max = limits::MAX_CONNECTIONS, "refused a connection, there are too many")
+                    tracing::warn!(max = limits::MAX_CONNECTIONS, "refused a connection, there are too many");
                 }
             }
         }
