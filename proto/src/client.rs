@@ -106,7 +106,9 @@ impl Coordinator {
         self.bounded(client.close_lease(self.request(message))).await.map(drop)
     }
 
-    /// Gets extents: as many as asked for, or fewer when a node fails meanwhile, never none.
+    /// Gets extents: as many as asked for, or fewer when a node fails meanwhile, never none. Nodes that hang are waited for
+    /// for 2 s, three times at most: a deadline below 7 s may give up on an answer that comes. Then repeat the call under
+    /// the same request id.
     pub async fn grant_extents(&self, request: GrantRequest) -> Result<Vec<ExtentGrant>, CallError> {
         let mut client = self.client.clone();
         let message = v1::GrantExtentsRequest::from(request);

@@ -23,8 +23,8 @@ use tonic::transport::Channel;
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
 pub(crate) const TIMING: Timing = Timing {
-    lease_ttl: Duration::from_millis(1500),
-    node_timeout: Duration::from_millis(600),
+    lease_ttl: Duration::from_millis(3000),
+    node_timeout: Duration::from_millis(1000),
     revoke_retry: Duration::from_millis(300),
 };
 

@@ -60,9 +60,19 @@ pub(super) enum Step {
     Open,
     Renew(usize),
     Close(usize),
-    Grant { lease: usize, count: u32, request: u64, lost: Vec<bool> },
-    Release { lease: usize, which: Vec<usize> },
-    Revokes { lost: Vec<bool> },
+    Grant {
+        lease: usize,
+        count: u32,
+        request: u64,
+        lost: Vec<bool>,
+    },
+    Release {
+        lease: usize,
+        which: Vec<usize>,
+    },
+    Revokes {
+        lost: Vec<bool>,
+    },
     Late(usize),
     LateAnswer(usize),
     Pass(u64),
@@ -70,6 +80,12 @@ pub(super) enum Step {
     Kill(usize),
     Start(usize),
     Restart,
+    /// The coordinator dies, or the lease ends, after the nodes were asked and before their answers are noted.
+    Interrupted {
+        lease: usize,
+        count: u32,
+        dies: bool,
+    },
 }
 
 pub(super) fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -89,6 +105,8 @@ pub(super) fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => (0usize..3).prop_map(Step::Kill),
         2 => (0usize..3).prop_map(Step::Start),
         1 => Just(Step::Restart),
+        2 => (0usize..4, 1u32..4, any::<bool>())
+            .prop_map(|(lease, count, dies)| Step::Interrupted { lease, count, dies }),
     ];
     prop::collection::vec(step, 1..80)
 }
@@ -184,6 +202,7 @@ impl World {
                 self.told.insert(id, BTreeMap::new());
             }
             Step::Grant { lease, count, request, lost } => self.grant(lease, count, request, &lost),
+            Step::Interrupted { lease, count, dies } => self.interrupted(lease, count, dies),
             Step::Release { lease, which } => {
                 let Some(id) = self.lease(lease) else { return };
                 let held: Vec<ExtentId> = self.told[&id].keys().copied().collect();
@@ -326,6 +345,34 @@ impl World {
             Err(GrantError::Exhausted { free_extents, .. }) => assert!(free_extents < count),
             Err(GrantError::NoLease(_)) => drop(self.told.insert(lease, BTreeMap::new())),
             Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn interrupted(&mut self, lease: usize, count: u32, dies: bool) {
+        let Some(lease) = self.lease(lease) else { return };
+        let request = GrantRequest { lease, count, fabric: None, request: None };
+        let keys: Vec<u64> = (0..count).map(|_| self.draw()).collect();
+        let plan = self.state.plan_grant(&request, true, &keys, &BTreeSet::new());
+        self.commit();
+        let Ok(Plan::Ask(orders)) = plan else { return };
+        self.epochs.extend(orders.iter().map(|order| order.epoch.get()));
+        if dies {
+            for order in &orders {
+                self.deliver(order);
+            }
+            self.step(Step::Restart);
+        } else {
+            self.step(Step::Close(self.leases.iter().position(|id| *id == lease).unwrap()));
+            // The revocations may reach their nodes before the grants do.
+            if count > 1 {
+                self.step(Step::Revokes { lost: vec![false; 8] });
+            }
+            for order in &orders {
+                self.deliver(order);
+            }
+        }
+        for order in orders {
+            assert_eq!(self.state.grant_confirmed(order.extent, order.epoch, None), None, "nobody is told");
         }
     }
 
