@@ -11,8 +11,11 @@ use std::time::{Duration, Instant};
 
 use farpage_fabric::access::AccessTable;
 use farpage_fabric::memory::MemoryOptions;
+use farpage_fabric::shm::{ShmEndpoint, ShmLimits, ShmResponder};
 use farpage_fabric::tcp::{ResponderLimits, TcpEndpoint, TcpResponder};
-use farpage_fabric::{Endpoint, LocalSlice, PoolGeometry, RegionId, RegisteredMemory, RemoteSlice, WorkId};
+use farpage_fabric::{
+    Endpoint, LocalSlice, PoolGeometry, RegionId, RegisteredMemory, RemoteSlice, ShmAddress, WorkId,
+};
 
 const PAGE: u32 = 4096;
 const EXTENT: u64 = 2 << 20;
@@ -22,6 +25,7 @@ const PHASES: usize = 10;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let rounds: usize = std::env::args().nth(1).map_or(Ok(20_000), |text| text.parse())?;
     hash()?;
+    shm(rounds)?;
     for (name, spin, peer) in [
         ("two cores, both sides look", true, 1),
         ("two cores, both sides sleep", false, 1),
@@ -87,6 +91,36 @@ fn hash() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
+fn shm(rounds: usize) -> Result<(), Box<dyn std::error::Error>> {
+    let (pool, access) = pool()?;
+    let address = ShmAddress::Abstract(format!("farpage-round-trip-{}", std::process::id()));
+    let _responder = ShmResponder::start(&address, pool, access, ShmLimits::default())?;
+    let mut endpoint = ShmEndpoint::connect(&address, 1, Instant::now() + Duration::from_secs(5))?;
+    let (local, _) = RegisteredMemory::create("local", PAGE as usize, MemoryOptions::default())?;
+    let region = endpoint.register(Arc::new(local));
+    let mut out = Vec::new();
+    let start = Instant::now();
+    for i in 0..rounds as u64 {
+        let remote = RemoteSlice { extent: 0, key: 1, offset: i % 512 * u64::from(PAGE) };
+        endpoint.post_read(WorkId(i), LocalSlice { region, offset: 0, len: PAGE }, remote)?;
+        endpoint.poll(&mut out);
+    }
+    let each = start.elapsed() / rounds as u32;
+    for completion in out {
+        completion.result?;
+    }
+    println!("shared memory: {each:?} a page");
+    Ok(())
+}
+
+fn pool() -> Result<(Arc<RegisteredMemory>, Arc<AccessTable>), Box<dyn std::error::Error>> {
+    let (pool, _) = RegisteredMemory::create("pool", EXTENT as usize, MemoryOptions::default())?;
+    pool.write(0, &vec![7; EXTENT as usize])?;
+    let access = AccessTable::new(PoolGeometry::new(EXTENT, 1)?)?;
+    access.grant(0, 1)?;
+    Ok((Arc::new(pool), access))
+}
+
 /// The floor: 32 bytes there, a page back, nothing else.
 struct Bare {
     socket: TcpStream,
@@ -149,17 +183,12 @@ struct Ours {
 
 impl Ours {
     fn start(spin: bool) -> Result<Self, Box<dyn std::error::Error>> {
-        let geometry = PoolGeometry::new(EXTENT, 1)?;
-        let (pool, _) = RegisteredMemory::create("pool", EXTENT as usize, MemoryOptions::default())?;
-        pool.write(0, &vec![7; EXTENT as usize])?;
-        let access = AccessTable::new(geometry)?;
-        access.grant(0, 1)?;
+        let (pool, access) = pool()?;
         let mut limits = ResponderLimits::default();
         if !spin {
             limits.spin = Duration::ZERO;
         }
-        let responder =
-            TcpResponder::start(TcpListener::bind("127.0.0.1:0")?, Arc::new(pool), access, limits)?;
+        let responder = TcpResponder::start(TcpListener::bind("127.0.0.1:0")?, pool, access, limits)?;
         let deadline = Instant::now() + Duration::from_secs(5);
         let mut endpoint = TcpEndpoint::connect(responder.local_addr(), BATCH, deadline)?;
         let (local, _) = RegisteredMemory::create("local", BATCH * PAGE as usize, MemoryOptions::default())?;

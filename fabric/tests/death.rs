@@ -80,7 +80,11 @@ fn a_requester_that_is_killed_inside_an_extent_does_not_keep_it() {
             let (child, _) = spawn(&address(&node).to_string());
             std::thread::sleep(Duration::from_millis(5 + round));
             kill(child);
-            node.access.revoke(0).unwrap();
+            // The responder learns of the death from the socket; on a busy machine that may take a while.
+            let end = deadline();
+            while let Err(error) = node.access.revoke(0) {
+                assert!(std::time::Instant::now() < end, "{error}");
+            }
             node.pool.zero(0, MAX_TRANSFER as usize).unwrap();
         }
     }
