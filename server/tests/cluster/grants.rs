@@ -13,8 +13,16 @@ use crate::harness::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_extent_is_fenced_and_zero_before_its_next_owner() {
+    // As root the pool can be locked, and is then zeroed in place.
+    for lock in [false, true] {
+        fence_and_scrub(lock).await;
+    }
+}
+
+async fn fence_and_scrub(lock: bool) {
     let (coordinator, url) = start_coordinator("memory:", loopback(0)).await;
     let mut config = node_config("n1", 2, &url);
+    config.lock = lock;
     config.shm = Some(format!("@farpage-test-{}-fence", std::process::id()));
     let (node, ready) = start_node(config).await;
     assert_eq!(ready.data_addresses.len(), 2);
