@@ -36,10 +36,9 @@ impl FabricKind {
             Ok(v1::Fabric::Shm) => Ok(Some(Self::Shm)),
             Ok(v1::Fabric::Tcp) => Ok(Some(Self::Tcp)),
             Ok(v1::Fabric::Rdma) => Ok(Some(Self::Rdma)),
-            Err(_) => Err(FieldError::Malformed {
-                field: "fabric",
-                expected: "not a fabric of this version",
-            }),
+            Err(_) => {
+                Err(FieldError::Malformed { field: "fabric", expected: "not a fabric of this version" })
+            }
         }
     }
 
@@ -68,10 +67,7 @@ impl FromStr for FabricKind {
             "shm" => Ok(Self::Shm),
             "tcp" => Ok(Self::Tcp),
             "rdma" => Ok(Self::Rdma),
-            _ => Err(FieldError::Malformed {
-                field: "fabric",
-                expected: "use one of shm, tcp, rdma",
-            }),
+            _ => Err(FieldError::Malformed { field: "fabric", expected: "use one of shm, tcp, rdma" }),
         }
     }
 }
@@ -115,8 +111,8 @@ impl FromStr for DataAddress {
                 field::socket_name(FIELD, rest, MAX_SOCKET_NAME)?;
                 Ok(Self::Shm(rest.to_owned()))
             }
-            "tcp" => Ok(Self::Tcp(HostPort::parse(FIELD, rest)?)),
-            "rdma" => Ok(Self::Rdma(HostPort::parse(FIELD, rest)?)),
+            "tcp" => Ok(Self::Tcp(HostPort::parse(FIELD, rest)?.reachable(FIELD)?)),
+            "rdma" => Ok(Self::Rdma(HostPort::parse(FIELD, rest)?.reachable(FIELD)?)),
             _ => Err(FORM),
         }
     }
@@ -161,10 +157,7 @@ impl HostPort {
     /// Parses `HOST:PORT`, an IPv6 address in brackets.
     pub(crate) fn parse(field: &'static str, text: &str) -> Result<Self, FieldError> {
         const EXPECTED: &str = "use HOST:PORT, an IPv6 address in brackets";
-        let malformed = FieldError::Malformed {
-            field,
-            expected: EXPECTED,
-        };
+        let malformed = FieldError::Malformed { field, expected: EXPECTED };
         let (host, port) = text.rsplit_once(':').ok_or(malformed.clone())?;
         // `u16::from_str` would take a sign.
         if port.is_empty() || !port.bytes().all(|b| b.is_ascii_digit()) {
@@ -173,10 +166,7 @@ impl HostPort {
         let Ok(port) = port.parse::<u16>() else {
             return Err(malformed);
         };
-        let host = match host
-            .strip_prefix('[')
-            .and_then(|rest| rest.strip_suffix(']'))
-        {
+        let host = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
             Some(inner) if inner.contains(':') => inner,
             Some(_) => return Err(malformed),
             None if host.contains(':') => return Err(malformed),
@@ -186,10 +176,15 @@ impl HostPort {
             return Err(malformed);
         }
         field::host(field, host)?;
-        Ok(Self {
-            host: host.to_owned(),
-            port,
-        })
+        Ok(Self { host: host.to_owned(), port })
+    }
+}
+
+impl HostPort {
+    /// Refuses port 0, which only listeners can use.
+    pub(crate) fn reachable(self, field: &'static str) -> Result<Self, FieldError> {
+        field::within(field, self.port.into(), 1, u16::MAX.into())?;
+        Ok(self)
     }
 }
 

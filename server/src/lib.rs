@@ -5,7 +5,7 @@
 //!   before any answer leaves; around it a thin asynchronous rim (`service`, `dispatch`).
 //! - [`node`]: one pool of registered memory, cut into extents, granted and revoked under epochs (`ledger`), served to
 //!   requesters by the fabric (`data_path`) and offered to the coordinator (`membership`).
-//! - [`embedded`]: both in one process, for `farpage run` without an agent.
+//! - [`mod@embedded`]: both in one process, for `farpage run` without an agent.
 //!
 //! Neither takes part in reads and writes of pages.
 
@@ -16,6 +16,8 @@ pub mod node;
 mod grpc;
 mod random;
 
-pub use coordinator::{CoordinatorConfig, CoordinatorError, CoordinatorReady, run_coordinator};
+pub use coordinator::{
+    CoordinatorConfig, CoordinatorError, CoordinatorReady, StoreUrl, Timing, run_coordinator,
+};
 pub use embedded::{EmbeddedConfig, EmbeddedError, EmbeddedReady, embedded};
-pub use node::{NodeConfig, NodeError, NodeReady, run_node};
+pub use node::{NodeConfig, NodeError, NodeReady, TcpListen, run_node};

@@ -144,7 +144,10 @@ where
         }
     };
     let served = grpc::serve(listener, server, stop).await;
-    data_path.stop();
+    // Joins the responders' threads, which may wait for requesters that are inside the pool.
+    if let Err(error) = tokio::task::spawn_blocking(move || data_path.stop()).await {
+        tracing::warn!(%error, "the data path did not stop in order");
+    }
     match refused {
         Some(error) => Err(error.into()),
         None => Ok(served?),

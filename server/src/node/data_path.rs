@@ -1,11 +1,15 @@
 //! The data path: the fabric's responders over the pool.
 
+use std::io;
 use std::net::TcpListener;
 use std::sync::Arc;
 
+use farpage_fabric::address::{AddressError, ShmAddress};
+use farpage_fabric::shm::{ShmLimits, ShmResponder};
+use farpage_fabric::tcp::{ResponderLimits, TcpResponder};
 use farpage_proto::{DataAddress, FieldError};
 
-use super::config::{NodeConfig, advertise_at};
+use super::config::{NodeConfig, TcpListen, advertise_at};
 use super::pool::Pool;
 
 /// Why the data path is not served.
@@ -14,53 +18,68 @@ pub enum DataPathError {
     /// Nothing to serve.
     #[error("no fabric is chosen; choose shm, tcp, or both")]
     NoFabric,
-    /// An address cannot be used.
+    /// An address cannot be told to others.
     #[error(transparent)]
     Address(#[from] FieldError),
+    /// An address is none of the fabric's.
+    #[error(transparent)]
+    Form(#[from] AddressError),
     /// An address cannot be had.
     #[error("cannot serve {address}: {source}; choose another address, or stop its holder")]
     Start {
         /// Which.
         address: String,
         /// What the system said.
-        source: std::io::Error,
+        source: io::Error,
     },
 }
 
-/// The running responders.
+/// The running responders. They stop when dropped.
 #[derive(Debug)]
 pub(crate) struct DataPath {
     addresses: Vec<DataAddress>,
-    _tcp: Option<TcpListener>,
+    tcp: Option<TcpResponder>,
+    shm: Option<ShmResponder>,
 }
 
 impl DataPath {
     /// Starts what the settings name.
-    pub(crate) fn start(
-        config: &NodeConfig,
-        pool: &Arc<Pool>,
-        advertised: &str,
-    ) -> Result<Self, DataPathError> {
-        let _ = (pool.memory(), pool.access());
-        let mut addresses = Vec::new();
+    pub(crate) fn start(config: &NodeConfig, pool: &Pool, advertised: &str) -> Result<Self, DataPathError> {
+        let mut path = Self { addresses: Vec::new(), tcp: None, shm: None };
+        if let Some(listen) = &config.tcp {
+            path.start_tcp(listen, pool, advertised)?;
+        }
         if let Some(name) = &config.shm {
-            addresses.push(format!("shm:{name}").parse()?);
+            path.start_shm(name, pool)?;
         }
-        let mut held = None;
-        if let Some(tcp) = &config.tcp {
-            let listening =
-                TcpListener::bind((tcp.listen.host.as_str(), tcp.listen.port)).and_then(|listener| {
-                    let port = listener.local_addr()?.port();
-                    Ok((listener, port))
-                });
-            let (listener, port) = listening
-                .map_err(|source| DataPathError::Start { address: format!("tcp:{}", tcp.listen), source })?;
-            let mut at = advertise_at(&tcp.listen, advertised);
-            at.port = port;
-            addresses.push(DataAddress::Tcp(at));
-            held = Some(listener);
-        }
-        if addresses.is_empty() { Err(DataPathError::NoFabric) } else { Ok(Self { addresses, _tcp: held }) }
+        if path.addresses.is_empty() { Err(DataPathError::NoFabric) } else { Ok(path) }
+    }
+
+    fn start_tcp(&mut self, tcp: &TcpListen, pool: &Pool, advertised: &str) -> Result<(), DataPathError> {
+        let listener = TcpListener::bind((tcp.listen.host.as_str(), tcp.listen.port));
+        let started = listener.and_then(|listener| {
+            let port = listener.local_addr()?.port();
+            let (memory, access) = (Arc::clone(pool.memory()), Arc::clone(pool.access()));
+            Ok((TcpResponder::start(listener, memory, access, ResponderLimits::default())?, port))
+        });
+        let (responder, port) = started
+            .map_err(|source| DataPathError::Start { address: format!("tcp:{}", tcp.listen), source })?;
+        let mut at = advertise_at(&tcp.listen, advertised);
+        at.port = port;
+        self.addresses.push(DataAddress::Tcp(at));
+        self.tcp = Some(responder);
+        Ok(())
+    }
+
+    fn start_shm(&mut self, name: &str, pool: &Pool) -> Result<(), DataPathError> {
+        let address: DataAddress = format!("shm:{name}").parse()?;
+        let socket: ShmAddress = name.parse()?;
+        let (memory, access) = (Arc::clone(pool.memory()), Arc::clone(pool.access()));
+        let responder = ShmResponder::start(&socket, memory, access, ShmLimits::default())
+            .map_err(|source| DataPathError::Start { address: address.to_string(), source })?;
+        self.addresses.push(address);
+        self.shm = Some(responder);
+        Ok(())
     }
 
     /// Where requesters connect.
@@ -68,6 +87,9 @@ impl DataPath {
         &self.addresses
     }
 
-    /// Stops all responders.
-    pub(crate) fn stop(self) {}
+    /// Stops all responders: closes their sockets and connections. May wait for requesters that are inside the pool.
+    pub(crate) fn stop(mut self) {
+        self.tcp.iter_mut().for_each(TcpResponder::stop);
+        self.shm.iter_mut().for_each(ShmResponder::stop);
+    }
 }

@@ -17,7 +17,7 @@ pub(crate) trait Extents: Send + Sync {
     fn grant(&self, index: u32, key: AccessKey) -> Result<(), PoolError>;
     /// Lets nobody in any more, and waits until whoever is inside has left.
     fn fence(&self, index: u32) -> Result<(), PoolError>;
-    /// Makes all bytes zero, and gives the memory back to the kernel.
+    /// Makes all bytes zero, and gives the memory back to the kernel unless it is locked or of huge pages.
     fn scrub(&self, index: u32) -> Result<(), PoolError>;
 }
 
@@ -123,6 +123,14 @@ impl Extents for Pool {
 
     fn scrub(&self, index: u32) -> Result<(), PoolError> {
         let offset = u64::from(index) * self.extent_bytes;
+        // Huge pages that are given back lose their reservation, and the next touch could find none left; locked memory is
+        // meant to stay. Both are zeroed in place.
+        if self.huge_pages || self.locked {
+            return self.memory.zero(offset, self.extent_bytes as usize).map_err(|error| PoolError::Scrub {
+                index,
+                source: io::Error::new(io::ErrorKind::InvalidInput, error),
+            });
+        }
         // The hole reads as zeros in every mapping of the file, ours and requesters'.
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         loop {
