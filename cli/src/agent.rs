@@ -69,7 +69,9 @@ fn group(args: &AgentArgs) -> Result<Option<u32>, AgentError> {
     match crate::sys::group_id(&args.group) {
         Some(id) => Ok(Some(id)),
         None if args.group == "farpage" => {
-            tracing::warn!("there is no group farpage: only this user and root may connect; create it (groupadd farpage)");
+            tracing::warn!(
+                "there is no group farpage: only this user and root may connect; create it (groupadd farpage)"
+            );
             Ok(None)
         }
         None => Err(AgentError::NoGroup(args.group.clone())),
@@ -84,7 +86,15 @@ fn bring_up(
 ) -> Result<(Helper, String), HelperError> {
     let name = format!("{socket}-far");
     let fabric = fabric.unwrap_or(Fabric::Shm).name();
-    let words = ["far-memory", "--socket", &name, "--capacity", &capacity.to_string(), "--fabric", fabric];
+    let words = [
+        "far-memory",
+        "--socket",
+        &name,
+        "--capacity",
+        &capacity.to_string(),
+        "--fabric",
+        fabric,
+    ];
     let mut helper = Helper::start("the memory node", &words.map(Into::into))?;
     helper.wait_ready()?;
     Ok((helper, format!("unix:{name}")))

@@ -24,13 +24,19 @@ pub(crate) enum CoordinatorError {
 /// Serves until a signal ends it.
 pub(crate) fn command(args: &CoordinatorArgs) -> Result<(), CoordinatorError> {
     daemon::log_to_standard_error();
-    let StateStore::File(path) = &args.state else { return Err(CoordinatorError::NoEtcd) };
+    let StateStore::File(path) = &args.state else {
+        return Err(CoordinatorError::NoEtcd);
+    };
     let config = CoordinatorConfig {
         listen: EndpointUrl::parse_field("the address", &args.listen.to_string())?,
         store: StoreUrl::File(path.clone()),
         timing: Timing::default(),
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ready = |ready: farpage_server::CoordinatorReady| daemon::say(&format!("coordinator serves at {}\n", ready.url));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let ready = |ready: farpage_server::CoordinatorReady| {
+        daemon::say(&format!("coordinator serves at {}\n", ready.url))
+    };
     Ok(runtime.block_on(run_coordinator(config, ready, daemon::told_to_stop()))?)
 }

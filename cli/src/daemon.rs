@@ -15,7 +15,10 @@ pub(crate) fn log_to_standard_error() {
     let filter = tracing_subscriber::EnvFilter::try_new(filter)
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(DEFAULT_LOG));
     // A second call finds a subscriber set already, which is as good.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).try_init();
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .try_init();
 }
 
 /// Writes a word to standard output at once; a closed one is no reason to fail.
@@ -27,13 +30,18 @@ pub(crate) fn say(word: &str) {
 /// A name for a daemon that was given none: the host's, and the process id to tell two on one host apart.
 pub(crate) fn default_id() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let host = Some(host.trim()).filter(|host| !host.is_empty()).unwrap_or("host");
+    let host = Some(host.trim())
+        .filter(|host| !host.is_empty())
+        .unwrap_or("host");
     format!("{host}-{}", std::process::id())
 }
 
 /// Completes on SIGTERM or SIGINT.
 pub(crate) async fn told_to_stop() {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut term), Ok(mut int)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
         // Without a handler the signals keep their default action, which ends the process as well.
         return std::future::pending().await;
     };
@@ -45,11 +53,15 @@ pub(crate) async fn told_to_stop() {
 
 /// Sets `stop` on SIGTERM or SIGINT, by a thread of its own.
 pub(crate) fn stop_on_signals(stop: &Arc<AtomicBool>) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let stop = Arc::clone(stop);
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        runtime.block_on(told_to_stop());
-        stop.store(true, Ordering::Release);
-    })?;
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            runtime.block_on(told_to_stop());
+            stop.store(true, Ordering::Release);
+        })?;
     Ok(())
 }

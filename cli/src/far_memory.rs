@@ -27,5 +27,9 @@ pub(crate) fn command(args: &FarMemoryArgs) -> Result<(), FarMemoryError> {
     let mut config = EmbeddedConfig::new(ByteCount(capacity), name);
     config.fabric = args.fabric.kind();
     config.exit_on_eof = args.lifeline.map(crate::sys::take_descriptor).transpose()?;
-    Ok(embedded(config, |_| daemon::say(READY), std::future::pending())?)
+    Ok(embedded(
+        config,
+        |_| daemon::say(READY),
+        std::future::pending(),
+    )?)
 }

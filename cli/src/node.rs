@@ -57,23 +57,46 @@ fn serve(options: &NodeOptions<'_>) -> Result<(), NodeError> {
     let args = options.args;
     daemon::log_to_standard_error();
     let coordinator = EndpointUrl::parse_field("--coordinator", &args.coordinator)?;
-    let mut config = NodeConfig::new(NodeId::new(options.id.clone())?, ByteCount(args.capacity.bytes()), coordinator);
+    let mut config = NodeConfig::new(
+        NodeId::new(options.id.clone())?,
+        ByteCount(args.capacity.bytes()),
+        coordinator,
+    );
     match args.fabric {
         Fabric::Shm => {
-            config.shm = Some(args.listen.clone().unwrap_or_else(|| format!("@farpage-node-{}", options.id)));
+            config.shm = Some(
+                args.listen
+                    .clone()
+                    .unwrap_or_else(|| format!("@farpage-node-{}", options.id)),
+            );
         }
         Fabric::Tcp => {
             let listen = args.listen.as_deref().ok_or(NodeError::NoListen)?;
-            config.tcp = Some(TcpListen { listen: HostPort::parse("--listen", listen)? });
+            config.tcp = Some(TcpListen {
+                listen: HostPort::parse("--listen", listen)?,
+            });
         }
         Fabric::Rdma => return Err(NodeError::NoRdma),
     }
-    config.labels = options.labels.iter().map(|label| (label.key.clone(), label.value.clone())).collect();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    config.labels = options
+        .labels
+        .iter()
+        .map(|label| (label.key.clone(), label.value.clone()))
+        .collect();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
     let id = options.id.clone();
     let ready = move |ready: farpage_server::NodeReady| {
-        let addresses: Vec<String> = ready.data_addresses.iter().map(ToString::to_string).collect();
-        daemon::say(&format!("node {id} lends memory at {}\n", addresses.join(", ")));
+        let addresses: Vec<String> = ready
+            .data_addresses
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        daemon::say(&format!(
+            "node {id} lends memory at {}\n",
+            addresses.join(", ")
+        ));
     };
     Ok(runtime.block_on(run_node(config, ready, daemon::told_to_stop()))?)
 }

@@ -23,7 +23,9 @@ const BATCH: usize = 32;
 const PHASES: usize = 10;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let rounds: usize = std::env::args().nth(1).map_or(Ok(20_000), |text| text.parse())?;
+    let rounds: usize = std::env::args()
+        .nth(1)
+        .map_or(Ok(20_000), |text| text.parse())?;
     hash()?;
     shm(rounds)?;
     for (name, spin, peer) in [
@@ -87,7 +89,10 @@ fn hash() -> Result<(), Box<dyn std::error::Error>> {
     for i in 0..count {
         all ^= memory.hash128(i % 8 * 4096, 4096)?;
     }
-    println!("hash128 of a page: {} ns ({all:x})", start.elapsed().as_nanos() / u128::from(count));
+    println!(
+        "hash128 of a page: {} ns ({all:x})",
+        start.elapsed().as_nanos() / u128::from(count)
+    );
     Ok(())
 }
 
@@ -101,8 +106,20 @@ fn shm(rounds: usize) -> Result<(), Box<dyn std::error::Error>> {
     let mut out = Vec::new();
     let start = Instant::now();
     for i in 0..rounds as u64 {
-        let remote = RemoteSlice { extent: 0, key: 1, offset: i % 512 * u64::from(PAGE) };
-        endpoint.post_read(WorkId(i), LocalSlice { region, offset: 0, len: PAGE }, remote)?;
+        let remote = RemoteSlice {
+            extent: 0,
+            key: 1,
+            offset: i % 512 * u64::from(PAGE),
+        };
+        endpoint.post_read(
+            WorkId(i),
+            LocalSlice {
+                region,
+                offset: 0,
+                len: PAGE,
+            },
+            remote,
+        )?;
         endpoint.poll(&mut out);
     }
     let each = start.elapsed() / rounds as u32;
@@ -145,7 +162,11 @@ impl Bare {
         let socket = TcpStream::connect(address)?;
         socket.set_nodelay(true)?;
         socket.set_nonblocking(spin)?;
-        Ok(Self { socket, spin, page: vec![0; PAGE as usize] })
+        Ok(Self {
+            socket,
+            spin,
+            page: vec![0; PAGE as usize],
+        })
     }
 
     fn round_trip(&mut self) -> io::Result<()> {
@@ -167,7 +188,9 @@ fn fill(socket: &mut TcpStream, bytes: &mut [u8], spin: bool) -> io::Result<()> 
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(read) => done += read,
             // With fewer cores than threads that look, whoever finds nothing lets the others run.
-            Err(error) if spin && error.kind() == io::ErrorKind::WouldBlock => std::thread::yield_now(),
+            Err(error) if spin && error.kind() == io::ErrorKind::WouldBlock => {
+                std::thread::yield_now()
+            }
             Err(error) => return Err(error),
         }
     }
@@ -188,19 +211,34 @@ impl Ours {
         if !spin {
             limits.spin = Duration::ZERO;
         }
-        let responder = TcpResponder::start(TcpListener::bind("127.0.0.1:0")?, pool, access, limits)?;
+        let responder =
+            TcpResponder::start(TcpListener::bind("127.0.0.1:0")?, pool, access, limits)?;
         let deadline = Instant::now() + Duration::from_secs(5);
         let mut endpoint = TcpEndpoint::connect(responder.local_addr(), BATCH, deadline)?;
-        let (local, _) = RegisteredMemory::create("local", BATCH * PAGE as usize, MemoryOptions::default())?;
+        let (local, _) =
+            RegisteredMemory::create("local", BATCH * PAGE as usize, MemoryOptions::default())?;
         local.zero(0, BATCH * PAGE as usize)?;
         let region = endpoint.register(Arc::new(local));
-        Ok(Self { endpoint, region, spin, _responder: responder })
+        Ok(Self {
+            endpoint,
+            region,
+            spin,
+            _responder: responder,
+        })
     }
 
     fn read_batch(&mut self, count: usize) -> Result<(), Box<dyn std::error::Error>> {
         for i in 0..count as u64 {
-            let local = LocalSlice { region: self.region, offset: i * u64::from(PAGE), len: PAGE };
-            let remote = RemoteSlice { extent: 0, key: 1, offset: i * u64::from(PAGE) };
+            let local = LocalSlice {
+                region: self.region,
+                offset: i * u64::from(PAGE),
+                len: PAGE,
+            };
+            let remote = RemoteSlice {
+                extent: 0,
+                key: 1,
+                offset: i * u64::from(PAGE),
+            };
             self.endpoint.post_read(WorkId(i), local, remote)?;
         }
         self.endpoint.flush();

@@ -63,7 +63,9 @@ pub enum RevokeError {
     Busy(u32),
     /// New operations are refused, but `holders` connections have not left within [`FENCE_DEADLINE`]. The
     /// extent cannot be granted until a further revocation succeeds.
-    #[error("{holders} connections are still inside extent {extent}; close them, then revoke again")]
+    #[error(
+        "{holders} connections are still inside extent {extent}; close them, then revoke again"
+    )]
     StillInside {
         /// Which extent.
         extent: u32,
@@ -101,7 +103,8 @@ impl AccessTable {
     /// # Errors
     /// As for [`RegisteredMemory::create`]; also when the kernel lacks `F_SEAL_FUTURE_WRITE` (Linux 5.1).
     pub fn new(geometry: PoolGeometry) -> io::Result<Arc<Self>> {
-        let keys = RegisteredMemory::create_for_readers("farpage-keys", key_memory_bytes(&geometry))?;
+        let keys =
+            RegisteredMemory::create_for_readers("farpage-keys", key_memory_bytes(&geometry))?;
         Ok(Arc::new(Self {
             geometry,
             keys,
@@ -133,7 +136,9 @@ impl AccessTable {
     /// # Errors
     /// [`GrantError`]; nothing has changed.
     pub fn grant(&self, extent: u32, key: u64) -> Result<(), GrantError> {
-        let word = self.key_word(extent).ok_or(GrantError::NoSuchExtent(extent))?;
+        let word = self
+            .key_word(extent)
+            .ok_or(GrantError::NoSuchExtent(extent))?;
         if key == fence::NO_KEY {
             return Err(GrantError::ZeroKey);
         }
@@ -152,7 +157,8 @@ impl AccessTable {
     /// Whether a grant on `extent` is live.
     #[must_use]
     pub fn is_granted(&self, extent: u32) -> bool {
-        self.key_word(extent).is_some_and(|word| fence::Look::load(word) != fence::NO_KEY)
+        self.key_word(extent)
+            .is_some_and(|word| fence::Look::load(word) != fence::NO_KEY)
     }
 
     /// Ends the grant of `extent`, if there is one. From the start of this call no operation is admitted, and
@@ -162,7 +168,9 @@ impl AccessTable {
     /// # Errors
     /// [`RevokeError`]; the grant has ended nevertheless (unless there is no such extent).
     pub fn revoke(&self, extent: u32) -> Result<(), RevokeError> {
-        let word = self.key_word(extent).ok_or(RevokeError::NoSuchExtent(extent))?;
+        let word = self
+            .key_word(extent)
+            .ok_or(RevokeError::NoSuchExtent(extent))?;
         {
             let mut closing = lock(&self.closing);
             if closing.get(&extent) == Some(&Closing::Waiting) {
@@ -185,7 +193,10 @@ impl AccessTable {
             }
             if Instant::now() >= deadline {
                 closing.insert(extent, Closing::Unfenced);
-                return Err(RevokeError::StillInside { extent, holders: holders.len() });
+                return Err(RevokeError::StillInside {
+                    extent,
+                    holders: holders.len(),
+                });
             }
             drop(closing);
             looks += 1;
@@ -206,7 +217,10 @@ impl AccessTable {
     }
 
     /// A gate in memory that a requester in another process shares.
-    pub(crate) fn open_shared_gate(self: &Arc<Self>, memory: RegisteredMemory) -> Result<Gate, TooManyGates> {
+    pub(crate) fn open_shared_gate(
+        self: &Arc<Self>,
+        memory: RegisteredMemory,
+    ) -> Result<Gate, TooManyGates> {
         self.admit_gate(GateWord::new(GatePlace::Shared(memory)))
     }
 
@@ -259,7 +273,10 @@ mod tests {
         assert_eq!(gate.check(1, 8, 0, 8).unwrap_err(), WorkError::AccessDenied);
         assert_eq!(gate.check(2, 7, 0, 8).unwrap_err(), WorkError::AccessDenied);
         assert_eq!(gate.check(9, 7, 0, 8).unwrap_err(), WorkError::AccessDenied);
-        assert_eq!(gate.check(1, 7, 8190, 8).unwrap_err(), WorkError::RemoteBounds);
+        assert_eq!(
+            gate.check(1, 7, 8190, 8).unwrap_err(),
+            WorkError::RemoteBounds
+        );
         // A bounds error must have left the gate.
         table.revoke(1).unwrap();
         assert_eq!(gate.check(1, 7, 0, 8).unwrap_err(), WorkError::AccessDenied);
@@ -286,7 +303,13 @@ mod tests {
         let mut gate = table.open_gate().unwrap();
         let guard = gate.check(0, 1, 0, 8).unwrap();
         table.revoke(1).unwrap();
-        assert_eq!(table.revoke(0), Err(RevokeError::StillInside { extent: 0, holders: 1 }));
+        assert_eq!(
+            table.revoke(0),
+            Err(RevokeError::StillInside {
+                extent: 0,
+                holders: 1
+            })
+        );
         assert_eq!(table.grant(0, 2), Err(GrantError::NotFenced(0)));
         drop(guard);
         table.revoke(0).unwrap();
@@ -297,9 +320,13 @@ mod tests {
     fn a_gate_that_goes_away_frees_the_revocation() {
         let table = table();
         table.grant(0, 1).unwrap();
-        let (memory, _) = RegisteredMemory::create("gate", GATE_BYTES, MemoryOptions::default()).unwrap();
+        let (memory, _) =
+            RegisteredMemory::create("gate", GATE_BYTES, MemoryOptions::default()).unwrap();
         // What a requester leaves behind when it is killed inside.
-        memory.word(0).unwrap().store(1, std::sync::atomic::Ordering::SeqCst);
+        memory
+            .word(0)
+            .unwrap()
+            .store(1, std::sync::atomic::Ordering::SeqCst);
         let gate = table.open_shared_gate(memory).unwrap();
         let revoking = std::thread::spawn({
             let table = table.clone();

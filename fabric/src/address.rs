@@ -52,7 +52,9 @@ impl FromStr for FabricAddress {
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
         match text.split_once(':') {
-            Some(("tcp", rest)) => parse_tcp(rest).ok_or_else(|| AddressError::HostPort(rest.to_owned())),
+            Some(("tcp", rest)) => {
+                parse_tcp(rest).ok_or_else(|| AddressError::HostPort(rest.to_owned()))
+            }
             Some(("shm", rest)) => rest.parse().map(Self::Shm),
             Some(("rdma", _)) => Err(AddressError::NoRdma),
             _ => Err(AddressError::Transport(text.to_owned())),
@@ -68,11 +70,15 @@ fn parse_tcp(text: &str) -> Option<FabricAddress> {
         None => host,
     };
     let port = port.parse().ok().filter(|&port| port != 0)?;
-    let plain = |c: char| !c.is_whitespace() && !c.is_control() && !matches!(c, '[' | ']' | '/' | '@');
+    let plain =
+        |c: char| !c.is_whitespace() && !c.is_control() && !matches!(c, '[' | ']' | '/' | '@');
     if host.is_empty() || !host.chars().all(plain) {
         return None;
     }
-    Some(FabricAddress::Tcp { host: host.to_owned(), port })
+    Some(FabricAddress::Tcp {
+        host: host.to_owned(),
+        port,
+    })
 }
 
 impl FromStr for ShmAddress {
@@ -84,7 +90,9 @@ impl FromStr for ShmAddress {
             return Err(refuse());
         }
         match text.strip_prefix('@') {
-            Some(name) if (1..=MAX_SOCKET_NAME).contains(&name.len()) => Ok(Self::Abstract(name.to_owned())),
+            Some(name) if (1..=MAX_SOCKET_NAME).contains(&name.len()) => {
+                Ok(Self::Abstract(name.to_owned()))
+            }
             None if text.starts_with('/') && (2..=MAX_SOCKET_NAME).contains(&text.len()) => {
                 Ok(Self::Path(text.into()))
             }
@@ -120,9 +128,13 @@ mod tests {
 
     #[test]
     fn addresses_print_as_they_parse() {
-        for text in
-            ["tcp:node1:7700", "tcp:10.0.0.1:1", "tcp:[fe80::1]:65535", "shm:@farpage", "shm:/run/farpage/x"]
-        {
+        for text in [
+            "tcp:node1:7700",
+            "tcp:10.0.0.1:1",
+            "tcp:[fe80::1]:65535",
+            "shm:@farpage",
+            "shm:/run/farpage/x",
+        ] {
             assert_eq!(text.parse::<FabricAddress>().unwrap().to_string(), text);
         }
     }

@@ -46,7 +46,9 @@ pub enum ConnectError {
     #[error("the memory node has all its connections in use; raise its limit or try again later")]
     Busy,
     /// The responder does not let this user in.
-    #[error("the memory node refuses this user; run as its user or as root, or have it allow this one")]
+    #[error(
+        "the memory node refuses this user; run as its user or as root, or have it allow this one"
+    )]
     Forbidden,
     /// The responder, or whatever it is, said something else.
     #[error(transparent)]
@@ -79,9 +81,15 @@ pub fn connect(
             let name = format!("{host}:{port}");
             let addresses: Vec<SocketAddr> = (host.as_str(), *port)
                 .to_socket_addrs()
-                .map_err(|error| ConnectError::Resolve { name: name.clone(), error })?
+                .map_err(|error| ConnectError::Resolve {
+                    name: name.clone(),
+                    error,
+                })?
                 .collect();
-            let mut last = ConnectError::Resolve { name, error: io::ErrorKind::NotFound.into() };
+            let mut last = ConnectError::Resolve {
+                name,
+                error: io::ErrorKind::NotFound.into(),
+            };
             for address in addresses {
                 match TcpEndpoint::connect(address, window, deadline) {
                     Ok(endpoint) => return Ok(Box::new(endpoint)),
@@ -90,18 +98,27 @@ pub fn connect(
             }
             Err(last)
         }
-        FabricAddress::Shm(address) => Ok(Box::new(ShmEndpoint::connect(address, window, deadline)?)),
+        FabricAddress::Shm(address) => {
+            Ok(Box::new(ShmEndpoint::connect(address, window, deadline)?))
+        }
     }
 }
 
 pub(crate) fn check_window(window: usize) -> Result<(), ConnectError> {
-    if (1..=MAX_WINDOW).contains(&window) { Ok(()) } else { Err(ConnectError::Window(window)) }
+    if (1..=MAX_WINDOW).contains(&window) {
+        Ok(())
+    } else {
+        Err(ConnectError::Window(window))
+    }
 }
 
 /// Whether the responder lets us in, and to what.
 pub(crate) fn welcome(hello: ServerHello) -> Result<(PoolGeometry, u32), ConnectError> {
     match hello {
-        ServerHello::Welcome { geometry, max_transfer } => Ok((geometry, max_transfer)),
+        ServerHello::Welcome {
+            geometry,
+            max_transfer,
+        } => Ok((geometry, max_transfer)),
         ServerHello::Busy => Err(ConnectError::Busy),
         ServerHello::Forbidden => Err(ConnectError::Forbidden),
         ServerHello::OtherVersion(version) if version == VERSION => Err(WireError::Reserved.into()),
@@ -142,7 +159,9 @@ pub(crate) fn until_ready<T>(
 ) -> io::Result<T> {
     loop {
         match operation() {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait_for(&fd, what, deadline)?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                wait_for(&fd, what, deadline)?
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             other => return other,
         }
@@ -150,7 +169,11 @@ pub(crate) fn until_ready<T>(
 }
 
 /// Fills `bytes` from a nonblocking socket. `UnexpectedEof` when the peer closes before.
-pub(crate) fn receive_exact(socket: impl AsFd, bytes: &mut [u8], deadline: Instant) -> io::Result<()> {
+pub(crate) fn receive_exact(
+    socket: impl AsFd,
+    bytes: &mut [u8],
+    deadline: Instant,
+) -> io::Result<()> {
     let mut rest = bytes;
     while !rest.is_empty() {
         let got = until_ready(&socket, PollFlags::IN, deadline, || {
@@ -169,8 +192,9 @@ pub(crate) fn send_all(socket: impl AsFd, bytes: &[u8], deadline: Instant) -> io
     let mut rest = bytes;
     while !rest.is_empty() {
         let flags = rustix::net::SendFlags::DONTWAIT | rustix::net::SendFlags::NOSIGNAL;
-        let sent =
-            until_ready(&socket, PollFlags::OUT, deadline, || Ok(rustix::net::send(&socket, rest, flags)?))?;
+        let sent = until_ready(&socket, PollFlags::OUT, deadline, || {
+            Ok(rustix::net::send(&socket, rest, flags)?)
+        })?;
         rest = rest.get(sent..).unwrap_or_default();
     }
     Ok(())
@@ -180,9 +204,9 @@ pub(crate) fn send_all(socket: impl AsFd, bytes: &[u8], deadline: Instant) -> io
 pub(crate) fn handshake_error(error: io::Error) -> ConnectError {
     match error.kind() {
         io::ErrorKind::TimedOut => ConnectError::Deadline,
-        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
-            ConnectError::HungUp
-        }
+        io::ErrorKind::UnexpectedEof
+        | io::ErrorKind::ConnectionReset
+        | io::ErrorKind::BrokenPipe => ConnectError::HungUp,
         _ => ConnectError::Setup(error),
     }
 }

@@ -85,11 +85,21 @@ pub trait Endpoint: Send {
     fn register(&mut self, memory: Arc<RegisteredMemory>) -> RegionId;
 
     /// Posts a one-sided read: remote bytes to the local slice. Sent at the latest by [`Self::flush`].
-    fn post_read(&mut self, id: WorkId, local: LocalSlice, remote: RemoteSlice) -> Result<(), PostError>;
+    fn post_read(
+        &mut self,
+        id: WorkId,
+        local: LocalSlice,
+        remote: RemoteSlice,
+    ) -> Result<(), PostError>;
 
     /// Posts a one-sided write: the local slice's bytes to remote ones. The local bytes may be read at any
     /// time until the completion. Sent at the latest by [`Self::flush`].
-    fn post_write(&mut self, id: WorkId, local: LocalSlice, remote: RemoteSlice) -> Result<(), PostError>;
+    fn post_write(
+        &mut self,
+        id: WorkId,
+        local: LocalSlice,
+        remote: RemoteSlice,
+    ) -> Result<(), PostError>;
 
     /// Rings the doorbell: hands over what was posted and not yet sent. Does not block.
     fn flush(&mut self);
@@ -118,11 +128,21 @@ impl<E: Endpoint + ?Sized> Endpoint for Box<E> {
         (**self).register(memory)
     }
 
-    fn post_read(&mut self, id: WorkId, local: LocalSlice, remote: RemoteSlice) -> Result<(), PostError> {
+    fn post_read(
+        &mut self,
+        id: WorkId,
+        local: LocalSlice,
+        remote: RemoteSlice,
+    ) -> Result<(), PostError> {
         (**self).post_read(id, local, remote)
     }
 
-    fn post_write(&mut self, id: WorkId, local: LocalSlice, remote: RemoteSlice) -> Result<(), PostError> {
+    fn post_write(
+        &mut self,
+        id: WorkId,
+        local: LocalSlice,
+        remote: RemoteSlice,
+    ) -> Result<(), PostError> {
         (**self).post_write(id, local, remote)
     }
 

@@ -109,7 +109,10 @@ impl<E: Endpoint> FaultyEndpoint<E> {
     /// How many requests are lost so far and will complete only when the connection breaks.
     #[must_use]
     pub fn lost(&self) -> usize {
-        self.flights.values().filter(|flight| flight.fate.lost).count()
+        self.flights
+            .values()
+            .filter(|flight| flight.fate.lost)
+            .count()
     }
 
     fn draw(&mut self) -> Fate {
@@ -121,7 +124,11 @@ impl<E: Endpoint> FaultyEndpoint<E> {
         };
         let bit = self.random.next();
         let corrupt = self.random.chance(self.plan.corrupted).then_some(bit);
-        Fate { lost, delay, corrupt }
+        Fate {
+            lost,
+            delay,
+            corrupt,
+        }
     }
 
     fn post(
@@ -130,7 +137,11 @@ impl<E: Endpoint> FaultyEndpoint<E> {
         read: Option<LocalSlice>,
         post: impl FnOnce(&mut E, WorkId) -> Result<(), PostError>,
     ) -> Result<(), PostError> {
-        if self.plan.disconnect_after.is_some_and(|after| self.posted >= after) {
+        if self
+            .plan
+            .disconnect_after
+            .is_some_and(|after| self.posted >= after)
+        {
             self.disconnect();
         }
         let Some(mut inner) = self.inner.take() else {
@@ -142,10 +153,22 @@ impl<E: Endpoint> FaultyEndpoint<E> {
             let fate = self.draw();
             let number = self.posted;
             let withheld = fate.lost && self.random.next().is_multiple_of(2);
-            let posted = if withheld { Ok(()) } else { post(&mut inner, WorkId(number)) };
+            let posted = if withheld {
+                Ok(())
+            } else {
+                post(&mut inner, WorkId(number))
+            };
             if posted.is_ok() {
                 self.posted += 1;
-                self.flights.insert(number, Flight { id, read, fate, ended: None });
+                self.flights.insert(
+                    number,
+                    Flight {
+                        id,
+                        read,
+                        fate,
+                        ended: None,
+                    },
+                );
             }
             posted
         };
@@ -156,7 +179,11 @@ impl<E: Endpoint> FaultyEndpoint<E> {
 
     /// Flips a bit of a read's bytes.
     fn corrupt(&self, slice: LocalSlice, bit: u64) {
-        let Some(region) = self.regions.get(slice.region.0 as usize).filter(|_| slice.len > 0) else {
+        let Some(region) = self
+            .regions
+            .get(slice.region.0 as usize)
+            .filter(|_| slice.len > 0)
+        else {
             return;
         };
         let offset = slice.offset + bit / 8 % u64::from(slice.len);
@@ -169,11 +196,16 @@ impl<E: Endpoint> FaultyEndpoint<E> {
     }
 
     fn set_signal(&mut self) {
-        let silent = self.inner.as_ref().is_none_or(|inner| inner.wait_fd().is_none());
+        let silent = self
+            .inner
+            .as_ref()
+            .is_none_or(|inner| inner.wait_fd().is_none());
         let wanted = if self.inner.is_none() {
             !self.flights.is_empty()
         } else {
-            self.flights.values().any(|flight| !flight.fate.lost && (silent || flight.ended.is_some()))
+            self.flights
+                .values()
+                .any(|flight| !flight.fate.lost && (silent || flight.ended.is_some()))
         };
         if wanted == self.signalled {
             return;
@@ -202,11 +234,23 @@ impl<E: Endpoint> Endpoint for FaultyEndpoint<E> {
         }
     }
 
-    fn post_read(&mut self, id: WorkId, local: LocalSlice, remote: RemoteSlice) -> Result<(), PostError> {
-        self.post(id, Some(local), |inner, id| inner.post_read(id, local, remote))
+    fn post_read(
+        &mut self,
+        id: WorkId,
+        local: LocalSlice,
+        remote: RemoteSlice,
+    ) -> Result<(), PostError> {
+        self.post(id, Some(local), |inner, id| {
+            inner.post_read(id, local, remote)
+        })
     }
 
-    fn post_write(&mut self, id: WorkId, local: LocalSlice, remote: RemoteSlice) -> Result<(), PostError> {
+    fn post_write(
+        &mut self,
+        id: WorkId,
+        local: LocalSlice,
+        remote: RemoteSlice,
+    ) -> Result<(), PostError> {
         self.post(id, None, |inner, id| inner.post_write(id, local, remote))
     }
 
@@ -222,15 +266,23 @@ impl<E: Endpoint> Endpoint for FaultyEndpoint<E> {
         if let Some(inner) = &mut self.inner {
             let mut ended = Vec::new();
             inner.poll(&mut ended);
-            for Completion { id: WorkId(number), result } in ended {
+            for Completion {
+                id: WorkId(number),
+                result,
+            } in ended
+            {
                 if let Some(flight) = self.flights.get_mut(&number) {
                     flight.ended = Some((result, self.polls + u64::from(flight.fate.delay)));
                     // A broken connection tells about the lost ones too.
-                    flight.fate.lost &= !matches!(result, Err(WorkError::Disconnected | WorkError::Protocol));
+                    flight.fate.lost &=
+                        !matches!(result, Err(WorkError::Disconnected | WorkError::Protocol));
                 }
             }
             if !inner.is_connected()
-                && self.flights.values().all(|flight| flight.fate.lost || flight.ended.is_some())
+                && self
+                    .flights
+                    .values()
+                    .all(|flight| flight.fate.lost || flight.ended.is_some())
             {
                 self.inner = None;
             }
@@ -247,7 +299,13 @@ impl<E: Endpoint> Endpoint for FaultyEndpoint<E> {
             .map(|(&number, _)| number)
             .collect();
         for number in due {
-            let Some(Flight { id, read, fate, ended }) = self.flights.remove(&number) else {
+            let Some(Flight {
+                id,
+                read,
+                fate,
+                ended,
+            }) = self.flights.remove(&number)
+            else {
                 continue;
             };
             let result = match ended {

@@ -33,7 +33,10 @@ pub(crate) struct GateWord {
 
 impl GateWord {
     pub(crate) fn new(place: GatePlace) -> Self {
-        Self { place, gone: false.into() }
+        Self {
+            place,
+            gone: false.into(),
+        }
     }
 
     fn word(&self) -> Option<&AtomicU64> {
@@ -44,7 +47,8 @@ impl GateWord {
     }
 
     pub(crate) fn is_inside(&self, extent: u32) -> bool {
-        self.word().is_some_and(|word| fence::is_inside(word, extent))
+        self.word()
+            .is_some_and(|word| fence::is_inside(word, extent))
     }
 
     pub(crate) fn mark_gone(&self) {
@@ -88,7 +92,15 @@ impl Gate {
     ) -> Result<AccessGuard<'_>, WorkError> {
         let key_word = self.table.key_word(extent).ok_or(WorkError::AccessDenied)?;
         let gate = self.word.word().ok_or(WorkError::AccessDenied)?;
-        admit(&self.table.geometry(), key_word, gate, extent, key, offset, len)
+        admit(
+            &self.table.geometry(),
+            key_word,
+            gate,
+            extent,
+            key,
+            offset,
+            len,
+        )
     }
 
     /// Lets nobody in any more through a shared gate (a private one closes by being dropped).
@@ -146,7 +158,11 @@ impl SharedGate {
     ) -> Result<Self, OutOfBounds> {
         word.word(0)?;
         word.word(CLOSED_AT)?;
-        Ok(Self { geometry, keys, word })
+        Ok(Self {
+            geometry,
+            keys,
+            word,
+        })
     }
 
     /// Whether the responder has ended this connection.
@@ -165,11 +181,18 @@ impl SharedGate {
         if extent >= self.geometry.extents() {
             return Err(WorkError::AccessDenied);
         }
-        let key_word = SharedKey { keys: &self.keys, offset: key_offset(extent) };
+        let key_word = SharedKey {
+            keys: &self.keys,
+            offset: key_offset(extent),
+        };
         let gate = self.word.word(0).map_err(|_| WorkError::AccessDenied)?;
         let guard = admit(&self.geometry, &key_word, gate, extent, key, offset, len)?;
         // Looked at after the announcement, as the key is: the responder looks at the gate after it has closed it.
-        if self.is_closed() { Err(WorkError::Disconnected) } else { Ok(guard) }
+        if self.is_closed() {
+            Err(WorkError::Disconnected)
+        } else {
+            Ok(guard)
+        }
     }
 }
 
@@ -186,8 +209,13 @@ fn admit<'a>(
         return Err(WorkError::AccessDenied);
     }
     // From here on the guard's drop leaves.
-    let mut guard = AccessGuard { gate, pool_offset: 0 };
-    guard.pool_offset = geometry.pool_offset(extent, offset, len).ok_or(WorkError::RemoteBounds)?;
+    let mut guard = AccessGuard {
+        gate,
+        pool_offset: 0,
+    };
+    guard.pool_offset = geometry
+        .pool_offset(extent, offset, len)
+        .ok_or(WorkError::RemoteBounds)?;
     Ok(guard)
 }
 

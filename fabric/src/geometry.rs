@@ -44,8 +44,14 @@ impl PoolGeometry {
         extent_bytes
             .checked_mul(u64::from(extents))
             .filter(|&bytes| bytes <= isize::MAX as u64)
-            .ok_or(GeometryError::TooLarge { extent_bytes, extents })?;
-        Ok(Self { extent_bytes, extents })
+            .ok_or(GeometryError::TooLarge {
+                extent_bytes,
+                extents,
+            })?;
+        Ok(Self {
+            extent_bytes,
+            extents,
+        })
     }
 
     /// Bytes per extent.

@@ -71,7 +71,9 @@ pub mod wire;
 pub use access::AccessTable;
 pub use address::{FabricAddress, ShmAddress};
 pub use connect::{ConnectError, MAX_WINDOW, connect};
-pub use endpoint::{Completion, Endpoint, LocalSlice, PostError, RegionId, RemoteSlice, WorkError, WorkId};
+pub use endpoint::{
+    Completion, Endpoint, LocalSlice, PostError, RegionId, RemoteSlice, WorkError, WorkId,
+};
 pub use geometry::PoolGeometry;
 pub use memory::RegisteredMemory;
 

@@ -76,7 +76,11 @@ impl RegisteredMemory {
     /// # Errors
     /// What the kernel said, with what to do about it. Huge pages or locking that cannot be had are no
     /// errors; the report tells.
-    pub fn create(name: &str, len: usize, options: MemoryOptions) -> io::Result<(Self, MemoryReport)> {
+    pub fn create(
+        name: &str,
+        len: usize,
+        options: MemoryOptions,
+    ) -> io::Result<(Self, MemoryReport)> {
         if len == 0 {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -84,7 +88,13 @@ impl RegisteredMemory {
             ));
         }
         let huge = if options.huge_pages && len.is_multiple_of(HUGE_PAGE) {
-            Self::create_with(name, len, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, HUGE_PAGE).ok()
+            Self::create_with(
+                name,
+                len,
+                MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+                HUGE_PAGE,
+            )
+            .ok()
         } else {
             None
         };
@@ -103,7 +113,13 @@ impl RegisteredMemory {
         } else {
             Err(NotLocked::NotAsked)
         };
-        Ok((memory, MemoryReport { huge: is_huge, locked }))
+        Ok((
+            memory,
+            MemoryReport {
+                huge: is_huge,
+                locked,
+            },
+        ))
     }
 
     fn create_with(name: &str, len: usize, flags: MemfdFlags, page: usize) -> io::Result<Self> {
@@ -125,7 +141,10 @@ impl RegisteredMemory {
 
     /// Of fixed size, but open to more seals.
     fn create_unsealed(name: &str, len: usize, flags: MemfdFlags, page: usize) -> io::Result<Self> {
-        let fd = fs::memfd_create(name, flags | MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        let fd = fs::memfd_create(
+            name,
+            flags | MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+        )?;
         fs::ftruncate(&fd, len as u64)?;
         fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)?;
         let mapping = Mapping::new(fd.as_fd(), len, page, Protection::ReadWrite)?;
@@ -151,7 +170,10 @@ impl RegisteredMemory {
 
     fn map_foreign(fd: OwnedFd, len: usize, protection: Protection) -> io::Result<Self> {
         let refuse = |why: &str| {
-            Err(io::Error::new(io::ErrorKind::InvalidInput, format!("refusing a peer's memory: {why}")))
+            Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("refusing a peer's memory: {why}"),
+            ))
         };
         let Ok(seals) = fs::fcntl_get_seals(&fd) else {
             return refuse("the descriptor is no memfd");
@@ -162,15 +184,22 @@ impl RegisteredMemory {
         // The seal is on, so the size that is read now can only grow.
         let stat = fs::fstat(&fd)?;
         if len == 0 || u64::try_from(stat.st_size).unwrap_or(0) < len as u64 {
-            return refuse(&format!("it has {} bytes and {len} are needed", stat.st_size));
+            return refuse(&format!(
+                "it has {} bytes and {len} are needed",
+                stat.st_size
+            ));
         }
         // For a hugetlb file this is its page size, which lengths of mappings are multiples of.
         let page = u64::try_from(stat.st_blksize).unwrap_or(0);
         if !page.is_power_of_two() || page > MAX_PAGE {
             return refuse("its block size makes no sense");
         }
-        let mapping =
-            Mapping::new(fd.as_fd(), len, (page as usize).max(rustix::param::page_size()), protection)?;
+        let mapping = Mapping::new(
+            fd.as_fd(),
+            len,
+            (page as usize).max(rustix::param::page_size()),
+            protection,
+        )?;
         Ok(Self { mapping, fd })
     }
 
@@ -199,7 +228,9 @@ impl RegisteredMemory {
     /// [`OutOfBounds`]; nothing was copied.
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), OutOfBounds> {
         let len = bytes.len();
-        self.mapping.read(offset, bytes).ok_or(self.out_of_bounds(offset, len))
+        self.mapping
+            .read(offset, bytes)
+            .ok_or(self.out_of_bounds(offset, len))
     }
 
     /// Copies bytes in, from `offset` on.
@@ -207,16 +238,26 @@ impl RegisteredMemory {
     /// # Errors
     /// [`OutOfBounds`]; nothing was copied.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), OutOfBounds> {
-        self.mapping.write(offset, bytes).ok_or(self.out_of_bounds(offset, bytes.len()))
+        self.mapping
+            .write(offset, bytes)
+            .ok_or(self.out_of_bounds(offset, bytes.len()))
     }
 
     /// Copies `len` bytes at `offset` to `dst_offset` of `dst`, which may be this memory.
     ///
     /// # Errors
     /// [`OutOfBounds`], with the offset of the side that is outside; nothing was copied.
-    pub fn copy_to(&self, offset: u64, dst: &Self, dst_offset: u64, len: usize) -> Result<(), OutOfBounds> {
+    pub fn copy_to(
+        &self,
+        offset: u64,
+        dst: &Self,
+        dst_offset: u64,
+        len: usize,
+    ) -> Result<(), OutOfBounds> {
         self.address(offset, len)?;
-        self.mapping.copy_to(offset, &dst.mapping, dst_offset, len).ok_or(dst.out_of_bounds(dst_offset, len))
+        self.mapping
+            .copy_to(offset, &dst.mapping, dst_offset, len)
+            .ok_or(dst.out_of_bounds(dst_offset, len))
     }
 
     /// Overwrites `len` bytes at `offset` with zeros.
@@ -224,7 +265,9 @@ impl RegisteredMemory {
     /// # Errors
     /// [`OutOfBounds`]; nothing was overwritten.
     pub fn zero(&self, offset: u64, len: usize) -> Result<(), OutOfBounds> {
-        self.mapping.zero(offset, len).ok_or(self.out_of_bounds(offset, len))
+        self.mapping
+            .zero(offset, len)
+            .ok_or(self.out_of_bounds(offset, len))
     }
 
     /// The 64-bit word at an 8-aligned offset, native byte order, shared with whoever else maps the file.
@@ -232,7 +275,9 @@ impl RegisteredMemory {
     /// # Errors
     /// [`OutOfBounds`] also when the offset is not 8-aligned or the memory is mapped read-only.
     pub fn word(&self, offset: u64) -> Result<&AtomicU64, OutOfBounds> {
-        self.mapping.word(offset).ok_or(self.out_of_bounds(offset, 8))
+        self.mapping
+            .word(offset)
+            .ok_or(self.out_of_bounds(offset, 8))
     }
 
     /// Loads the word at an 8-aligned offset with acquire ordering; works on read-only memory.
@@ -240,7 +285,9 @@ impl RegisteredMemory {
     /// # Errors
     /// [`OutOfBounds`] also when the offset is not 8-aligned.
     pub fn load_word(&self, offset: u64) -> Result<u64, OutOfBounds> {
-        self.mapping.load_word(offset).ok_or(self.out_of_bounds(offset, 8))
+        self.mapping
+            .load_word(offset)
+            .ok_or(self.out_of_bounds(offset, 8))
     }
 
     /// The xxh3-128 (seed 0) of `len` bytes at `offset`. Hashes a private copy, page by page.
@@ -248,19 +295,29 @@ impl RegisteredMemory {
     /// # Errors
     /// [`OutOfBounds`].
     pub fn hash128(&self, offset: u64, len: usize) -> Result<u128, OutOfBounds> {
-        self.mapping.hash128(offset, len).ok_or(self.out_of_bounds(offset, len))
+        self.mapping
+            .hash128(offset, len)
+            .ok_or(self.out_of_bounds(offset, len))
     }
 
     pub(crate) fn address(&self, offset: u64, len: usize) -> Result<*mut u8, OutOfBounds> {
-        self.mapping.at(offset, len).ok_or(self.out_of_bounds(offset, len))
+        self.mapping
+            .at(offset, len)
+            .ok_or(self.out_of_bounds(offset, len))
     }
 
     pub(crate) fn writable_address(&self, offset: u64, len: usize) -> Result<*mut u8, OutOfBounds> {
-        self.mapping.writable_at(offset, len).ok_or(self.out_of_bounds(offset, len))
+        self.mapping
+            .writable_at(offset, len)
+            .ok_or(self.out_of_bounds(offset, len))
     }
 
     fn out_of_bounds(&self, offset: u64, len: usize) -> OutOfBounds {
-        OutOfBounds { offset, len, size: self.len() }
+        OutOfBounds {
+            offset,
+            len,
+            size: self.len(),
+        }
     }
 }
 
@@ -271,7 +328,9 @@ fn explain(len: usize, error: &io::Error) -> io::Error {
             "the machine or an RLIMIT_AS has no room for it; lower the size, raise `ulimit -v`, or check vm.overcommit_memory \
              and vm.max_map_count"
         }
-        Some(libc::EFBIG) => "it exceeds RLIMIT_FSIZE; raise `ulimit -f` or LimitFSIZE= in the unit",
+        Some(libc::EFBIG) => {
+            "it exceeds RLIMIT_FSIZE; raise `ulimit -f` or LimitFSIZE= in the unit"
+        }
         Some(libc::ENOSPC) => {
             "shared memory is exhausted; free /dev/shm and other shared memory, or lower the size"
         }
@@ -284,7 +343,10 @@ fn explain(len: usize, error: &io::Error) -> io::Error {
         Some(libc::ENOSYS) => "this kernel lacks memfd_create; farpage needs Linux 5.1 or newer",
         _ => "unexpected; see dmesg",
     };
-    io::Error::new(error.kind(), format!("cannot create {len} bytes of shared memory: {error}: {advice}"))
+    io::Error::new(
+        error.kind(),
+        format!("cannot create {len} bytes of shared memory: {error}: {advice}"),
+    )
 }
 
 #[cfg(test)]
@@ -292,7 +354,9 @@ mod tests {
     use super::*;
 
     fn memory(len: usize) -> RegisteredMemory {
-        RegisteredMemory::create("test", len, MemoryOptions::default()).unwrap().0
+        RegisteredMemory::create("test", len, MemoryOptions::default())
+            .unwrap()
+            .0
     }
 
     #[test]
@@ -347,8 +411,11 @@ mod tests {
         let a = RegisteredMemory::create_for_readers("test", 8192).unwrap();
         assert!(RegisteredMemory::from_memfd(a.fd().try_clone_to_owned().unwrap(), 8192).is_err());
         let look =
-            RegisteredMemory::from_memfd_read_only(a.fd().try_clone_to_owned().unwrap(), 8192).unwrap();
-        a.word(8).unwrap().store(7, std::sync::atomic::Ordering::Release);
+            RegisteredMemory::from_memfd_read_only(a.fd().try_clone_to_owned().unwrap(), 8192)
+                .unwrap();
+        a.word(8)
+            .unwrap()
+            .store(7, std::sync::atomic::Ordering::Release);
         assert_eq!(look.load_word(8).unwrap(), 7);
         assert!(look.write(0, b"x").is_err());
         assert!(look.zero(0, 1).is_err());
@@ -363,19 +430,27 @@ mod tests {
         a.write(0, &bytes).unwrap();
         for (offset, len) in [(0, 0), (0, 4096), (5, 100), (1, 4097), (0, 3 * 4096)] {
             let expected = twox_hash::XxHash3_128::oneshot(&bytes[offset..offset + len]);
-            assert_eq!(a.hash128(offset as u64, len).unwrap(), expected, "{offset} {len}");
+            assert_eq!(
+                a.hash128(offset as u64, len).unwrap(),
+                expected,
+                "{offset} {len}"
+            );
         }
     }
 
     #[test]
     fn options_that_the_kernel_refuses_are_reported_not_fatal() {
-        let options = MemoryOptions { huge_pages: true, lock: true };
+        let options = MemoryOptions {
+            huge_pages: true,
+            lock: true,
+        };
         let (a, report) = RegisteredMemory::create("test", 4 << 20, options).unwrap();
         a.write((4 << 20) - 1, b"x").unwrap();
         if let Err(why) = report.locked {
             assert!(why.to_string().contains("RLIMIT_MEMLOCK"), "{why}");
         }
-        let error = RegisteredMemory::create(&"x".repeat(300), 4096, MemoryOptions::default()).unwrap_err();
+        let error =
+            RegisteredMemory::create(&"x".repeat(300), 4096, MemoryOptions::default()).unwrap_err();
         assert!(error.to_string().contains("249"), "{error}");
     }
 }

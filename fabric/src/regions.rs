@@ -12,7 +12,10 @@ pub(crate) struct Regions(Vec<Arc<RegisteredMemory>>);
 impl Regions {
     /// Gives a region its id; the same memory always has the same one.
     pub(crate) fn register(&mut self, memory: Arc<RegisteredMemory>) -> RegionId {
-        let known = self.0.iter().position(|region| Arc::ptr_eq(region, &memory));
+        let known = self
+            .0
+            .iter()
+            .position(|region| Arc::ptr_eq(region, &memory));
         let index = known.unwrap_or_else(|| {
             self.0.push(memory);
             self.0.len() - 1
@@ -33,8 +36,13 @@ impl Regions {
         if slice.len > max_transfer {
             return Err(PostError::TooLarge);
         }
-        let region = self.0.get(slice.region.0 as usize).ok_or(PostError::LocalBounds)?;
-        region.writable_address(slice.offset, slice.len as usize).map_err(|_| PostError::LocalBounds)?;
+        let region = self
+            .0
+            .get(slice.region.0 as usize)
+            .ok_or(PostError::LocalBounds)?;
+        region
+            .writable_address(slice.offset, slice.len as usize)
+            .map_err(|_| PostError::LocalBounds)?;
         Ok(region)
     }
 }

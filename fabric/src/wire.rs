@@ -198,7 +198,10 @@ struct Writer<const N: usize> {
 
 impl<const N: usize> Writer<N> {
     fn new() -> Self {
-        Self { bytes: [0; N], at: 0 }
+        Self {
+            bytes: [0; N],
+            at: 0,
+        }
     }
 
     fn put<const M: usize>(mut self, value: [u8; M]) -> Self {
@@ -224,14 +227,23 @@ impl<const N: usize> Writer<N> {
 
 fn code_and_len(word: u32) -> Result<(u8, u32), WireError> {
     let len = word & LEN_MASK;
-    if len > MAX_TRANSFER { Err(WireError::TooLong(len)) } else { Ok(((word >> LEN_BITS) as u8, len)) }
+    if len > MAX_TRANSFER {
+        Err(WireError::TooLong(len))
+    } else {
+        Ok(((word >> LEN_BITS) as u8, len))
+    }
 }
 
 impl ClientHello {
     /// The bytes to send.
     #[must_use]
     pub fn encode(&self) -> [u8; CLIENT_HELLO_BYTES] {
-        Writer::new().u32(HELLO_MAGIC).u16(self.version).u16(0).u64(0).bytes
+        Writer::new()
+            .u32(HELLO_MAGIC)
+            .u16(self.version)
+            .u16(0)
+            .u64(0)
+            .bytes
     }
 
     /// From received bytes. Another version is no error here: the responder says so before it hangs up.
@@ -269,8 +281,16 @@ impl ServerHello {
         };
         let writer = Writer::new().u32(HELLO_MAGIC).u16(version).u16(verdict);
         match *self {
-            Self::Welcome { geometry, max_transfer } => {
-                writer.u32(geometry.extents()).u32(max_transfer).u64(geometry.extent_bytes()).u64(0).bytes
+            Self::Welcome {
+                geometry,
+                max_transfer,
+            } => {
+                writer
+                    .u32(geometry.extents())
+                    .u32(max_transfer)
+                    .u64(geometry.extent_bytes())
+                    .u64(0)
+                    .bytes
             }
             _ => writer.bytes,
         }
@@ -304,7 +324,10 @@ impl ServerHello {
                 if max_transfer == 0 || max_transfer > MAX_TRANSFER {
                     return Err(WireError::TooLong(max_transfer));
                 }
-                Ok(Self::Welcome { geometry: PoolGeometry::new(extent_bytes, extents)?, max_transfer })
+                Ok(Self::Welcome {
+                    geometry: PoolGeometry::new(extent_bytes, extents)?,
+                    max_transfer,
+                })
             }
             _ if extents != 0 || max_transfer != 0 || extent_bytes != 0 => Err(WireError::Reserved),
             BUSY => Ok(Self::Busy),
@@ -323,7 +346,13 @@ impl Request {
             Operation::Write => 2,
         };
         let word = operation << LEN_BITS | self.len & LEN_MASK;
-        Writer::new().u64(self.id).u64(self.key).u64(self.offset).u32(self.extent).u32(word).bytes
+        Writer::new()
+            .u64(self.id)
+            .u64(self.key)
+            .u64(self.offset)
+            .u32(self.extent)
+            .u32(word)
+            .bytes
     }
 
     /// From received bytes.
@@ -339,7 +368,14 @@ impl Request {
             2 => Operation::Write,
             other => return Err(WireError::Operation(other)),
         };
-        Ok(Self { operation, id, extent, key, offset, len })
+        Ok(Self {
+            operation,
+            id,
+            extent,
+            key,
+            offset,
+            len,
+        })
     }
 }
 
@@ -353,7 +389,11 @@ impl Response {
             Status::RemoteBounds => 3,
         };
         let word = status << LEN_BITS | self.len & LEN_MASK;
-        Writer::new().u64(self.id).u32(word).u32(RESPONSE_MAGIC).bytes
+        Writer::new()
+            .u64(self.id)
+            .u32(word)
+            .u32(RESPONSE_MAGIC)
+            .bytes
     }
 
     /// From received bytes.

@@ -1,7 +1,13 @@
 //! What every transport must do, run against each one for real.
 
 // Helpers outside of #[test] functions may panic here as well.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout
+)]
 
 mod common;
 
@@ -11,9 +17,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use common::{
-    Client, EXTENT_BYTES, EXTENTS, LOCAL_BYTES, Node, Random, TRANSPORTS, Transport, WINDOW, deadline,
+    Client, EXTENT_BYTES, EXTENTS, LOCAL_BYTES, Node, Random, TRANSPORTS, Transport, WINDOW,
+    deadline,
 };
-use farpage_fabric::{LocalSlice, MAX_TRANSFER, PostError, RegionId, RemoteSlice, WorkError, WorkId};
+use farpage_fabric::{
+    LocalSlice, MAX_TRANSFER, PostError, RegionId, RemoteSlice, WorkError, WorkId,
+};
 
 fn each_transport(test: impl Fn(Transport)) {
     for transport in TRANSPORTS {
@@ -33,9 +42,14 @@ fn reads_return_what_was_written() {
             let bytes = random.bytes(len);
             let offset = random.below(EXTENT_BYTES - len as u64);
             client.write(2, 77, offset, &bytes).unwrap();
-            assert!(client.read(2, 77, offset, len as u32).unwrap() == bytes, "{len} bytes");
+            assert!(
+                client.read(2, 77, offset, len as u32).unwrap() == bytes,
+                "{len} bytes"
+            );
             let mut there = vec![0; len];
-            node.pool.read(2 * EXTENT_BYTES + offset, &mut there).unwrap();
+            node.pool
+                .read(2 * EXTENT_BYTES + offset, &mut there)
+                .unwrap();
             assert!(there == bytes);
         }
         assert_eq!(client.read(2, 77, 5, 0).unwrap(), []);
@@ -49,21 +63,48 @@ fn slices_outside_are_refused() {
         let node = Node::start(transport);
         node.access.grant(0, 7).unwrap();
         let mut client = Client::new(node.connect());
-        for (offset, len) in [(EXTENT_BYTES - 10, 11), (EXTENT_BYTES, 1), (u64::MAX, 1), (u64::MAX - 5, 4096)]
-        {
-            assert_eq!(client.read(0, 7, offset, len).unwrap_err(), WorkError::RemoteBounds);
-            assert_eq!(client.write(0, 7, offset, &vec![1; len as usize]), Err(WorkError::RemoteBounds));
+        for (offset, len) in [
+            (EXTENT_BYTES - 10, 11),
+            (EXTENT_BYTES, 1),
+            (u64::MAX, 1),
+            (u64::MAX - 5, 4096),
+        ] {
+            assert_eq!(
+                client.read(0, 7, offset, len).unwrap_err(),
+                WorkError::RemoteBounds
+            );
+            assert_eq!(
+                client.write(0, 7, offset, &vec![1; len as usize]),
+                Err(WorkError::RemoteBounds)
+            );
         }
-        let remote = RemoteSlice { extent: 0, key: 7, offset: 0 };
+        let remote = RemoteSlice {
+            extent: 0,
+            key: 7,
+            offset: 0,
+        };
         let end = LOCAL_BYTES as u64;
         for (local, error) in [
             (client.slice(end - 5, 6), PostError::LocalBounds),
             (client.slice(u64::MAX, 6), PostError::LocalBounds),
-            (LocalSlice { region: RegionId(9), offset: 0, len: 1 }, PostError::LocalBounds),
+            (
+                LocalSlice {
+                    region: RegionId(9),
+                    offset: 0,
+                    len: 1,
+                },
+                PostError::LocalBounds,
+            ),
             (client.slice(0, MAX_TRANSFER + 1), PostError::TooLarge),
         ] {
-            assert_eq!(client.endpoint.post_read(WorkId(0), local, remote), Err(error));
-            assert_eq!(client.endpoint.post_write(WorkId(0), local, remote), Err(error));
+            assert_eq!(
+                client.endpoint.post_read(WorkId(0), local, remote),
+                Err(error)
+            );
+            assert_eq!(
+                client.endpoint.post_write(WorkId(0), local, remote),
+                Err(error)
+            );
         }
         assert_eq!(client.endpoint.credits(), WINDOW);
         // It still works.
@@ -80,7 +121,15 @@ fn stale_and_guessed_keys_are_refused() {
         node.access.grant(1, 8).unwrap();
         let mut client = Client::new(node.connect());
         client.write(0, 7, 0, b"secret").unwrap();
-        for (extent, key) in [(0, 8), (0, 0), (1, 7), (2, 7), (2, 0), (EXTENTS, 7), (u32::MAX, 0)] {
+        for (extent, key) in [
+            (0, 8),
+            (0, 0),
+            (1, 7),
+            (2, 7),
+            (2, 0),
+            (EXTENTS, 7),
+            (u32::MAX, 0),
+        ] {
             assert_eq!(
                 client.read(extent, key, 0, 6).unwrap_err(),
                 WorkError::AccessDenied,
@@ -93,10 +142,16 @@ fn stale_and_guessed_keys_are_refused() {
             );
         }
         node.access.revoke(0).unwrap();
-        assert_eq!(client.read(0, 7, 0, 6).unwrap_err(), WorkError::AccessDenied);
+        assert_eq!(
+            client.read(0, 7, 0, 6).unwrap_err(),
+            WorkError::AccessDenied
+        );
         node.pool.zero(0, EXTENT_BYTES as usize).unwrap();
         node.access.grant(0, 9).unwrap();
-        assert_eq!(client.write(0, 7, 0, b"spoilt"), Err(WorkError::AccessDenied));
+        assert_eq!(
+            client.write(0, 7, 0, b"spoilt"),
+            Err(WorkError::AccessDenied)
+        );
         assert_eq!(client.read(0, 9, 0, 6).unwrap(), [0; 6]);
     });
 }
@@ -118,9 +173,17 @@ fn after_a_revocation_nothing_touches_the_extent() {
                     while !done.load(Ordering::Acquire) {
                         assert!(Instant::now() < end);
                         // All keys that there ever are, so that most are stale.
-                        let remote = RemoteSlice { extent: 1, key: 1 + posted % 50, offset: thread * 65536 };
+                        let remote = RemoteSlice {
+                            extent: 1,
+                            key: 1 + posted % 50,
+                            offset: thread * 65536,
+                        };
                         let local = client.slice(0, 65536);
-                        while client.endpoint.post_write(WorkId(posted), local, remote).is_ok() {
+                        while client
+                            .endpoint
+                            .post_write(WorkId(posted), local, remote)
+                            .is_ok()
+                        {
                             posted += 1;
                         }
                         client.endpoint.poll(&mut out);
@@ -138,7 +201,11 @@ fn after_a_revocation_nothing_touches_the_extent() {
                 pool.zero(start, 2 * 65536).unwrap();
                 let clean = pool.hash128(start, 2 * 65536).unwrap();
                 std::thread::sleep(std::time::Duration::from_micros(200));
-                assert_eq!(pool.hash128(start, 2 * 65536).unwrap(), clean, "round {round}");
+                assert_eq!(
+                    pool.hash128(start, 2 * 65536).unwrap(),
+                    clean,
+                    "round {round}"
+                );
             }
             done.store(true, Ordering::Release);
         });
@@ -151,8 +218,15 @@ fn the_window_bounds_what_is_outstanding() {
         let node = Node::start(transport);
         node.access.grant(0, 7).unwrap();
         let mut client = Client::new(node.connect_with(5));
-        assert_eq!((client.endpoint.window(), client.endpoint.credits()), (5, 5));
-        let remote = RemoteSlice { extent: 0, key: 7, offset: 0 };
+        assert_eq!(
+            (client.endpoint.window(), client.endpoint.credits()),
+            (5, 5)
+        );
+        let remote = RemoteSlice {
+            extent: 0,
+            key: 7,
+            offset: 0,
+        };
         for round in 0..3 {
             for i in 0..5 {
                 let local = client.slice(i * 4096, 4096);
@@ -160,9 +234,16 @@ fn the_window_bounds_what_is_outstanding() {
                 assert_eq!(client.endpoint.credits(), 4 - i as usize, "round {round}");
             }
             let local = client.slice(0, 1);
-            assert_eq!(client.endpoint.post_write(WorkId(9), local, remote), Err(PostError::WindowFull));
+            assert_eq!(
+                client.endpoint.post_write(WorkId(9), local, remote),
+                Err(PostError::WindowFull)
+            );
             client.endpoint.flush();
-            let mut ids: Vec<u64> = client.complete(5).iter().map(|completion| completion.id.0).collect();
+            let mut ids: Vec<u64> = client
+                .complete(5)
+                .iter()
+                .map(|completion| completion.id.0)
+                .collect();
             ids.sort_unstable();
             assert_eq!(ids, [0, 1, 2, 3, 4]);
             assert_eq!(client.endpoint.credits(), 5);
@@ -184,12 +265,22 @@ fn a_refusal_among_a_batch_spoils_nothing_else() {
                 let len = 1 + random.below(20_000) as u32;
                 let (bad, write) = (random.below(4) == 0, random.below(3) == 0);
                 let offset = random.below((1 << 20) - 20_000);
-                let remote = RemoteSlice { extent: 0, key: if bad { 8 } else { 7 }, offset };
+                let remote = RemoteSlice {
+                    extent: 0,
+                    key: if bad { 8 } else { 7 },
+                    offset,
+                };
                 let local = client.slice(i * 65536, len);
                 if write {
                     // Writes go to a part that is not read.
-                    let remote = RemoteSlice { offset: offset + (1 << 20), ..remote };
-                    client.endpoint.post_write(WorkId(i), local, remote).unwrap();
+                    let remote = RemoteSlice {
+                        offset: offset + (1 << 20),
+                        ..remote
+                    };
+                    client
+                        .endpoint
+                        .post_write(WorkId(i), local, remote)
+                        .unwrap();
                 } else {
                     client.endpoint.post_read(WorkId(i), local, remote).unwrap();
                 }
@@ -198,10 +289,23 @@ fn a_refusal_among_a_batch_spoils_nothing_else() {
             client.endpoint.flush();
             for completion in client.complete(WINDOW) {
                 let (bad, write, offset, len) = expected.remove(&completion.id.0).unwrap();
-                assert_eq!(completion.result, if bad { Err(WorkError::AccessDenied) } else { Ok(()) });
+                assert_eq!(
+                    completion.result,
+                    if bad {
+                        Err(WorkError::AccessDenied)
+                    } else {
+                        Ok(())
+                    }
+                );
                 if !bad && !write {
                     let there = node.pool.hash128(offset, len as usize).unwrap();
-                    assert_eq!(client.local.hash128(completion.id.0 * 65536, len as usize).unwrap(), there);
+                    assert_eq!(
+                        client
+                            .local
+                            .hash128(completion.id.0 * 65536, len as usize)
+                            .unwrap(),
+                        there
+                    );
                 }
             }
         }
@@ -215,7 +319,11 @@ fn a_stop_completes_everything_once_and_refuses_posts() {
         node.access.grant(0, 7).unwrap();
         let mut client = Client::new(node.connect());
         client.write(0, 7, 0, b"x").unwrap();
-        let remote = RemoteSlice { extent: 0, key: 7, offset: 0 };
+        let remote = RemoteSlice {
+            extent: 0,
+            key: 7,
+            offset: 0,
+        };
         for i in 0..WINDOW as u64 {
             let local = client.slice(0, MAX_TRANSFER);
             client.endpoint.post_read(WorkId(i), local, remote).unwrap();
@@ -225,7 +333,12 @@ fn a_stop_completes_everything_once_and_refuses_posts() {
         let mut ids: Vec<u64> = client
             .complete(WINDOW)
             .iter()
-            .inspect(|completion| assert!(matches!(completion.result, Ok(()) | Err(WorkError::Disconnected))))
+            .inspect(|completion| {
+                assert!(matches!(
+                    completion.result,
+                    Ok(()) | Err(WorkError::Disconnected)
+                ))
+            })
             .map(|completion| completion.id.0)
             .collect();
         ids.sort_unstable();
@@ -239,7 +352,10 @@ fn a_stop_completes_everything_once_and_refuses_posts() {
         assert_eq!(client.endpoint.poll(&mut out), 0);
         assert!(out.is_empty());
         let local = client.slice(0, 1);
-        assert_eq!(client.endpoint.post_read(WorkId(1), local, remote), Err(PostError::Disconnected));
+        assert_eq!(
+            client.endpoint.post_read(WorkId(1), local, remote),
+            Err(PostError::Disconnected)
+        );
         assert_eq!(client.endpoint.credits(), WINDOW);
     });
 }
@@ -267,11 +383,18 @@ fn a_requester_that_goes_in_mid_transfer_harms_nobody() {
         let mut other = Client::new(node.connect());
         for _ in 0..10 {
             let mut client = Client::new(node.connect());
-            let remote = RemoteSlice { extent: 0, key: 7, offset: 0 };
+            let remote = RemoteSlice {
+                extent: 0,
+                key: 7,
+                offset: 0,
+            };
             for i in 0..WINDOW as u64 {
                 let local = client.slice(0, MAX_TRANSFER);
                 if i % 2 == 0 {
-                    client.endpoint.post_write(WorkId(i), local, remote).unwrap();
+                    client
+                        .endpoint
+                        .post_write(WorkId(i), local, remote)
+                        .unwrap();
                 } else {
                     client.endpoint.post_read(WorkId(i), local, remote).unwrap();
                 }
@@ -324,21 +447,30 @@ fn random_operations_agree_with_a_model() {
                     }
                     1 => {
                         let stale = key.map_or(step, |key| key + 1);
-                        assert_eq!(client.read(extent, stale, 0, 8).unwrap_err(), WorkError::AccessDenied);
+                        assert_eq!(
+                            client.read(extent, stale, 0, 8).unwrap_err(),
+                            WorkError::AccessDenied
+                        );
                     }
                     draw => {
                         let len = 1 + random.below(9000) as usize;
                         let offset = random.below(EXTENT_BYTES + 100);
                         let expected = match key {
                             None => Err(WorkError::AccessDenied),
-                            Some(_) if offset + len as u64 > EXTENT_BYTES => Err(WorkError::RemoteBounds),
+                            Some(_) if offset + len as u64 > EXTENT_BYTES => {
+                                Err(WorkError::RemoteBounds)
+                            }
                             Some(_) => Ok(offset as usize..offset as usize + len),
                         };
                         let key = key.unwrap_or(step);
                         if draw < 7 {
                             let new = random.bytes(len);
                             let done = client.write(extent, key, offset, &new);
-                            assert_eq!(done, expected.clone().map(|_| ()), "seed {seed} step {step}");
+                            assert_eq!(
+                                done,
+                                expected.clone().map(|_| ()),
+                                "seed {seed} step {step}"
+                            );
                             if let Ok(range) = expected {
                                 bytes[range].copy_from_slice(&new);
                             }
@@ -360,17 +492,29 @@ fn deep_windows_of_large_transfers_do_not_lock_up() {
         let node = Node::start(transport);
         node.access.grant(0, 7).unwrap();
         let mut client = Client::new(node.connect_with(256));
-        let remote = RemoteSlice { extent: 0, key: 7, offset: 0 };
+        let remote = RemoteSlice {
+            extent: 0,
+            key: 7,
+            offset: 0,
+        };
         for i in 0..256u64 {
             let local = client.slice(0, MAX_TRANSFER);
             if i % 2 == 0 {
-                client.endpoint.post_write(WorkId(i), local, remote).unwrap();
+                client
+                    .endpoint
+                    .post_write(WorkId(i), local, remote)
+                    .unwrap();
             } else {
                 client.endpoint.post_read(WorkId(i), local, remote).unwrap();
             }
             client.endpoint.flush();
         }
-        assert!(client.complete(256).iter().all(|completion| completion.result.is_ok()));
+        assert!(
+            client
+                .complete(256)
+                .iter()
+                .all(|completion| completion.result.is_ok())
+        );
     });
 }
 
@@ -379,7 +523,10 @@ fn registering_twice_gives_the_same_region() {
     each_transport(|transport| {
         let node = Node::start(transport);
         let mut client = Client::new(node.connect());
-        assert_eq!(client.endpoint.register(client.local.clone()), client.region);
+        assert_eq!(
+            client.endpoint.register(client.local.clone()),
+            client.region
+        );
         let other = common::memory(4096);
         assert_ne!(client.endpoint.register(Arc::clone(&other)), client.region);
     });

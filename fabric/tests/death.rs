@@ -1,7 +1,13 @@
 //! Processes that are killed in the middle: requesters and responders.
 
 // Helpers outside of #[test] functions may panic here as well.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout
+)]
 
 mod common;
 
@@ -10,7 +16,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use common::{Client, Node, Responder, Transport, WINDOW, deadline};
-use farpage_fabric::{Endpoint, FabricAddress, MAX_TRANSFER, RemoteSlice, WorkError, WorkId, connect};
+use farpage_fabric::{
+    Endpoint, FabricAddress, MAX_TRANSFER, RemoteSlice, WorkError, WorkId, connect,
+};
 
 /// Tells the test below to be the other process.
 const ROLE: &str = "FARPAGE_TEST_ROLE";
@@ -28,13 +36,22 @@ fn the_other_process() {
             std::thread::sleep(common::PATIENCE);
         }
         Ok(address) => {
-            let mut client = Client::new(connect(&address.parse().unwrap(), WINDOW, deadline()).unwrap());
-            let remote = RemoteSlice { extent: 0, key: KEY, offset: 0 };
+            let mut client =
+                Client::new(connect(&address.parse().unwrap(), WINDOW, deadline()).unwrap());
+            let remote = RemoteSlice {
+                extent: 0,
+                key: KEY,
+                offset: 0,
+            };
             let mut out = Vec::new();
             println!("\nready");
             let end = deadline();
             while std::time::Instant::now() < end {
-                while client.endpoint.post_write(WorkId(0), client.slice(0, MAX_TRANSFER), remote).is_ok() {}
+                while client
+                    .endpoint
+                    .post_write(WorkId(0), client.slice(0, MAX_TRANSFER), remote)
+                    .is_ok()
+                {}
                 client.endpoint.poll(&mut out);
                 out.clear();
             }
@@ -47,7 +64,10 @@ fn address(node: &Node) -> FabricAddress {
     match &node.responder {
         Responder::Tcp(responder) => {
             let address = responder.local_addr();
-            FabricAddress::Tcp { host: address.ip().to_string(), port: address.port() }
+            FabricAddress::Tcp {
+                host: address.ip().to_string(),
+                port: address.port(),
+            }
         }
         Responder::Shm(responder) => FabricAddress::Shm(responder.address().clone()),
     }
@@ -62,7 +82,11 @@ fn spawn(role: &str) -> (Child, String) {
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let ready = lines.find_map(|line| line.unwrap().strip_prefix("ready").map(|rest| rest.trim().to_owned()));
+    let ready = lines.find_map(|line| {
+        line.unwrap()
+            .strip_prefix("ready")
+            .map(|rest| rest.trim().to_owned())
+    });
     (child, ready.expect("the other process failed"))
 }
 
@@ -96,18 +120,32 @@ fn a_responder_that_is_killed_completes_everything_once() {
         let (child, address) = spawn(role);
         let address: FabricAddress = address.parse().unwrap();
         let mut client = Client::new(connect(&address, WINDOW, deadline()).unwrap());
-        let remote = RemoteSlice { extent: 0, key: KEY, offset: 0 };
+        let remote = RemoteSlice {
+            extent: 0,
+            key: KEY,
+            offset: 0,
+        };
         for i in 0..WINDOW as u64 {
-            client.endpoint.post_read(WorkId(i), client.slice(0, MAX_TRANSFER), remote).unwrap();
+            client
+                .endpoint
+                .post_read(WorkId(i), client.slice(0, MAX_TRANSFER), remote)
+                .unwrap();
         }
         client.endpoint.flush();
         std::thread::sleep(Duration::from_millis(round));
         kill(child);
         let completions = client.complete(WINDOW);
-        let mut ids: Vec<u64> = completions.iter().map(|completion| completion.id.0).collect();
+        let mut ids: Vec<u64> = completions
+            .iter()
+            .map(|completion| completion.id.0)
+            .collect();
         ids.sort_unstable();
         assert!(ids.into_iter().eq(0..WINDOW as u64));
-        assert!(completions.iter().all(|c| matches!(c.result, Ok(()) | Err(WorkError::Disconnected))));
+        assert!(
+            completions
+                .iter()
+                .all(|c| matches!(c.result, Ok(()) | Err(WorkError::Disconnected)))
+        );
         let end = deadline();
         while client.endpoint.is_connected() {
             assert!(std::time::Instant::now() < end, "the death went unnoticed");

@@ -1,7 +1,13 @@
 //! The codec and the responder's session: round trips, garbage, and the fuzz corpus on stable.
 
 // Helpers outside of #[test] functions may panic here as well.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout
+)]
 
 #[path = "../fuzz/body.rs"]
 #[allow(unreachable_pub)]
@@ -17,13 +23,30 @@ use proptest::prelude::*;
 
 fn requests() -> impl Strategy<Value = Request> {
     let operation = prop_oneof![Just(Operation::Read), Just(Operation::Write)];
-    (operation, any::<u64>(), any::<u32>(), any::<u64>(), any::<u64>(), 0..=MAX_TRANSFER).prop_map(
-        |(operation, id, extent, key, offset, len)| Request { operation, id, extent, key, offset, len },
+    (
+        operation,
+        any::<u64>(),
+        any::<u32>(),
+        any::<u64>(),
+        any::<u64>(),
+        0..=MAX_TRANSFER,
     )
+        .prop_map(|(operation, id, extent, key, offset, len)| Request {
+            operation,
+            id,
+            extent,
+            key,
+            offset,
+            len,
+        })
 }
 
 fn responses() -> impl Strategy<Value = Response> {
-    let status = prop_oneof![Just(Status::Done), Just(Status::AccessDenied), Just(Status::RemoteBounds)];
+    let status = prop_oneof![
+        Just(Status::Done),
+        Just(Status::AccessDenied),
+        Just(Status::RemoteBounds)
+    ];
     (any::<u64>(), status, 0..=MAX_TRANSFER).prop_map(|(id, status, len)| Response {
         id,
         status,
@@ -32,11 +55,15 @@ fn responses() -> impl Strategy<Value = Response> {
 }
 
 fn hellos() -> impl Strategy<Value = ServerHello> {
-    let welcome =
-        (1..1u64 << 20, 1..1u32 << 20, 1..=MAX_TRANSFER).prop_map(|(pages, extents, max_transfer)| {
+    let welcome = (1..1u64 << 20, 1..1u32 << 20, 1..=MAX_TRANSFER).prop_map(
+        |(pages, extents, max_transfer)| {
             let geometry = PoolGeometry::new(pages * 4096, extents).unwrap();
-            ServerHello::Welcome { geometry, max_transfer }
-        });
+            ServerHello::Welcome {
+                geometry,
+                max_transfer,
+            }
+        },
+    );
     prop_oneof![
         welcome,
         Just(ServerHello::Busy),
@@ -77,28 +104,54 @@ proptest! {
 fn errors_are_the_ones_that_help() {
     let mut hello = ClientHello { version: VERSION }.encode();
     hello[0] = b'G';
-    assert!(matches!(ClientHello::decode(&hello), Err(WireError::Magic(_))));
+    assert!(matches!(
+        ClientHello::decode(&hello),
+        Err(WireError::Magic(_))
+    ));
     let mut hello = ServerHello::Busy.encode();
     hello[4] = 9;
     assert_eq!(ServerHello::decode(&hello), Err(WireError::Version(9)));
     let error = WireError::Version(9).to_string();
     assert!(error.contains("same farpage release"), "{error}");
-    let mut response = Response { id: 1, status: Status::AccessDenied, len: 0 }.encode();
+    let mut response = Response {
+        id: 1,
+        status: Status::AccessDenied,
+        len: 0,
+    }
+    .encode();
     response[8] = 1;
-    assert_eq!(Response::decode(&response), Err(WireError::PayloadLength(1)));
+    assert_eq!(
+        Response::decode(&response),
+        Err(WireError::PayloadLength(1))
+    );
     response[12] = 0;
-    assert!(matches!(Response::decode(&response), Err(WireError::Magic(_))));
+    assert!(matches!(
+        Response::decode(&response),
+        Err(WireError::Magic(_))
+    ));
 }
 
 /// Inputs that are worth starting from, also kept as files for the fuzzer.
 fn seeds() -> Vec<Vec<u8>> {
     let request = |operation, extent, key, offset, len| {
-        Request { operation, id: 5, extent, key, offset, len }.encode().to_vec()
+        Request {
+            operation,
+            id: 5,
+            extent,
+            key,
+            offset,
+            len,
+        }
+        .encode()
+        .to_vec()
     };
     let session = |piece: u8, parts: &[Vec<u8>]| [vec![4, piece], parts.concat()].concat();
     let (read, write) = (Operation::Read, Operation::Write);
     let geometry = PoolGeometry::new(body::EXTENT_BYTES, 2).unwrap();
-    let welcome = ServerHello::Welcome { geometry, max_transfer: MAX_TRANSFER };
+    let welcome = ServerHello::Welcome {
+        geometry,
+        max_transfer: MAX_TRANSFER,
+    };
     let with = |which: u8, bytes: &[u8]| [&[which], bytes].concat();
     vec![
         with(0, &ClientHello { version: VERSION }.encode()),
@@ -106,13 +159,45 @@ fn seeds() -> Vec<Vec<u8>> {
         with(1, &ServerHello::Busy.encode()),
         with(1, &ServerHello::OtherVersion(2).encode()),
         with(2, &request(read, 0, body::KEY, 0, 4096)),
-        with(3, &Response { id: 5, status: Status::Done, len: 4096 }.encode()),
-        session(255, &[request(read, 0, body::KEY, 4096, 4096), request(read, 0, 8, 0, 16)]),
-        session(9, &[request(write, 0, body::KEY, 8, 20), vec![1; 20], request(read, 0, body::KEY, 0, 64)]),
-        session(30, &[request(write, 1, body::KEY, 0, 40), vec![2; 40], request(write, 0, body::KEY, 0, 0)]),
+        with(
+            3,
+            &Response {
+                id: 5,
+                status: Status::Done,
+                len: 4096,
+            }
+            .encode(),
+        ),
+        session(
+            255,
+            &[
+                request(read, 0, body::KEY, 4096, 4096),
+                request(read, 0, 8, 0, 16),
+            ],
+        ),
+        session(
+            9,
+            &[
+                request(write, 0, body::KEY, 8, 20),
+                vec![1; 20],
+                request(read, 0, body::KEY, 0, 64),
+            ],
+        ),
+        session(
+            30,
+            &[
+                request(write, 1, body::KEY, 0, 40),
+                vec![2; 40],
+                request(write, 0, body::KEY, 0, 0),
+            ],
+        ),
         session(
             0,
-            &[request(write, 0, body::KEY, 8190, 4), vec![3; 4], request(read, 0, body::KEY, 8192, 0)],
+            &[
+                request(write, 0, body::KEY, 8190, 4),
+                vec![3; 4],
+                request(read, 0, body::KEY, 8192, 0),
+            ],
         ),
     ]
 }
@@ -124,7 +209,10 @@ fn the_corpus_and_its_mutations_do_no_harm() {
     for entry in std::fs::read_dir(folder).unwrap() {
         corpus.push(std::fs::read(entry.unwrap().path()).unwrap());
     }
-    assert!(corpus.len() > seeds().len(), "the corpus in {folder} is gone");
+    assert!(
+        corpus.len() > seeds().len(),
+        "the corpus in {folder} is gone"
+    );
     for data in &corpus {
         body::run(data);
     }

@@ -36,9 +36,10 @@ impl FabricKind {
             Ok(v1::Fabric::Shm) => Ok(Some(Self::Shm)),
             Ok(v1::Fabric::Tcp) => Ok(Some(Self::Tcp)),
             Ok(v1::Fabric::Rdma) => Ok(Some(Self::Rdma)),
-            Err(_) => {
-                Err(FieldError::Malformed { field: "fabric", expected: "not a fabric of this version" })
-            }
+            Err(_) => Err(FieldError::Malformed {
+                field: "fabric",
+                expected: "not a fabric of this version",
+            }),
         }
     }
 
@@ -67,7 +68,10 @@ impl FromStr for FabricKind {
             "shm" => Ok(Self::Shm),
             "tcp" => Ok(Self::Tcp),
             "rdma" => Ok(Self::Rdma),
-            _ => Err(FieldError::Malformed { field: "fabric", expected: "use one of shm, tcp, rdma" }),
+            _ => Err(FieldError::Malformed {
+                field: "fabric",
+                expected: "use one of shm, tcp, rdma",
+            }),
         }
     }
 }
@@ -155,9 +159,12 @@ pub struct HostPort {
 
 impl HostPort {
     /// Parses `HOST:PORT`, an IPv6 address in brackets.
-    pub(crate) fn parse(field: &'static str, text: &str) -> Result<Self, FieldError> {
+    pub fn parse(field: &'static str, text: &str) -> Result<Self, FieldError> {
         const EXPECTED: &str = "use HOST:PORT, an IPv6 address in brackets";
-        let malformed = FieldError::Malformed { field, expected: EXPECTED };
+        let malformed = FieldError::Malformed {
+            field,
+            expected: EXPECTED,
+        };
         let (host, port) = text.rsplit_once(':').ok_or(malformed.clone())?;
         // `u16::from_str` would take a sign.
         if port.is_empty() || !port.bytes().all(|b| b.is_ascii_digit()) {
@@ -166,7 +173,10 @@ impl HostPort {
         let Ok(port) = port.parse::<u16>() else {
             return Err(malformed);
         };
-        let host = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+        let host = match host
+            .strip_prefix('[')
+            .and_then(|rest| rest.strip_suffix(']'))
+        {
             Some(inner) if inner.contains(':') => inner,
             Some(_) => return Err(malformed),
             None if host.contains(':') => return Err(malformed),
@@ -176,7 +186,10 @@ impl HostPort {
             return Err(malformed);
         }
         field::host(field, host)?;
-        Ok(Self { host: host.to_owned(), port })
+        Ok(Self {
+            host: host.to_owned(),
+            port,
+        })
     }
 }
 

@@ -8,7 +8,9 @@ use tonic::{Code, Request, Response, Status};
 use crate::address::FabricKind;
 use crate::field::FieldError;
 use crate::ids::{ExtentId, LeaseId};
-use crate::lease::{ExtentGrant, GrantRequest, LeaseRequest, ReleaseRequest, Renewal, check_grants};
+use crate::lease::{
+    ExtentGrant, GrantRequest, LeaseRequest, ReleaseRequest, Renewal, check_grants,
+};
 use crate::report::AgentReport;
 use crate::transport::{ConnectError, EndpointUrl, connect, connect_lazy};
 use crate::v1::coordinator_client::CoordinatorClient;
@@ -40,9 +42,11 @@ impl From<Status> for CallError {
         match status.code() {
             Code::NotFound => Self::Gone(message),
             Code::ResourceExhausted => Self::Exhausted(message),
-            Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Aborted | Code::Unknown => {
-                Self::Unavailable(message)
-            }
+            Code::Unavailable
+            | Code::DeadlineExceeded
+            | Code::Cancelled
+            | Code::Aborted
+            | Code::Unknown => Self::Unavailable(message),
             _ => Self::Refused(message),
         }
     }
@@ -87,32 +91,53 @@ impl Coordinator {
     pub async fn open_lease(&self, request: LeaseRequest) -> Result<OpenedLease, CallError> {
         let mut client = self.client.clone();
         let message = v1::OpenLeaseRequest::from(request);
-        let answer = self.bounded(client.open_lease(self.request(message))).await?;
+        let answer = self
+            .bounded(client.open_lease(self.request(message)))
+            .await?;
         let ttl = crate::field::within("ttl_ms", answer.ttl_ms.into(), 1, u32::MAX.into())?;
-        Ok(OpenedLease { id: LeaseId::new(answer.lease_id)?, ttl: Duration::from_millis(ttl) })
+        Ok(OpenedLease {
+            id: LeaseId::new(answer.lease_id)?,
+            ttl: Duration::from_millis(ttl),
+        })
     }
 
     /// Puts a lease's end off. [`CallError::Gone`]: it has ended.
     pub async fn renew_lease(&self, lease: LeaseId) -> Result<Renewal, CallError> {
         let mut client = self.client.clone();
-        let message = v1::RenewLeaseRequest { lease_id: lease.get() };
-        Ok(self.bounded(client.renew_lease(self.request(message))).await?.try_into()?)
+        let message = v1::RenewLeaseRequest {
+            lease_id: lease.get(),
+        };
+        Ok(self
+            .bounded(client.renew_lease(self.request(message)))
+            .await?
+            .try_into()?)
     }
 
     /// Ends a lease. Ending it again is fine.
     pub async fn close_lease(&self, lease: LeaseId) -> Result<(), CallError> {
         let mut client = self.client.clone();
-        let message = v1::CloseLeaseRequest { lease_id: lease.get() };
-        self.bounded(client.close_lease(self.request(message))).await.map(drop)
+        let message = v1::CloseLeaseRequest {
+            lease_id: lease.get(),
+        };
+        self.bounded(client.close_lease(self.request(message)))
+            .await
+            .map(drop)
     }
 
     /// Gets extents: as many as asked for, or fewer when a node fails meanwhile, never none. Nodes that hang are waited for
     /// for 2 s, three times at most: a deadline below 7 s may give up on an answer that comes. Then repeat the call under
     /// the same request id.
-    pub async fn grant_extents(&self, request: GrantRequest) -> Result<Vec<ExtentGrant>, CallError> {
+    pub async fn grant_extents(
+        &self,
+        request: GrantRequest,
+    ) -> Result<Vec<ExtentGrant>, CallError> {
         let mut client = self.client.clone();
         let message = v1::GrantExtentsRequest::from(request);
-        Ok(check_grants(self.bounded(client.grant_extents(self.request(message))).await?.grants)?)
+        Ok(check_grants(
+            self.bounded(client.grant_extents(self.request(message)))
+                .await?
+                .grants,
+        )?)
     }
 
     /// What a lease holds; for an agent that takes over from one that died.
@@ -122,28 +147,48 @@ impl Coordinator {
         fabric: Option<FabricKind>,
     ) -> Result<Vec<ExtentGrant>, CallError> {
         let mut client = self.client.clone();
-        let message = v1::ListGrantsRequest { lease_id: lease.get(), fabric: FabricKind::to_wire(fabric) };
-        Ok(check_grants(self.bounded(client.list_grants(self.request(message))).await?.grants)?)
+        let message = v1::ListGrantsRequest {
+            lease_id: lease.get(),
+            fabric: FabricKind::to_wire(fabric),
+        };
+        Ok(check_grants(
+            self.bounded(client.list_grants(self.request(message)))
+                .await?
+                .grants,
+        )?)
     }
 
     /// Gives extents back, at most [`limits::MAX_RELEASE_COUNT`]. Returns how many of them the lease held.
-    pub async fn release_extents(&self, lease: LeaseId, extents: Vec<ExtentId>) -> Result<u32, CallError> {
+    pub async fn release_extents(
+        &self,
+        lease: LeaseId,
+        extents: Vec<ExtentId>,
+    ) -> Result<u32, CallError> {
         let mut client = self.client.clone();
         let message = v1::ReleaseExtentsRequest::from(ReleaseRequest { lease, extents });
-        Ok(self.bounded(client.release_extents(self.request(message))).await?.released)
+        Ok(self
+            .bounded(client.release_extents(self.request(message)))
+            .await?
+            .released)
     }
 
     /// Tells the agent's figures, for the status.
     pub async fn report(&self, lease: LeaseId, report: AgentReport) -> Result<(), CallError> {
         let mut client = self.client.clone();
-        let message = v1::ReportAgentRequest { lease_id: lease.get(), report: Some(report.into()) };
-        self.bounded(client.report_agent(self.request(message))).await.map(drop)
+        let message = v1::ReportAgentRequest {
+            lease_id: lease.get(),
+            report: Some(report.into()),
+        };
+        self.bounded(client.report_agent(self.request(message)))
+            .await
+            .map(drop)
     }
 
     /// The whole cluster.
     pub async fn status(&self) -> Result<v1::GetStatusResponse, CallError> {
         let mut client = self.client.clone();
-        self.bounded(client.get_status(self.request(v1::GetStatusRequest {}))).await
+        self.bounded(client.get_status(self.request(v1::GetStatusRequest {})))
+            .await
     }
 
     /// Tells the server the deadline too, so that it does not work in vain.
@@ -159,9 +204,10 @@ impl Coordinator {
     ) -> Result<T, CallError> {
         match tokio::time::timeout(self.deadline, call).await {
             Ok(result) => Ok(result?.into_inner()),
-            Err(_) => {
-                Err(CallError::Unavailable(format!("no answer within {} ms", self.deadline.as_millis())))
-            }
+            Err(_) => Err(CallError::Unavailable(format!(
+                "no answer within {} ms",
+                self.deadline.as_millis()
+            ))),
         }
     }
 }

@@ -72,15 +72,29 @@ impl From<FieldError> for tonic::Status {
 
 /// Checks a length against its bound.
 pub(crate) fn bounded(field: &'static str, length: usize, max: usize) -> Result<(), FieldError> {
-    if length > max { Err(FieldError::TooLong { field, length, max }) } else { Ok(()) }
+    if length > max {
+        Err(FieldError::TooLong { field, length, max })
+    } else {
+        Ok(())
+    }
 }
 
 /// Checks a number against its bounds, both inclusive.
-pub(crate) fn within(field: &'static str, value: u64, min: u64, max: u64) -> Result<u64, FieldError> {
+pub(crate) fn within(
+    field: &'static str,
+    value: u64,
+    min: u64,
+    max: u64,
+) -> Result<u64, FieldError> {
     if (min..=max).contains(&value) {
         Ok(value)
     } else {
-        Err(FieldError::OutOfRange { field, value, min, max })
+        Err(FieldError::OutOfRange {
+            field,
+            value,
+            min,
+            max,
+        })
     }
 }
 
@@ -111,7 +125,13 @@ pub(crate) fn value(field: &'static str, text: &str) -> Result<(), FieldError> {
     if text.is_empty() {
         return Ok(());
     }
-    word(field, text, limits::MAX_NAME, |b| (0x20..0x7f).contains(&b), "printable ASCII")
+    word(
+        field,
+        text,
+        limits::MAX_NAME,
+        |b| (0x20..0x7f).contains(&b),
+        "printable ASCII",
+    )
 }
 
 fn word(
@@ -125,16 +145,32 @@ fn word(
         return Err(FieldError::Missing { field });
     }
     bounded(field, text.len(), max)?;
-    if text.bytes().all(allow) { Ok(()) } else { Err(FieldError::Charset { field, allowed }) }
+    if text.bytes().all(allow) {
+        Ok(())
+    } else {
+        Err(FieldError::Charset { field, allowed })
+    }
 }
 
 /// A host name or address literal: letters, digits, `.`, `-`, `_`, `:` and brackets.
 pub(crate) fn host(field: &'static str, text: &str) -> Result<(), FieldError> {
     let allow = |b: u8| b.is_ascii_alphanumeric() || b".-_:[]%".contains(&b);
-    word(field, text, limits::MAX_HOST, allow, "A-Z a-z 0-9 . - _ : [ ] %")
+    word(
+        field,
+        text,
+        limits::MAX_HOST,
+        allow,
+        "A-Z a-z 0-9 . - _ : [ ] %",
+    )
 }
 
 /// A socket name or path: printable ASCII without spaces.
 pub(crate) fn socket_name(field: &'static str, text: &str, max: usize) -> Result<(), FieldError> {
-    word(field, text, max, |b| b.is_ascii_graphic(), "printable ASCII without spaces")
+    word(
+        field,
+        text,
+        max,
+        |b| b.is_ascii_graphic(),
+        "printable ASCII without spaces",
+    )
 }

@@ -210,15 +210,25 @@ impl fmt::Display for ExtentId {
 }
 
 /// A number of bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
 pub struct ByteCount(pub u64);
 
 impl ByteCount {
     /// Checks an extent's size: a power of two within [`limits::MIN_EXTENT_BYTES`] and [`limits::MAX_EXTENT_BYTES`].
     pub fn extent(bytes: u64) -> Result<Self, FieldError> {
-        field::within("extent_bytes", bytes, limits::MIN_EXTENT_BYTES, limits::MAX_EXTENT_BYTES)?;
+        field::within(
+            "extent_bytes",
+            bytes,
+            limits::MIN_EXTENT_BYTES,
+            limits::MAX_EXTENT_BYTES,
+        )?;
         if !bytes.is_power_of_two() {
-            return Err(FieldError::Malformed { field: "extent_bytes", expected: "must be a power of two" });
+            return Err(FieldError::Malformed {
+                field: "extent_bytes",
+                expected: "must be a power of two",
+            });
         }
         Ok(Self(bytes))
     }

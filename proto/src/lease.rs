@@ -31,7 +31,11 @@ impl TryFrom<v1::OpenLeaseRequest> for LeaseRequest {
 
 impl From<LeaseRequest> for v1::OpenLeaseRequest {
     fn from(request: LeaseRequest) -> Self {
-        Self { agent_id: request.agent.into(), host: request.host.into(), tenant: request.tenant.into() }
+        Self {
+            agent_id: request.agent.into(),
+            host: request.host.into(),
+            tenant: request.tenant.into(),
+        }
     }
 }
 
@@ -51,7 +55,12 @@ pub struct GrantRequest {
 impl TryFrom<v1::GrantExtentsRequest> for GrantRequest {
     type Error = FieldError;
     fn try_from(message: v1::GrantExtentsRequest) -> Result<Self, FieldError> {
-        let count = field::within("count", message.count.into(), 1, limits::MAX_GRANT_COUNT.into())?;
+        let count = field::within(
+            "count",
+            message.count.into(),
+            1,
+            limits::MAX_GRANT_COUNT.into(),
+        )?;
         Ok(Self {
             lease: LeaseId::new(message.lease_id)?,
             count: count as u32,
@@ -94,7 +103,12 @@ pub struct ExtentGrant {
 impl TryFrom<v1::ExtentGrant> for ExtentGrant {
     type Error = FieldError;
     fn try_from(message: v1::ExtentGrant) -> Result<Self, FieldError> {
-        field::within("index", message.index.into(), 0, limits::MAX_EXTENTS_PER_NODE - 1)?;
+        field::within(
+            "index",
+            message.index.into(),
+            0,
+            limits::MAX_EXTENTS_PER_NODE - 1,
+        )?;
         Ok(Self {
             extent: ExtentId(message.extent_id),
             node: NodeId::new(message.node_id)?,
@@ -139,7 +153,11 @@ pub struct ReleaseRequest {
 impl TryFrom<v1::ReleaseExtentsRequest> for ReleaseRequest {
     type Error = FieldError;
     fn try_from(message: v1::ReleaseExtentsRequest) -> Result<Self, FieldError> {
-        field::bounded("extent_ids", message.extent_ids.len(), limits::MAX_RELEASE_COUNT)?;
+        field::bounded(
+            "extent_ids",
+            message.extent_ids.len(),
+            limits::MAX_RELEASE_COUNT,
+        )?;
         Ok(Self {
             lease: LeaseId::new(message.lease_id)?,
             extents: message.extent_ids.into_iter().map(ExtentId).collect(),
@@ -170,7 +188,11 @@ pub struct Renewal {
 impl TryFrom<v1::RenewLeaseResponse> for Renewal {
     type Error = FieldError;
     fn try_from(message: v1::RenewLeaseResponse) -> Result<Self, FieldError> {
-        field::bounded("lost_extents", message.lost_extents.len(), limits::MAX_EXTENTS_PER_LEASE)?;
+        field::bounded(
+            "lost_extents",
+            message.lost_extents.len(),
+            limits::MAX_EXTENTS_PER_LEASE,
+        )?;
         field::bounded(
             "unreachable_extents",
             message.unreachable_extents.len(),
@@ -180,7 +202,11 @@ impl TryFrom<v1::RenewLeaseResponse> for Renewal {
         Ok(Self {
             ttl: std::time::Duration::from_millis(ttl),
             lost: message.lost_extents.into_iter().map(ExtentId).collect(),
-            unreachable: message.unreachable_extents.into_iter().map(ExtentId).collect(),
+            unreachable: message
+                .unreachable_extents
+                .into_iter()
+                .map(ExtentId)
+                .collect(),
         })
     }
 }
@@ -190,7 +216,11 @@ impl From<Renewal> for v1::RenewLeaseResponse {
         Self {
             ttl_ms: u32::try_from(renewal.ttl.as_millis()).unwrap_or(u32::MAX),
             lost_extents: renewal.lost.into_iter().map(|extent| extent.0).collect(),
-            unreachable_extents: renewal.unreachable.into_iter().map(|extent| extent.0).collect(),
+            unreachable_extents: renewal
+                .unreachable
+                .into_iter()
+                .map(|extent| extent.0)
+                .collect(),
         }
     }
 }

@@ -20,12 +20,17 @@ pub mod transport;
 pub use address::{DataAddress, FabricKind};
 pub use field::FieldError;
 pub use ids::{
-    AccessKey, AgentId, ByteCount, Epoch, ExtentId, HostName, Incarnation, LeaseId, NodeId, RequestId, Tenant,
+    AccessKey, AgentId, ByteCount, Epoch, ExtentId, HostName, Incarnation, LeaseId, NodeId,
+    RequestId, Tenant,
 };
 
 /// Generated messages, clients and servers of the package `farpage.v1`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
-#[allow(clippy::needless_pass_by_value, clippy::semicolon_if_nothing_returned, clippy::uninlined_format_args)]
+#[allow(
+    clippy::needless_pass_by_value,
+    clippy::semicolon_if_nothing_returned,
+    clippy::uninlined_format_args
+)]
 pub mod v1 {
     tonic::include_proto!("farpage.v1");
 }

@@ -29,7 +29,13 @@ pub struct ControlToken(pub [u8; limits::CONTROL_TOKEN_BYTES]);
 impl ControlToken {
     /// Compares without telling by its duration where the difference lies.
     pub fn matches(&self, shown: &[u8]) -> bool {
-        shown.len() == self.0.len() && self.0.iter().zip(shown).fold(0, |acc, (a, b)| acc | (a ^ b)) == 0
+        shown.len() == self.0.len()
+            && self
+                .0
+                .iter()
+                .zip(shown)
+                .fold(0, |acc, (a, b)| acc | (a ^ b))
+                == 0
     }
 }
 
@@ -77,7 +83,10 @@ impl NodeRegistration {
     /// Extents in the pool.
     pub fn extents(&self) -> u32 {
         // Both are checked: the quotient is at most MAX_EXTENTS_PER_NODE.
-        self.capacity.0.checked_div(self.extent_bytes.0).unwrap_or(0) as u32
+        self.capacity
+            .0
+            .checked_div(self.extent_bytes.0)
+            .unwrap_or(0) as u32
     }
 }
 
@@ -87,7 +96,10 @@ pub fn check_capacity(capacity: u64, extent_bytes: ByteCount) -> Result<u32, Fie
     let max = extent_bytes.0.saturating_mul(limits::MAX_EXTENTS_PER_NODE);
     field::within(FIELD, capacity, extent_bytes.0.max(1), max)?;
     if !capacity.is_multiple_of(extent_bytes.0) {
-        return Err(FieldError::Malformed { field: FIELD, expected: "must be a multiple of extent_bytes" });
+        return Err(FieldError::Malformed {
+            field: FIELD,
+            expected: "must be a multiple of extent_bytes",
+        });
     }
     Ok((capacity / extent_bytes.0) as u32)
 }
@@ -104,7 +116,11 @@ impl TryFrom<v1::RegisterNodeRequest> for NodeRegistration {
         check_labels(&labels)?;
 
         const ADDRESSES: &str = "data_addresses";
-        field::bounded(ADDRESSES, message.data_addresses.len(), limits::MAX_DATA_ADDRESSES)?;
+        field::bounded(
+            ADDRESSES,
+            message.data_addresses.len(),
+            limits::MAX_DATA_ADDRESSES,
+        )?;
         let mut data_addresses = Vec::with_capacity(message.data_addresses.len());
         for text in message.data_addresses {
             let address: DataAddress = text.parse()?;
@@ -124,17 +140,27 @@ impl TryFrom<v1::RegisterNodeRequest> for NodeRegistration {
         if let EndpointUrl::Tcp(at) = &control_url {
             at.clone().reachable("control_url")?;
         }
-        const TOKEN: FieldError =
-            FieldError::Malformed { field: "control_token", expected: "must have 16 bytes" };
+        const TOKEN: FieldError = FieldError::Malformed {
+            field: "control_token",
+            expected: "must have 16 bytes",
+        };
         let control_token = ControlToken(message.control_token.try_into().map_err(|_| TOKEN)?);
 
         field::bounded("granted", message.granted.len(), extents as usize)?;
         let mut granted = Vec::with_capacity(message.granted.len());
         for entry in message.granted {
-            field::within("granted.index", entry.index.into(), 0, u64::from(extents) - 1)?;
+            field::within(
+                "granted.index",
+                entry.index.into(),
+                0,
+                u64::from(extents) - 1,
+            )?;
             let after_last = granted.last().is_none_or(|&(last, _)| last < entry.index);
             if !after_last {
-                return Err(FieldError::Malformed { field: "granted.index", expected: "must ascend" });
+                return Err(FieldError::Malformed {
+                    field: "granted.index",
+                    expected: "must ascend",
+                });
             }
             let epoch = field::within("granted.epoch", entry.epoch, 1, message.last_epoch)?;
             granted.push((entry.index, Epoch::new(epoch)?));
@@ -172,7 +198,10 @@ impl From<NodeRegistration> for v1::RegisterNodeRequest {
             granted: node
                 .granted
                 .into_iter()
-                .map(|(index, epoch)| v1::GrantedExtent { index, epoch: epoch.get() })
+                .map(|(index, epoch)| v1::GrantedExtent {
+                    index,
+                    epoch: epoch.get(),
+                })
                 .collect(),
         }
     }
@@ -193,13 +222,21 @@ impl TryFrom<v1::GrantExtentRequest> for NodeGrant {
     type Error = FieldError;
     fn try_from(message: v1::GrantExtentRequest) -> Result<Self, FieldError> {
         let v1::GrantExtentRequest { index, epoch, key } = message;
-        Ok(Self { index: check_index(index)?, epoch: Epoch::new(epoch)?, key: AccessKey::new(key)? })
+        Ok(Self {
+            index: check_index(index)?,
+            epoch: Epoch::new(epoch)?,
+            key: AccessKey::new(key)?,
+        })
     }
 }
 
 impl From<NodeGrant> for v1::GrantExtentRequest {
     fn from(grant: NodeGrant) -> Self {
-        Self { index: grant.index, epoch: grant.epoch.get(), key: grant.key.get() }
+        Self {
+            index: grant.index,
+            epoch: grant.epoch.get(),
+            key: grant.key.get(),
+        }
     }
 }
 
@@ -215,13 +252,19 @@ pub struct NodeRevoke {
 impl TryFrom<v1::RevokeExtentRequest> for NodeRevoke {
     type Error = FieldError;
     fn try_from(message: v1::RevokeExtentRequest) -> Result<Self, FieldError> {
-        Ok(Self { index: check_index(message.index)?, epoch: Epoch::new(message.epoch)? })
+        Ok(Self {
+            index: check_index(message.index)?,
+            epoch: Epoch::new(message.epoch)?,
+        })
     }
 }
 
 impl From<NodeRevoke> for v1::RevokeExtentRequest {
     fn from(revoke: NodeRevoke) -> Self {
-        Self { index: revoke.index, epoch: revoke.epoch.get() }
+        Self {
+            index: revoke.index,
+            epoch: revoke.epoch.get(),
+        }
     }
 }
 

@@ -18,7 +18,11 @@ fn name() -> impl Strategy<Value = String> {
 }
 
 fn host_port() -> impl Strategy<Value = HostPort> {
-    let host = prop_oneof!["[a-z][a-z0-9.-]{0,60}", Just("::1".to_owned()), Just("10.0.0.7".to_owned())];
+    let host = prop_oneof![
+        "[a-z][a-z0-9.-]{0,60}",
+        Just("::1".to_owned()),
+        Just("10.0.0.7".to_owned())
+    ];
     (host, 1u16..).prop_map(|(host, port)| HostPort { host, port })
 }
 
@@ -183,23 +187,57 @@ proptest! {
 
 #[test]
 fn refusals_name_the_field() {
-    let field = |message: v1::GrantExtentsRequest| GrantRequest::try_from(message).unwrap_err().field();
-    assert_eq!(field(v1::GrantExtentsRequest { lease_id: 0, count: 1, ..Default::default() }), "lease_id");
-    assert_eq!(field(v1::GrantExtentsRequest { lease_id: 1, count: 0, ..Default::default() }), "count");
-    assert_eq!(field(v1::GrantExtentsRequest { lease_id: 1, count: 257, ..Default::default() }), "count");
+    let field =
+        |message: v1::GrantExtentsRequest| GrantRequest::try_from(message).unwrap_err().field();
     assert_eq!(
-        field(v1::GrantExtentsRequest { lease_id: 1, count: 1, fabric: 9, ..Default::default() }),
+        field(v1::GrantExtentsRequest {
+            lease_id: 0,
+            count: 1,
+            ..Default::default()
+        }),
+        "lease_id"
+    );
+    assert_eq!(
+        field(v1::GrantExtentsRequest {
+            lease_id: 1,
+            count: 0,
+            ..Default::default()
+        }),
+        "count"
+    );
+    assert_eq!(
+        field(v1::GrantExtentsRequest {
+            lease_id: 1,
+            count: 257,
+            ..Default::default()
+        }),
+        "count"
+    );
+    assert_eq!(
+        field(v1::GrantExtentsRequest {
+            lease_id: 1,
+            count: 1,
+            fabric: 9,
+            ..Default::default()
+        }),
         "fabric"
     );
     let status = tonic::Status::from(NodeId::new("a b").unwrap_err());
     assert_eq!(status.code(), tonic::Code::InvalidArgument);
     assert!(status.message().starts_with("node_id: "), "{status:?}");
-    assert_eq!("https://h:1".parse::<EndpointUrl>().unwrap_err().field(), "url");
+    assert_eq!(
+        "https://h:1".parse::<EndpointUrl>().unwrap_err().field(),
+        "url"
+    );
 }
 
 #[test]
 fn secrets_are_not_shown() {
-    let text = format!("{:?} {:?}", AccessKey::new(0xdead_beef).unwrap(), ControlToken([7; 16]));
+    let text = format!(
+        "{:?} {:?}",
+        AccessKey::new(0xdead_beef).unwrap(),
+        ControlToken([7; 16])
+    );
     assert_eq!(text, "AccessKey(..) ControlToken(..)");
     assert!(ControlToken([7; 16]).matches(&[7; 16]));
     assert!(!ControlToken([7; 16]).matches(&[7; 15]));

@@ -91,7 +91,10 @@ where
     let listener = listen(&config.listen).await?;
     let url = listener.url().clone();
     let dispatch = Arc::new(Dispatch::new(owner));
-    let service = CoordinatorService { dispatch: Arc::clone(&dispatch), timing: config.timing };
+    let service = CoordinatorService {
+        dispatch: Arc::clone(&dispatch),
+        timing: config.timing,
+    };
     let server = CoordinatorServer::new(service)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_STATUS_BYTES);

@@ -100,7 +100,9 @@ where
         store: StoreUrl::Memory,
         timing: Timing::default(),
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let result = runtime.block_on(async {
         let launcher = config.exit_on_eof.map(watch).transpose()?;
         let launcher_gone = async {
@@ -112,10 +114,13 @@ where
         // Dropping either sender tells its part to stop; dropping a part drops the other's.
         let (serving, served) = oneshot::channel();
         let (stop_coordinator, stopped) = oneshot::channel::<()>();
-        let coordinator =
-            run_coordinator(coordinator, move |_| serving.send(()).unwrap_or_default(), async {
+        let coordinator = run_coordinator(
+            coordinator,
+            move |_| serving.send(()).unwrap_or_default(),
+            async {
                 let _ = stopped.await;
-            });
+            },
+        );
         let stop = async {
             tokio::select! {
                 () = shutdown => {}
@@ -123,7 +128,10 @@ where
             }
         };
         let told = move |node: NodeReady| {
-            ready(EmbeddedReady { coordinator: coordinator_url, data_addresses: node.data_addresses });
+            ready(EmbeddedReady {
+                coordinator: coordinator_url,
+                data_addresses: node.data_addresses,
+            });
         };
         let node = async move {
             // A coordinator that fails before it serves ends the select below.
@@ -145,7 +153,10 @@ where
     result
 }
 
-fn node_config(config: &EmbeddedConfig, coordinator: EndpointUrl) -> Result<NodeConfig, EmbeddedError> {
+fn node_config(
+    config: &EmbeddedConfig,
+    coordinator: EndpointUrl,
+) -> Result<NodeConfig, EmbeddedError> {
     let mut node = NodeConfig::new(NodeId::new(NODE_ID)?, config.capacity, coordinator);
     node.extent_bytes = config.extent_bytes;
     node.huge_pages = config.huge_pages;
@@ -153,8 +164,12 @@ fn node_config(config: &EmbeddedConfig, coordinator: EndpointUrl) -> Result<Node
     match config.fabric {
         FabricKind::Shm => node.shm = Some(format!("@{}.shm", config.name)),
         FabricKind::Tcp => {
-            node.tcp =
-                Some(TcpListen { listen: HostPort { host: Ipv4Addr::LOCALHOST.to_string(), port: 0 } });
+            node.tcp = Some(TcpListen {
+                listen: HostPort {
+                    host: Ipv4Addr::LOCALHOST.to_string(),
+                    port: 0,
+                },
+            });
         }
         FabricKind::Rdma => return Err(EmbeddedError::Fabric(FabricKind::Rdma)),
     }
@@ -165,11 +180,13 @@ fn node_config(config: &EmbeddedConfig, coordinator: EndpointUrl) -> Result<Node
 /// waiting: it blocks whatever the descriptor's flags, which it shares with the launcher, say. It ends with the process.
 fn watch(fd: OwnedFd) -> io::Result<oneshot::Receiver<()>> {
     let (ended, end) = oneshot::channel();
-    std::thread::Builder::new().name("launcher-watch".to_owned()).spawn(move || {
-        wait_for_end(&fd);
-        // Nobody listens any more when the end came from elsewhere.
-        let _ = ended.send(());
-    })?;
+    std::thread::Builder::new()
+        .name("launcher-watch".to_owned())
+        .spawn(move || {
+            wait_for_end(&fd);
+            // Nobody listens any more when the end came from elsewhere.
+            let _ = ended.send(());
+        })?;
     Ok(end)
 }
 

@@ -95,7 +95,10 @@ where
     let pool = Arc::new(pool.map_err(|error| PoolError::Thread(error.to_string()))??);
     let advertised = config.advertised_host().await;
     let data_path = DataPath::start(&config, &pool, &advertised)?;
-    let ledger = Arc::new(Ledger::new(shape.extents, Arc::clone(&pool) as Arc<dyn pool::Extents>));
+    let ledger = Arc::new(Ledger::new(
+        shape.extents,
+        Arc::clone(&pool) as Arc<dyn pool::Extents>,
+    ));
 
     let listener = listen(&config.control).await?;
     let control_url = config::advertise(listener.url(), &advertised);
@@ -128,16 +131,23 @@ where
         huge_pages: pool.huge_pages(),
         locked: pool.locked(),
     };
-    let service = NodeService { ledger: Arc::clone(&ledger), identity: Arc::new(identity) };
+    let service = NodeService {
+        ledger: Arc::clone(&ledger),
+        identity: Arc::new(identity),
+    };
     let server = MemoryNodeServer::new(service)
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
 
     let mut refused = None;
     let stop = async {
-        let membership = membership::keep(&config.coordinator, registration, &ledger, |first_extent| {
-            ready(NodeReady { first_extent, ..told });
-        });
+        let membership =
+            membership::keep(&config.coordinator, registration, &ledger, |first_extent| {
+                ready(NodeReady {
+                    first_extent,
+                    ..told
+                });
+            });
         tokio::select! {
             () = shutdown => tracing::info!("the node is asked to stop"),
             error = membership => refused = Some(error),

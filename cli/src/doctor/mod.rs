@@ -16,7 +16,6 @@ use crate::args::DoctorArgs;
 
 use report::Report;
 
-pub(crate) use fabric::has_rdma_device;
 pub(crate) use userfaultfd::{UserfaultfdError, usable as userfaultfd_is_usable};
 
 /// The report could not be printed.

@@ -20,7 +20,10 @@ pub(crate) enum SessionError {
          everything brought up for this run",
         .socket.display(), .socket.display()
     )]
-    NoAgent { socket: PathBuf, source: ClientError },
+    NoAgent {
+        socket: PathBuf,
+        source: ClientError,
+    },
     #[error("{0}")]
     Agent(#[from] ClientError),
     #[error("--agent: the path is not valid UTF-8; use another")]
@@ -54,7 +57,10 @@ impl Session {
             return Err(SessionError::NoRdma);
         }
         let (agent, socket) = match &options.agent {
-            Some(socket) => (None, socket.to_str().ok_or(SessionError::Socket)?.to_owned()),
+            Some(socket) => (
+                None,
+                socket.to_str().ok_or(SessionError::Socket)?.to_owned(),
+            ),
             None => {
                 crate::doctor::userfaultfd_is_usable()?;
                 let (agent, socket) = bring_up(options)?;
@@ -62,21 +68,31 @@ impl Session {
             }
         };
         let (local, far) = (options.local.bytes(), options.far.bytes());
-        let job = JobClient::open(&socket, local, far, u32::from(options.replicas)).map_err(|source| {
-            match (&options.agent, source) {
-                (Some(socket), source @ ClientError::Unreachable(_)) => {
-                    SessionError::NoAgent { socket: socket.clone(), source }
-                }
+        let job = JobClient::open(&socket, local, far, u32::from(options.replicas)).map_err(
+            |source| match (&options.agent, source) {
+                (Some(socket), source @ ClientError::Unreachable(_)) => SessionError::NoAgent {
+                    socket: socket.clone(),
+                    source,
+                },
                 (_, source) => SessionError::Agent(source),
-            }
-        })?;
+            },
+        )?;
         let existing = std::env::var_os("LD_PRELOAD");
         let environment = vec![
-            ("LD_PRELOAD".into(), preload::prepended(shim.as_os_str(), existing.as_deref())),
+            (
+                "LD_PRELOAD".into(),
+                preload::prepended(shim.as_os_str(), existing.as_deref()),
+            ),
             ("FARPAGE_ATTACH".into(), socket.into()),
             ("FARPAGE_JOB".into(), job.token().into()),
         ];
-        Ok(Self { local_limit_bytes: local, fabric: options.fabric.name(), environment, job, agent })
+        Ok(Self {
+            local_limit_bytes: local,
+            fabric: options.fabric.name(),
+            environment,
+            job,
+            agent,
+        })
     }
 
     /// What the program's environment must have in addition.
@@ -112,7 +128,11 @@ impl Session {
             local_peak_bytes: account.local_peak_bytes,
             far_peak_bytes: account.far_peak_bytes,
             far_slots_in_use_at_exit: account.far_slots_in_use_at_exit,
-            fabric: if account.fabric == "any" { self.fabric.to_owned() } else { account.fabric },
+            fabric: if account.fabric == "any" {
+                self.fabric.to_owned()
+            } else {
+                account.fabric
+            },
             processes: account.processes,
             processes_unmanaged: account.processes_unmanaged,
             unmanaged_bytes: account.unmanaged_bytes,
@@ -125,7 +145,15 @@ impl Session {
 fn bring_up(options: &RunOptions) -> Result<(Helper, String), HelperError> {
     let socket = format!("@farpage-{}", std::process::id());
     let far = options.far.to_string();
-    let words = ["agent", "--own-far-memory", &far, "--socket", &socket, "--fabric", options.fabric.name()];
+    let words = [
+        "agent",
+        "--own-far-memory",
+        &far,
+        "--socket",
+        &socket,
+        "--fabric",
+        options.fabric.name(),
+    ];
     let mut agent = Helper::start("the agent", &words.map(OsString::from))?;
     agent.wait_ready()?;
     Ok((agent, socket))

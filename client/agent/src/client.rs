@@ -38,9 +38,21 @@ impl JobClient {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub fn open(path: &str, local_bytes: u64, far_bytes: u64, replicas: u32) -> Result<Self, ClientError> {
+    pub fn open(
+        path: &str,
+        local_bytes: u64,
+        far_bytes: u64,
+        replicas: u32,
+    ) -> Result<Self, ClientError> {
         let socket = hello(path, kind::JOB)?;
-        match ask(&socket, &JobRequest::Open { local_bytes, far_bytes, replicas })? {
+        match ask(
+            &socket,
+            &JobRequest::Open {
+                local_bytes,
+                far_bytes,
+                replicas,
+            },
+        )? {
             JobReply::Opened { token } => Ok(Self { socket, token }),
             JobReply::Refused { reason } => Err(ClientError::Refused(reason)),
             _ => Err(ClientError::Malformed),
@@ -105,12 +117,18 @@ fn receive<T: serde::de::DeserializeOwned>(socket: &OwnedFd) -> Result<T, Client
     let (got, _) = recv(socket, &mut bytes, RecvFlags::empty()).map_err(io::Error::from)?;
     let bytes = &bytes[..got];
     if got == 0 {
-        return Err(ClientError::Unreachable(io::ErrorKind::UnexpectedEof.into()));
+        return Err(ClientError::Unreachable(
+            io::ErrorKind::UnexpectedEof.into(),
+        ));
     }
     if let Some(packet) = Packet::from_bytes(bytes) {
-        let reason = bytes.get(farpage_attach::message::PACKET_BYTES..).unwrap_or_default();
+        let reason = bytes
+            .get(farpage_attach::message::PACKET_BYTES..)
+            .unwrap_or_default();
         return match packet.tag {
-            tag::REFUSAL => Err(ClientError::Refused(String::from_utf8_lossy(reason).into_owned())),
+            tag::REFUSAL => Err(ClientError::Refused(
+                String::from_utf8_lossy(reason).into_owned(),
+            )),
             _ => Err(ClientError::Malformed),
         };
     }

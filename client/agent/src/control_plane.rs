@@ -67,14 +67,32 @@ impl ControlPlane {
     ///
     /// # Errors
     /// [`ControlError`], with what to do.
-    pub fn join(url: EndpointUrl, agent_id: String, fabric: Option<FabricKind>) -> Result<Self, ControlError> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    pub fn join(
+        url: EndpointUrl,
+        agent_id: String,
+        fabric: Option<FabricKind>,
+    ) -> Result<Self, ControlError> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
         let channel = runtime.block_on(connect(&url, CALL_DEADLINE))?;
         let mut client = CoordinatorClient::new(channel);
-        let (lease, ttl) = runtime.block_on(open_lease(&mut client, &agent_id)).map_err(|status| {
-            ControlError::Refused { url: url.clone(), status: Box::new(status) }
-        })?;
-        Ok(Self { runtime, url, agent_id, fabric, client, lease, ttl, renewed: Instant::now() })
+        let (lease, ttl) = runtime
+            .block_on(open_lease(&mut client, &agent_id))
+            .map_err(|status| ControlError::Refused {
+                url: url.clone(),
+                status: Box::new(status),
+            })?;
+        Ok(Self {
+            runtime,
+            url,
+            agent_id,
+            fabric,
+            client,
+            lease,
+            ttl,
+            renewed: Instant::now(),
+        })
     }
 
     /// Asks for the first extents, so that the first eviction finds slots.
@@ -84,7 +102,10 @@ impl ControlPlane {
     pub fn first_extents(&mut self, far: &FarMemory) -> Result<(), ControlError> {
         match self.grant(far) {
             Ok(()) => Ok(()),
-            Err(status) => Err(ControlError::Refused { url: self.url.clone(), status: Box::new(status) }),
+            Err(status) => Err(ControlError::Refused {
+                url: self.url.clone(),
+                status: Box::new(status),
+            }),
         }
     }
 
@@ -108,8 +129,12 @@ impl ControlPlane {
                 self.report(spaces);
             }
         }
-        let request = v1::CloseLeaseRequest { lease_id: self.lease };
-        let _ = self.runtime.block_on(async { tokio::time::timeout(CALL_DEADLINE, self.client.close_lease(request)).await });
+        let request = v1::CloseLeaseRequest {
+            lease_id: self.lease,
+        };
+        let _ = self.runtime.block_on(async {
+            tokio::time::timeout(CALL_DEADLINE, self.client.close_lease(request)).await
+        });
     }
 
     fn grant(&mut self, far: &FarMemory) -> Result<(), tonic::Status> {
@@ -120,8 +145,11 @@ impl ControlPlane {
             request_id: 0,
         };
         let client = &mut self.client;
-        let reply = self.runtime.block_on(async { with_deadline(client.grant_extents(request)).await })?;
-        let grants = check_grants(reply.grants).map_err(|error| tonic::Status::internal(error.to_string()))?;
+        let reply = self
+            .runtime
+            .block_on(async { with_deadline(client.grant_extents(request)).await })?;
+        let grants = check_grants(reply.grants)
+            .map_err(|error| tonic::Status::internal(error.to_string()))?;
         for grant in grants {
             let grant = Grant {
                 id: u64::from(grant.extent.0),
@@ -131,7 +159,10 @@ impl ControlPlane {
                 bytes: grant.bytes.0,
             };
             if far.add(grant.clone()).is_none() {
-                tracing::error!(?grant, "an extent of a size or number that this agent cannot address");
+                tracing::error!(
+                    ?grant,
+                    "an extent of a size or number that this agent cannot address"
+                );
             }
         }
         Ok(())
@@ -140,7 +171,10 @@ impl ControlPlane {
     fn renew(&mut self, far: &FarMemory) {
         let (client, lease) = (&mut self.client, self.lease);
         let request = v1::RenewLeaseRequest { lease_id: lease };
-        match self.runtime.block_on(async { with_deadline(client.renew_lease(request)).await }) {
+        match self
+            .runtime
+            .block_on(async { with_deadline(client.renew_lease(request)).await })
+        {
             Ok(reply) => {
                 self.renewed = Instant::now();
                 let lost: Vec<u64> = reply.lost_extents.iter().map(|id| u64::from(*id)).collect();
@@ -152,7 +186,8 @@ impl ControlPlane {
                 tracing::error!("the lease has ended: what it held is revoked");
                 far.lose_all();
                 let client = &mut self.client;
-                if let Ok((lease, ttl)) = self.runtime.block_on(open_lease(client, &self.agent_id)) {
+                if let Ok((lease, ttl)) = self.runtime.block_on(open_lease(client, &self.agent_id))
+                {
                     (self.lease, self.ttl, self.renewed) = (lease, ttl, Instant::now());
                 }
             }
@@ -168,10 +203,19 @@ impl ControlPlane {
         if retired.is_empty() {
             return;
         }
-        let extent_ids = retired.iter().filter_map(|grant| u32::try_from(grant.id).ok()).collect();
-        let request = v1::ReleaseExtentsRequest { lease_id: self.lease, extent_ids };
+        let extent_ids = retired
+            .iter()
+            .filter_map(|grant| u32::try_from(grant.id).ok())
+            .collect();
+        let request = v1::ReleaseExtentsRequest {
+            lease_id: self.lease,
+            extent_ids,
+        };
         let client = &mut self.client;
-        if let Err(status) = self.runtime.block_on(async { with_deadline(client.release_extents(request)).await }) {
+        if let Err(status) = self
+            .runtime
+            .block_on(async { with_deadline(client.release_extents(request)).await })
+        {
             tracing::warn!(%status, "extents could not be given back; they go with the lease");
         }
     }
@@ -192,20 +236,42 @@ impl ControlPlane {
                 local_limit_bytes: figures.local_limit_bytes,
             })
             .collect();
-        let report = v1::AgentReport { processes, totals: std::collections::HashMap::new() };
-        let request = v1::ReportAgentRequest { lease_id: self.lease, report: Some(report) };
+        let report = v1::AgentReport {
+            processes,
+            totals: std::collections::HashMap::new(),
+        };
+        let request = v1::ReportAgentRequest {
+            lease_id: self.lease,
+            report: Some(report),
+        };
         let client = &mut self.client;
-        if let Err(status) = self.runtime.block_on(async { with_deadline(client.report_agent(request)).await }) {
+        if let Err(status) = self
+            .runtime
+            .block_on(async { with_deadline(client.report_agent(request)).await })
+        {
             tracing::debug!(%status, "a report was not taken");
         }
     }
 }
 
-async fn open_lease(client: &mut CoordinatorClient<Channel>, agent_id: &str) -> Result<(u64, Duration), tonic::Status> {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
-    let request = v1::OpenLeaseRequest { agent_id: agent_id.to_owned(), host, tenant: String::new() };
+async fn open_lease(
+    client: &mut CoordinatorClient<Channel>,
+    agent_id: &str,
+) -> Result<(u64, Duration), tonic::Status> {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .unwrap_or_default()
+        .trim()
+        .to_owned();
+    let request = v1::OpenLeaseRequest {
+        agent_id: agent_id.to_owned(),
+        host,
+        tenant: String::new(),
+    };
     let reply = with_deadline(client.open_lease(request)).await?;
-    Ok((reply.lease_id, Duration::from_millis(u64::from(reply.ttl_ms))))
+    Ok((
+        reply.lease_id,
+        Duration::from_millis(u64::from(reply.ttl_ms)),
+    ))
 }
 
 async fn with_deadline<T>(

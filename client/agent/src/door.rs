@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use farpage_attach::control::BATCH_PAGES;
 use farpage_attach::message::{Packet, kind, tag};
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, recv, send,
-    socket_with, socketpair,
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with,
+    bind, listen, recv, send, socket_with, socketpair,
 };
 
 use crate::job::Job;
@@ -44,7 +44,9 @@ impl Admission {
     fn admits(self, pid: i32, uid: u32, gid: u32) -> bool {
         uid == 0
             || uid == self.own_uid
-            || self.group.is_some_and(|group| gid == group || crate::sys::process::groups(pid).contains(&group))
+            || self.group.is_some_and(|group| {
+                gid == group || crate::sys::process::groups(pid).contains(&group)
+            })
     }
 }
 
@@ -72,7 +74,14 @@ pub fn open(path: &str) -> io::Result<OwnedFd> {
         Some(name) => SocketAddrUnix::new_abstract_name(name.as_bytes())?,
         None => SocketAddrUnix::new(path)?,
     };
-    let new = || socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+    let new = || {
+        socket_with(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+    };
     let fd = new()?;
     if let Err(error) = bind(&fd, &address) {
         let stale = error == rustix::io::Errno::ADDRINUSE
@@ -101,12 +110,14 @@ impl Door {
                 continue;
             }
             let door = Arc::clone(self);
-            let started = std::thread::Builder::new().name("door".into()).spawn(move || {
-                if let Err(error) = door.greet(&peer) {
-                    tracing::debug!(%error, "a peer at the door left");
-                }
-                door.peers.fetch_sub(1, Ordering::AcqRel);
-            });
+            let started = std::thread::Builder::new()
+                .name("door".into())
+                .spawn(move || {
+                    if let Err(error) = door.greet(&peer) {
+                        tracing::debug!(%error, "a peer at the door left");
+                    }
+                    door.peers.fetch_sub(1, Ordering::AcqRel);
+                });
             if started.is_err() {
                 self.peers.fetch_sub(1, Ordering::AcqRel);
             }
@@ -121,12 +132,17 @@ impl Door {
             return Err(io::ErrorKind::InvalidData.into());
         }
         if !self.admission.admits(pid, uid, gid) {
-            return refuse(peer, "this agent serves its own user and the members of its group; ask for membership");
+            return refuse(
+                peer,
+                "this agent serves its own user and the members of its group; ask for membership",
+            );
         }
         match hello.kind {
             kind::JOB => self.serve_launcher(peer, uid),
             kind::START | kind::FORK | kind::LIBRARY => match self.shared.spawner.job(hello.job) {
-                Some(job) if uid == 0 || uid == job.uid || job.uid == 0 => self.attach(peer, pid, &hello, &job),
+                Some(job) if uid == 0 || uid == job.uid || job.uid == 0 => {
+                    self.attach(peer, pid, &hello, &job)
+                }
                 Some(_) => refuse(peer, "this job belongs to another user"),
                 None => refuse(peer, "there is no such job; it has ended"),
             },
@@ -134,7 +150,10 @@ impl Door {
                 let figures = crate::control_plane::figures(&self.shared.spawner);
                 send_json(peer, &figures)
             }
-            _ => refuse(peer, "unknown request; the program and the agent are of different versions"),
+            _ => refuse(
+                peer,
+                "unknown request; the program and the agent are of different versions",
+            ),
         }
     }
 
@@ -148,11 +167,20 @@ impl Door {
         let shared = SharedBlock::create(handle.id)?;
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         let event = rustix::event::eventfd(0, flags)?;
-        let (lifeline, helpers_end) =
-            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        let (lifeline, helpers_end) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
         let mut welcome = Packet::new(tag::WELCOME);
         welcome.job = handle.id;
-        let fds = [self.device.as_fd(), shared.as_fd(), event.as_fd(), helpers_end.as_fd()];
+        let fds = [
+            self.device.as_fd(),
+            shared.as_fd(),
+            event.as_fd(),
+            helpers_end.as_fd(),
+        ];
         socket::send(peer.as_fd(), &welcome, &fds)?;
 
         let ready = expect(peer, tag::READY)?;
@@ -182,7 +210,13 @@ impl Door {
         };
         self.shared.kernel.enable(&uffd)?;
         uffd.register(&offer.holding, false)?;
-        let mut pager = Pager::new(self.shared.clone(), Arc::clone(job), Arc::clone(&handle), None, uffd);
+        let mut pager = Pager::new(
+            self.shared.clone(),
+            Arc::clone(job),
+            Arc::clone(&handle),
+            None,
+            uffd,
+        );
         pager.install_helper(*offer);
         self.shared.spawner.start(job, pager, Arc::clone(&handle))?;
         socket::send(peer.as_fd(), &Packet::new(tag::GO), &[])?;
@@ -195,7 +229,10 @@ impl Door {
         // The parent's pager has read the fork's event before the child ran, but may be busy with it.
         loop {
             let candidates = self.shared.spawner.forked_from(hello.parent);
-            if hello.kind != kind::FORK || candidates.is_empty() || began.elapsed() > ADOPTION_DEADLINE {
+            if hello.kind != kind::FORK
+                || candidates.is_empty()
+                || began.elapsed() > ADOPTION_DEADLINE
+            {
                 return Adoption::NotManagedYet(offer);
             }
             for child in candidates {
@@ -222,28 +259,40 @@ impl Door {
         let mut finished = false;
         while let Some(request) = receive_json::<JobRequest>(peer)? {
             let reply = match (request, &job) {
-                (JobRequest::Open { local_bytes, far_bytes, .. }, None) => {
-                    match self.shared.spawner.open_job(uid, local_bytes, far_bytes) {
-                        Ok(new) => {
-                            let token = format!("{:x}", new.token);
-                            job = Some(new);
-                            JobReply::Opened { token }
-                        }
-                        Err(error) => JobReply::Refused { reason: error.to_string() },
+                (
+                    JobRequest::Open {
+                        local_bytes,
+                        far_bytes,
+                        ..
+                    },
+                    None,
+                ) => match self.shared.spawner.open_job(uid, local_bytes, far_bytes) {
+                    Ok(new) => {
+                        let token = format!("{:x}", new.token);
+                        job = Some(new);
+                        JobReply::Opened { token }
                     }
-                }
+                    Err(error) => JobReply::Refused {
+                        reason: error.to_string(),
+                    },
+                },
                 (JobRequest::Started { .. }, Some(_)) => JobReply::Noted,
                 (JobRequest::Finish, Some(job)) => {
                     finished = true;
                     JobReply::Account(Box::new(job.account(&self.fabric)))
                 }
-                _ => JobReply::Refused { reason: "out of turn".into() },
+                _ => JobReply::Refused {
+                    reason: "out of turn".into(),
+                },
             };
             send_json(peer, &reply)?;
         }
         if let Some(job) = job {
             if !finished {
-                tracing::warn!(job = format_args!("{:x}", job.token), "the launcher is gone; its programs are ended");
+                tracing::warn!(
+                    job = format_args!("{:x}", job.token),
+                    "the launcher is gone; its programs are ended"
+                );
             }
             self.shared.spawner.end_job(&job, !finished);
         }
@@ -274,14 +323,20 @@ fn finish(peer: &OwnedFd, pid: i32, handle: &Arc<SpaceHandle>) -> io::Result<()>
 
 fn expect(peer: &OwnedFd, tag: u32) -> io::Result<socket::Arrived> {
     let arrived = socket::receive(peer.as_fd())?;
-    if arrived.packet.tag == tag { Ok(arrived) } else { Err(io::ErrorKind::InvalidData.into()) }
+    if arrived.packet.tag == tag {
+        Ok(arrived)
+    } else {
+        Err(io::ErrorKind::InvalidData.into())
+    }
 }
 
 fn refuse(peer: &OwnedFd, reason: &str) -> io::Result<()> {
     let mut packet = Packet::new(tag::REFUSAL);
     packet.text_len = reason.len() as u64;
     let mut bytes = packet.to_bytes().to_vec();
-    bytes.extend_from_slice(&reason.as_bytes()[..reason.len().min(farpage_attach::message::MAX_TEXT)]);
+    bytes.extend_from_slice(
+        &reason.as_bytes()[..reason.len().min(farpage_attach::message::MAX_TEXT)],
+    );
     send(peer, &bytes, SendFlags::NOSIGNAL)?;
     Ok(())
 }

@@ -25,7 +25,10 @@ const PAGE_SHIFT: u32 = STATE_BITS + FLAG_BITS;
 const EXTENT_SHIFT: u32 = PAGE_SHIFT + PAGE_IN_EXTENT_BITS;
 const AGE_SHIFT: u32 = EXTENT_SHIFT + EXTENT_BITS;
 
-const _: () = assert!(AGE_SHIFT + AGE_BITS == u64::BITS, "the fields fill the word");
+const _: () = assert!(
+    AGE_SHIFT + AGE_BITS == u64::BITS,
+    "the fields fill the word"
+);
 
 const STATE_MASK: u64 = (1 << STATE_BITS) - 1;
 const SOFT_DIRTY: u64 = 1 << 4;
@@ -64,7 +67,10 @@ impl Slot {
     /// The slot behind this one in the same extent.
     #[must_use]
     pub fn next(self) -> Option<Self> {
-        Some(Self { extent: self.extent, page: self.page.checked_add(1)? })
+        Some(Self {
+            extent: self.extent,
+            page: self.page.checked_add(1)?,
+        })
     }
 
     fn bits(self) -> u64 {
@@ -194,7 +200,11 @@ impl Entry {
     }
 
     fn far_state(self) -> State {
-        if self.is_read_only() { State::FarRead } else { State::FarWrite }
+        if self.is_read_only() {
+            State::FarRead
+        } else {
+            State::FarWrite
+        }
     }
 
     /// Far to Fetching: this caller, and nobody else, brings the page home.
@@ -238,7 +248,8 @@ impl Entry {
     /// Evicting to Zero: the page was all zeros. A slot it had is the caller's to release.
     #[must_use]
     pub fn evicted_as_zero(self, age: u16) -> Option<Self> {
-        (self.state() == State::Evicting).then(|| self.without_slot().with_state(State::Zero).aged(age))
+        (self.state() == State::Evicting)
+            .then(|| self.without_slot().with_state(State::Zero).aged(age))
     }
 
     /// Evicting to Far with the clean copy it had: nothing was written.
@@ -251,8 +262,9 @@ impl Entry {
     /// Evicting to `FarWrite` in a slot newly written. A slot it had before is the caller's to release.
     #[must_use]
     pub fn evicted_to(self, slot: Slot, age: u16) -> Option<Self> {
-        (self.state() == State::Evicting)
-            .then(|| Self(self.with_slot(slot, false).with_state(State::FarWrite).0 | SOFT_DIRTY).aged(age))
+        (self.state() == State::Evicting).then(|| {
+            Self(self.with_slot(slot, false).with_state(State::FarWrite).0 | SOFT_DIRTY).aged(age)
+        })
     }
 
     /// Local with a clean copy in a slot just written: a page turned round whose write-back finished.
@@ -272,7 +284,11 @@ impl Entry {
     /// except those being fetched, which the child finds far.
     #[must_use]
     pub fn forked(self) -> Option<(Self, Self)> {
-        let downgraded = if self.slot().is_some() { Self(self.0 | READ_ONLY) } else { self };
+        let downgraded = if self.slot().is_some() {
+            Self(self.0 | READ_ONLY)
+        } else {
+            self
+        };
         Some(match self.state() {
             State::Evicting => return None,
             State::FarWrite | State::FarRead => {
@@ -305,7 +321,11 @@ impl Entry {
     /// The same, marked as brought home by prefetch (or no longer so).
     #[must_use]
     pub fn marked_prefetched(self, prefetched: bool) -> Self {
-        if prefetched { Self(self.0 | PREFETCHED) } else { Self(self.0 & !PREFETCHED) }
+        if prefetched {
+            Self(self.0 | PREFETCHED)
+        } else {
+            Self(self.0 & !PREFETCHED)
+        }
     }
 
     fn aged(self, age: u16) -> Self {
@@ -336,7 +356,11 @@ impl std::fmt::Debug for Entry {
             let shared = if self.is_read_only() { " shared" } else { "" };
             write!(f, " slot {}.{}{shared}", slot.extent, slot.page)?;
         }
-        if self.is_soft_dirty() { f.write_str(" soft-dirty") } else { Ok(()) }
+        if self.is_soft_dirty() {
+            f.write_str(" soft-dirty")
+        } else {
+            Ok(())
+        }
     }
 }
 

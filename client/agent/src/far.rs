@@ -40,7 +40,10 @@ struct SlotRecord {
     hash: [AtomicU64; 2],
 }
 
-const _: () = assert!(size_of::<SlotRecord>() + size_of::<u64>() <= 32, "metadata per far page");
+const _: () = assert!(
+    size_of::<SlotRecord>() + size_of::<u64>() <= 32,
+    "metadata per far page"
+);
 
 /// An extent this agent holds.
 #[derive(Debug)]
@@ -68,17 +71,25 @@ impl FreeSlots {
         {
             *last = (1 << (slots % 64)) - 1;
         }
-        Self { bits, count: slots as u64, cursor: 0 }
+        Self {
+            bits,
+            count: slots as u64,
+            cursor: 0,
+        }
     }
 
     fn is_free(&self, slot: usize) -> bool {
-        self.bits.get(slot / 64).is_some_and(|word| word >> (slot % 64) & 1 == 1)
+        self.bits
+            .get(slot / 64)
+            .is_some_and(|word| word >> (slot % 64) & 1 == 1)
     }
 
     /// Takes a run of up to `most` neighbouring slots, the next one free behind the last taken.
     fn take_run(&mut self, most: usize) -> Option<(usize, usize)> {
         let words = self.bits.len();
-        let first_word = (0..=words).map(|i| (self.cursor / 64 + i) % words).find(|word| self.bits[*word] != 0)?;
+        let first_word = (0..=words)
+            .map(|i| (self.cursor / 64 + i) % words)
+            .find(|word| self.bits[*word] != 0)?;
         let start = first_word * 64 + self.bits[first_word].trailing_zeros() as usize;
         let mut len = 0;
         while len < most && self.is_free(start + len) {
@@ -126,8 +137,13 @@ impl FarMemory {
             return None;
         }
         let mut extents = self.extents.write().unwrap_or_else(PoisonError::into_inner);
-        let number = extents.iter().position(Option::is_none).unwrap_or(extents.len());
-        let number32 = u32::try_from(number).ok().filter(|number| *number < 1 << EXTENT_BITS)?;
+        let number = extents
+            .iter()
+            .position(Option::is_none)
+            .unwrap_or(extents.len());
+        let number32 = u32::try_from(number)
+            .ok()
+            .filter(|number| *number < 1 << EXTENT_BITS)?;
         let extent = Arc::new(Extent {
             number: number32,
             grant,
@@ -171,7 +187,13 @@ impl FarMemory {
     pub fn lose(&self, grant_ids: &[u64]) {
         let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
         let mut lost = self.lost.write().unwrap_or_else(PoisonError::into_inner);
-        lost.extend(extents.iter().flatten().filter(|e| grant_ids.contains(&e.grant.id)).map(|e| e.number));
+        lost.extend(
+            extents
+                .iter()
+                .flatten()
+                .filter(|e| grant_ids.contains(&e.grant.id))
+                .map(|e| e.number),
+        );
     }
 
     /// Marks every extent held as lost: the lease under which they were granted has ended.
@@ -192,15 +214,24 @@ impl FarMemory {
     pub fn take_run(&self, most: u16) -> Option<SlotRun> {
         let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
         let lost = self.lost.read().unwrap_or_else(PoisonError::into_inner);
-        for extent in extents.iter().flatten().filter(|extent| !lost.contains(&extent.number)) {
-            let Some((start, len)) = lock(&extent.free).take_run(usize::from(most)) else { continue };
+        for extent in extents
+            .iter()
+            .flatten()
+            .filter(|extent| !lost.contains(&extent.number))
+        {
+            let Some((start, len)) = lock(&extent.free).take_run(usize::from(most)) else {
+                continue;
+            };
             for record in &extent.slots[start..start + len] {
                 record.references.store(1, Ordering::Relaxed);
             }
             self.free.fetch_sub(len as u64, Ordering::Relaxed);
             self.used.fetch_add(len as u64, Ordering::Relaxed);
             let first = Slot::new(extent.number, u16::try_from(start).ok()?)?;
-            return Some(SlotRun { first, len: len as u16 });
+            return Some(SlotRun {
+                first,
+                len: len as u16,
+            });
         }
         None
     }
@@ -213,13 +244,17 @@ impl FarMemory {
 
     /// One reference more.
     pub fn share(&self, slot: Slot) {
-        self.record(slot, |_, record| record.references.fetch_add(1, Ordering::Relaxed));
+        self.record(slot, |_, record| {
+            record.references.fetch_add(1, Ordering::Relaxed)
+        });
     }
 
     /// One reference less; the last one frees the slot. Returns whether it did.
     pub fn release(&self, slot: Slot) -> bool {
         let freed = self.record(slot, |extent, record| {
-            let before = record.references.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
+            let before = record
+                .references
+                .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
             let last = before == Ok(1);
             if last {
                 lock(&extent.free).give_back(usize::from(slot.page()));
@@ -237,7 +272,8 @@ impl FarMemory {
     /// How many entries name this slot.
     #[must_use]
     pub fn references(&self, slot: Slot) -> u32 {
-        self.record(slot, |_, record| record.references.load(Ordering::Acquire)).unwrap_or(0)
+        self.record(slot, |_, record| record.references.load(Ordering::Acquire))
+            .unwrap_or(0)
     }
 
     /// Notes what a slot now holds.
@@ -301,7 +337,14 @@ mod tests {
     fn far(extents: u64, slots: u64) -> FarMemory {
         let far = FarMemory::default();
         for id in 0..extents {
-            far.add(Grant { id, address: String::new(), index: id as u32, key: id, bytes: slots * PAGE }).unwrap();
+            far.add(Grant {
+                id,
+                address: String::new(),
+                index: id as u32,
+                key: id,
+                bytes: slots * PAGE,
+            })
+            .unwrap();
         }
         far
     }

@@ -34,7 +34,11 @@ pub struct TakingOut;
 
 impl Default for Gate {
     fn default() -> Self {
-        Self { epoch: Epoch(0), outstanding: None, last_command: 0 }
+        Self {
+            epoch: Epoch(0),
+            outstanding: None,
+            last_command: 0,
+        }
     }
 }
 

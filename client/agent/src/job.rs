@@ -117,7 +117,8 @@ impl Job {
     /// Counts references to slots taken (positive) or given back (negative).
     pub fn charge_far(&self, slots: i64) {
         let used = self.far_used.fetch_add(slots, Ordering::Relaxed) + slots;
-        self.far_peak.fetch_max(used.max(0) as u64, Ordering::Relaxed);
+        self.far_peak
+            .fetch_max(used.max(0) as u64, Ordering::Relaxed);
     }
 
     /// References to slots that entries of this job hold.
@@ -190,7 +191,11 @@ impl Job {
     #[must_use]
     pub fn account(&self, fabric: &str) -> Account {
         let began = Instant::now();
-        let ended = |handle: &Arc<SpaceHandle>| handle.pid().is_none_or(|pid| !crate::sys::process::is_running(pid));
+        let ended = |handle: &Arc<SpaceHandle>| {
+            handle
+                .pid()
+                .is_none_or(|pid| !crate::sys::process::is_running(pid))
+        };
         while self.spaces().iter().any(ended) && began.elapsed() < ACCOUNT_DEADLINE {
             std::thread::sleep(ACCOUNT_POLL);
         }

@@ -31,7 +31,9 @@ pub enum KernelError {
     )]
     Device(io::Error),
     /// The features that every kernel since 5.11 has are refused.
-    #[error("the kernel refuses userfaultfd's fork and unmap events: {0}; the agent needs CAP_SYS_PTRACE")]
+    #[error(
+        "the kernel refuses userfaultfd's fork and unmap events: {0}; the agent needs CAP_SYS_PTRACE"
+    )]
     Events(io::Error),
 }
 
@@ -41,13 +43,19 @@ impl Kernel {
     /// # Errors
     /// [`KernelError`], with the remedy.
     pub fn probe() -> Result<(Self, File), KernelError> {
-        let device = OpenOptions::new().read(true).write(true).open(DEVICE).map_err(KernelError::Device)?;
+        let device = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(DEVICE)
+            .map_err(KernelError::Device)?;
         let offered = crate::sys::uffd::new_from_device(device.as_fd())
             .and_then(|uffd| uffd.enable(0))
             .map_err(KernelError::Device)?;
         let hidden = std::env::var_os(NO_MOVE_VARIABLE).is_some();
-        let kernel =
-            Self { has_move: offered & feature::MOVE != 0 && !hidden, has_poison: offered & feature::POISON != 0 };
+        let kernel = Self {
+            has_move: offered & feature::MOVE != 0 && !hidden,
+            has_poison: offered & feature::POISON != 0,
+        };
         crate::sys::uffd::new_from_device(device.as_fd())
             .and_then(|uffd| kernel.enable(&uffd))
             .map_err(KernelError::Events)?;
@@ -61,7 +69,8 @@ impl Kernel {
     pub fn enable(self, uffd: &Uffd) -> io::Result<()> {
         let moving = if self.has_move { feature::MOVE } else { 0 };
         let poison = if self.has_poison { feature::POISON } else { 0 };
-        uffd.enable(feature::EVENTS | feature::THREAD_ID | feature::WRITE_PROTECT | moving | poison).map(drop)
+        uffd.enable(feature::EVENTS | feature::THREAD_ID | feature::WRITE_PROTECT | moving | poison)
+            .map(drop)
     }
 
     /// Enables on a drain range's uffd what is used there: no events.
@@ -69,6 +78,7 @@ impl Kernel {
     /// # Errors
     /// The kernel's errno.
     pub fn enable_drain(self, uffd: &Uffd) -> io::Result<()> {
-        uffd.enable(if self.has_move { feature::MOVE } else { 0 }).map(drop)
+        uffd.enable(if self.has_move { feature::MOVE } else { 0 })
+            .map(drop)
     }
 }

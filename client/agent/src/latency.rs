@@ -15,7 +15,9 @@ pub struct Latencies {
 
 impl Default for Latencies {
     fn default() -> Self {
-        Self { counts: Box::new(std::array::from_fn(|_| AtomicU64::new(0))) }
+        Self {
+            counts: Box::new(std::array::from_fn(|_| AtomicU64::new(0))),
+        }
     }
 }
 
@@ -29,7 +31,11 @@ impl Latencies {
     /// The duration below which `share` (0 to 1) of all lie, in microseconds; 0 while there are none.
     #[must_use]
     pub fn quantile_us(&self, share: f64) -> f64 {
-        let total: u64 = self.counts.iter().map(|count| count.load(Ordering::Relaxed)).sum();
+        let total: u64 = self
+            .counts
+            .iter()
+            .map(|count| count.load(Ordering::Relaxed))
+            .sum();
         if total == 0 {
             return 0.0;
         }

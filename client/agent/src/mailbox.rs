@@ -20,7 +20,10 @@ pub enum Request {
     Shrink(u64),
     /// A forked child has come to the door with its own ranges: is it this address space? Answers with the
     /// uffd for its helper, or gives the offer back.
-    Adopt(Box<HelperOffer>, mpsc::SyncSender<Result<OwnedFd, Box<HelperOffer>>>),
+    Adopt(
+        Box<HelperOffer>,
+        mpsc::SyncSender<Result<OwnedFd, Box<HelperOffer>>>,
+    ),
     /// The helper of an adopted child runs.
     HelperUp(Process),
     /// A region that a library user named: manage it now, within a resident limit of its own.
@@ -130,7 +133,9 @@ impl SpaceHandle {
 
     /// Makes the program's allocations wait, or lets them go on.
     pub fn hold(&self, hold: bool) {
-        let Some(block) = self.control.get() else { return };
+        let Some(block) = self.control.get() else {
+            return;
+        };
         let word = &block.control().hold;
         if word.swap(u32::from(hold), Ordering::AcqRel) != 0 && !hold {
             crate::sys::control::futex_wake(word);
@@ -144,7 +149,10 @@ impl SpaceHandle {
 
     /// The next request.
     pub fn next_request(&self) -> Option<Request> {
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+        self.requests
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop_front()
     }
 
     /// Makes the doorbell quiet again.
@@ -156,7 +164,9 @@ impl SpaceHandle {
     /// Its process's pid, if known.
     #[must_use]
     pub fn pid(&self) -> Option<i32> {
-        i32::try_from(self.pid.load(Ordering::Acquire)).ok().filter(|pid| *pid > 0)
+        i32::try_from(self.pid.load(Ordering::Acquire))
+            .ok()
+            .filter(|pid| *pid > 0)
     }
 }
 

@@ -31,7 +31,10 @@ impl PageCell {
         loop {
             let before = decode(word);
             let after = transition(before)?;
-            match self.0.compare_exchange(word, after.word(), Ordering::AcqRel, Ordering::Acquire) {
+            match self
+                .0
+                .compare_exchange(word, after.word(), Ordering::AcqRel, Ordering::Acquire)
+            {
                 Ok(_) => return Some((before, after)),
                 Err(now) => word = now,
             }

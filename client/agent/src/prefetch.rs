@@ -40,18 +40,31 @@ impl Prefetcher {
     pub fn fault(&mut self, page: Page) -> Window {
         self.clock += 1;
         let clock = self.clock;
-        let near = |stream: &&mut Stream| page.0 >= stream.next.0 && page.0 - stream.next.0 <= stream.window / 4;
+        let near = |stream: &&mut Stream| {
+            page.0 >= stream.next.0 && page.0 - stream.next.0 <= stream.window / 4
+        };
         if let Some(stream) = self.streams.iter_mut().find(near) {
             let hits = stream.window - 1;
             stream.window = (stream.window * 2).clamp(FIRST_WINDOW, MAX_WINDOW);
             stream.next = page.plus(stream.window);
             stream.last_used = clock;
-            return Window { pages: stream.window, hits };
+            return Window {
+                pages: stream.window,
+                hits,
+            };
         }
-        let fresh = Stream { next: page.plus(1), window: 1, last_used: clock };
+        let fresh = Stream {
+            next: page.plus(1),
+            window: 1,
+            last_used: clock,
+        };
         if self.streams.len() < STREAMS {
             self.streams.push(fresh);
-        } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|stream| stream.last_used) {
+        } else if let Some(oldest) = self
+            .streams
+            .iter_mut()
+            .min_by_key(|stream| stream.last_used)
+        {
             *oldest = fresh;
         }
         Window { pages: 1, hits: 0 }

@@ -49,9 +49,13 @@ impl Residents {
     pub fn next_victim(&mut self) -> Option<Page> {
         let total = self.probation.len() + self.proven.len();
         if self.probation.len() * PROBATION_SHARE >= total {
-            self.probation.pop_front().or_else(|| self.proven.pop_front())
+            self.probation
+                .pop_front()
+                .or_else(|| self.proven.pop_front())
         } else {
-            self.proven.pop_front().or_else(|| self.probation.pop_front())
+            self.proven
+                .pop_front()
+                .or_else(|| self.probation.pop_front())
         }
     }
 
@@ -87,7 +91,11 @@ impl Residents {
     /// The same queues for a forked child.
     #[must_use]
     pub fn cloned(&self) -> Self {
-        Self { probation: self.probation.clone(), proven: self.proven.clone(), evictions: self.evictions }
+        Self {
+            probation: self.probation.clone(),
+            proven: self.proven.clone(),
+            evictions: self.evictions,
+        }
     }
 }
 

@@ -55,11 +55,17 @@ struct Watched {
     sizes: Sizes,
 }
 
-fn sample(job: &Arc<Job>, handles: &[Arc<SpaceHandle>], watched: &mut HashMap<u64, Watched>) -> Duration {
+fn sample(
+    job: &Arc<Job>,
+    handles: &[Arc<SpaceHandle>],
+    watched: &mut HashMap<u64, Watched>,
+) -> Duration {
     let managed = job.managed();
     let (mut measured, mut floor, mut grown) = (0, 0, false);
     for handle in handles {
-        let Some((before, now)) = measure(handle, watched) else { continue };
+        let Some((before, now)) = measure(handle, watched) else {
+            continue;
+        };
         measured += now.anonymous;
         floor += handle.figures.unmanaged.load(Ordering::Relaxed);
         let local = handle.figures.local.load(Ordering::Relaxed);
@@ -73,16 +79,22 @@ fn sample(job: &Arc<Job>, handles: &[Arc<SpaceHandle>], watched: &mut HashMap<u6
     }
     job.note_sample(measured, measured.saturating_sub(managed).max(floor));
     let limit = job.limits.local_pages;
-    let margin = (limit / MARGIN_SHARE).clamp(MARGIN_LEAST_PAGES, MARGIN_MOST_PAGES).min(limit / 2);
+    let margin = (limit / MARGIN_SHARE)
+        .clamp(MARGIN_LEAST_PAGES, MARGIN_MOST_PAGES)
+        .min(limit / 2);
     if !job.is_armed() {
-        let Some(headroom) = (limit - margin).checked_sub(measured).filter(|room| *room > 0) else {
+        let Some(headroom) = (limit - margin)
+            .checked_sub(measured)
+            .filter(|room| *room > 0)
+        else {
             job.arm();
             for handle in handles {
                 handle.ask_rescan();
             }
             return SHORTEST_TICK;
         };
-        return Duration::from_micros(headroom / GROWTH_PAGES_PER_US).clamp(SHORTEST_TICK, LONGEST_TICK);
+        return Duration::from_micros(headroom / GROWTH_PAGES_PER_US)
+            .clamp(SHORTEST_TICK, LONGEST_TICK);
     }
     hold_back(job, handles, margin);
     if grown { SHORTEST_TICK } else { ARMED_TICK }
@@ -90,9 +102,18 @@ fn sample(job: &Arc<Job>, handles: &[Arc<SpaceHandle>], watched: &mut HashMap<u6
 
 fn measure(handle: &SpaceHandle, watched: &mut HashMap<u64, Watched>) -> Option<(Sizes, Sizes)> {
     let pid = handle.pid()?;
-    if watched.get(&handle.id).is_none_or(|seen| seen.process.pid() != pid) {
+    if watched
+        .get(&handle.id)
+        .is_none_or(|seen| seen.process.pid() != pid)
+    {
         let process = Process::open(pid).ok()?;
-        watched.insert(handle.id, Watched { process, sizes: Sizes::default() });
+        watched.insert(
+            handle.id,
+            Watched {
+                process,
+                sizes: Sizes::default(),
+            },
+        );
     }
     let seen = watched.get_mut(&handle.id)?;
     let now = seen.process.sizes().ok()?;

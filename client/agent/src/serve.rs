@@ -63,18 +63,31 @@ pub enum AgentError {
 ///
 /// # Errors
 /// [`AgentError`] at the start.
-pub fn serve(config: AgentConfig, stop: &Arc<AtomicBool>, ready: impl FnOnce()) -> Result<(), AgentError> {
+pub fn serve(
+    config: AgentConfig,
+    stop: &Arc<AtomicBool>,
+    ready: impl FnOnce(),
+) -> Result<(), AgentError> {
     let (kernel, device) = Kernel::probe()?;
     let far = Arc::new(FarMemory::default());
     let mut plane = ControlPlane::join(config.coordinator, config.id, config.fabric)?;
     plane.first_extents(&far)?;
-    let listener = crate::door::open(&config.socket)
-        .map_err(|error| AgentError::Door { socket: config.socket.clone(), error })?;
+    let listener = crate::door::open(&config.socket).map_err(|error| AgentError::Door {
+        socket: config.socket.clone(),
+        error,
+    })?;
     let spaces = Arc::new(Spaces::default());
     let door = Arc::new(Door {
-        shared: Shared { far: Arc::clone(&far), spawner: Arc::clone(&spaces), kernel },
+        shared: Shared {
+            far: Arc::clone(&far),
+            spawner: Arc::clone(&spaces),
+            kernel,
+        },
         device: device.into(),
-        admission: Admission { own_uid: rustix::process::geteuid().as_raw(), group: config.group },
+        admission: Admission {
+            own_uid: rustix::process::geteuid().as_raw(),
+            group: config.group,
+        },
         fabric: config.fabric.map_or("any", FabricKind::as_str).to_owned(),
         peers: AtomicUsize::new(0),
     });
@@ -109,17 +122,31 @@ fn wait_for_end(stop: &AtomicBool, launcher: Option<&OwnedFd>, spaces: &Spaces) 
         }
     }
     // Programs whose pages nobody would bring any more must not be left waiting for them.
-    for pid in spaces.jobs().iter().flat_map(|job| job.spaces()).filter_map(|handle| handle.pid()) {
+    for pid in spaces
+        .jobs()
+        .iter()
+        .flat_map(|job| job.spaces())
+        .filter_map(|handle| handle.pid())
+    {
         crate::sys::process::kill(pid);
     }
 }
 
 fn is_closed(fd: &OwnedFd) -> bool {
     let mut poll = [rustix::event::PollFd::new(fd, rustix::event::PollFlags::IN)];
-    let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+    let now = rustix::time::Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     rustix::event::poll(&mut poll, Some(&now)).unwrap_or(0) > 0
 }
 
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<std::thread::JoinHandle<()>, AgentError> {
-    std::thread::Builder::new().name(name.into()).spawn(body).map_err(AgentError::Thread)
+fn spawn(
+    name: &str,
+    body: impl FnOnce() + Send + 'static,
+) -> Result<std::thread::JoinHandle<()>, AgentError> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .map_err(AgentError::Thread)
 }

@@ -28,7 +28,9 @@ pub enum JobError {
     #[error("--local is below 4M, which no program can run with; give it more")]
     TooLittle,
     /// As many jobs as there may be.
-    #[error("this agent serves as many jobs as it can ({MAX_JOBS}); try again when some have ended")]
+    #[error(
+        "this agent serves as many jobs as it can ({MAX_JOBS}); try again when some have ended"
+    )]
     TooMany,
     /// The kernel gave no random bytes.
     #[error("no randomness for the job's token; try again")]
@@ -54,7 +56,9 @@ impl Spaces {
     /// When there are too many, or no eventfd is to be had.
     pub fn new_handle(&self, pid: i32) -> io::Result<Arc<SpaceHandle>> {
         if self.live.load(Ordering::Relaxed) >= MAX_SPACES {
-            return Err(io::Error::other("this agent serves as many processes as it can"));
+            return Err(io::Error::other(
+                "this agent serves as many processes as it can",
+            ));
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed) + 1;
         Ok(Arc::new(SpaceHandle::new(id, pid)?))
@@ -64,7 +68,12 @@ impl Spaces {
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn start(self: &Arc<Self>, job: &Arc<Job>, pager: Pager, handle: Arc<SpaceHandle>) -> io::Result<()> {
+    pub fn start(
+        self: &Arc<Self>,
+        job: &Arc<Job>,
+        pager: Pager,
+        handle: Arc<SpaceHandle>,
+    ) -> io::Result<()> {
         let (spaces, name) = (Arc::clone(self), format!("pager-{}", handle.id));
         job.add(Arc::clone(&handle));
         self.live.fetch_add(1, Ordering::Relaxed);
@@ -95,7 +104,12 @@ impl Spaces {
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn start_forked(self: &Arc<Self>, parent: u64, pager: Pager, handle: Arc<SpaceHandle>) -> io::Result<()> {
+    pub fn start_forked(
+        self: &Arc<Self>,
+        parent: u64,
+        pager: Pager,
+        handle: Arc<SpaceHandle>,
+    ) -> io::Result<()> {
         let job = pager.job();
         self.forked().push((parent, Arc::clone(&handle)));
         self.start(&job, pager, handle)
@@ -104,7 +118,11 @@ impl Spaces {
     /// Forked children of `parent` that have no helper yet.
     #[must_use]
     pub fn forked_from(&self, parent: u64) -> Vec<Arc<SpaceHandle>> {
-        self.forked().iter().filter(|(of, _)| *of == parent).map(|(_, handle)| Arc::clone(handle)).collect()
+        self.forked()
+            .iter()
+            .filter(|(of, _)| *of == parent)
+            .map(|(_, handle)| Arc::clone(handle))
+            .collect()
     }
 
     /// A forked child has got its helper.
@@ -122,13 +140,22 @@ impl Spaces {
     ///
     /// # Errors
     /// [`JobError`], for the launcher's user.
-    pub fn open_job(&self, uid: u32, local_bytes: u64, far_bytes: u64) -> Result<Arc<Job>, JobError> {
+    pub fn open_job(
+        &self,
+        uid: u32,
+        local_bytes: u64,
+        far_bytes: u64,
+    ) -> Result<Arc<Job>, JobError> {
         if local_bytes < LEAST_LOCAL_BYTES {
             return Err(JobError::TooLittle);
         }
         let mut token = [0u8; 8];
-        rustix::rand::getrandom(&mut token, rustix::rand::GetRandomFlags::empty()).map_err(|_| JobError::NoRandomness)?;
-        let limits = Limits { local_pages: local_bytes / 4096, far_pages: far_bytes / 4096 };
+        rustix::rand::getrandom(&mut token, rustix::rand::GetRandomFlags::empty())
+            .map_err(|_| JobError::NoRandomness)?;
+        let limits = Limits {
+            local_pages: local_bytes / 4096,
+            far_pages: far_bytes / 4096,
+        };
         let job = Arc::new(Job::new(u64::from_ne_bytes(token), uid, limits));
         let mut jobs = self.lock_jobs();
         if jobs.len() >= MAX_JOBS {
@@ -146,7 +173,11 @@ impl Spaces {
             if spaces.is_empty() {
                 break;
             }
-            for pid in spaces.iter().filter_map(|handle| handle.pid()).filter(|_| kill) {
+            for pid in spaces
+                .iter()
+                .filter_map(|handle| handle.pid())
+                .filter(|_| kill)
+            {
                 crate::sys::process::kill(pid);
             }
             std::thread::sleep(LAST_PROCESS_POLL);
@@ -162,7 +193,11 @@ impl Spaces {
 
     /// An address space of this pid in a job: what it was before it replaced its program.
     pub fn close_previous(&self, job: &Job, pid: i32) {
-        for handle in job.spaces().into_iter().filter(|handle| handle.pid() == Some(pid)) {
+        for handle in job
+            .spaces()
+            .into_iter()
+            .filter(|handle| handle.pid() == Some(pid))
+        {
             handle.ask(Request::Close);
         }
     }
@@ -177,9 +212,16 @@ impl Spaces {
     /// Waits until far memory is wanted, at most `timeout`. Returns whether it is.
     #[must_use]
     pub fn wait_for_want(&self, timeout: Duration) -> bool {
-        let guard = self.far_signal.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let guard = self
+            .far_signal
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let wanted = || self.far_wanted.load(Ordering::Acquire);
-        let _ = self.far_signal.1.wait_timeout_while(guard, timeout, |()| !wanted());
+        let _ = self
+            .far_signal
+            .1
+            .wait_timeout_while(guard, timeout, |()| !wanted());
         self.far_wanted.swap(false, Ordering::AcqRel)
     }
 

@@ -46,7 +46,9 @@ struct Chunk {
 
 impl Chunk {
     fn new() -> Self {
-        Self { cells: Box::new(std::array::from_fn(|_| PageCell::new(Entry::UNTOUCHED))) }
+        Self {
+            cells: Box::new(std::array::from_fn(|_| PageCell::new(Entry::UNTOUCHED))),
+        }
     }
 }
 
@@ -62,13 +64,22 @@ impl PageTable {
     /// The page's entry.
     #[must_use]
     pub fn get(&self, page: Page) -> Entry {
-        self.chunks.get(&(page.0 >> CHUNK_SHIFT)).map_or(Entry::UNTOUCHED, |chunk| cell(chunk, page).load())
+        self.chunks
+            .get(&(page.0 >> CHUNK_SHIFT))
+            .map_or(Entry::UNTOUCHED, |chunk| cell(chunk, page).load())
     }
 
     /// Applies a transition; returns the entry before and after, or `None` where the transition does not
     /// apply to what the page is now.
-    pub fn change(&mut self, page: Page, transition: impl Fn(Entry) -> Option<Entry>) -> Option<(Entry, Entry)> {
-        let chunk = self.chunks.entry(page.0 >> CHUNK_SHIFT).or_insert_with(Chunk::new);
+    pub fn change(
+        &mut self,
+        page: Page,
+        transition: impl Fn(Entry) -> Option<Entry>,
+    ) -> Option<(Entry, Entry)> {
+        let chunk = self
+            .chunks
+            .entry(page.0 >> CHUNK_SHIFT)
+            .or_insert_with(Chunk::new);
         let (before, after) = cell(chunk, page).change(transition)?;
         self.local = self.local + counts_as_local(after) - counts_as_local(before);
         self.far = self.far + counts_as_far(after) - counts_as_far(before);
@@ -94,7 +105,9 @@ impl PageTable {
         self.chunks
             .range(first..=last.max(first))
             .flat_map(|(number, chunk)| {
-                (0u64..).zip(chunk.cells.iter()).map(move |(i, cell)| (Page((number << CHUNK_SHIFT) + i), cell.load()))
+                (0u64..)
+                    .zip(chunk.cells.iter())
+                    .map(move |(i, cell)| (Page((number << CHUNK_SHIFT) + i), cell.load()))
             })
             .filter(move |(page, entry)| range.contains(page) && entry.state() != State::Untouched)
     }
@@ -108,7 +121,11 @@ impl PageTable {
         }
         let inside = range.start.0.div_ceil(CHUNK_PAGES)..range.end.0 >> CHUNK_SHIFT;
         if inside.start < inside.end {
-            let empty: Vec<u64> = self.chunks.range(inside).map(|(number, _)| *number).collect();
+            let empty: Vec<u64> = self
+                .chunks
+                .range(inside)
+                .map(|(number, _)| *number)
+                .collect();
             for number in empty {
                 self.chunks.remove(&number);
             }

@@ -55,13 +55,22 @@ impl Attached {
 ///
 /// # Errors
 /// [`AttachError`]; whatever was mapped or opened is undone.
-pub fn attach(path: &[u8], kind: u32, job: u64, parent: u64, keep_socket: bool) -> Result<Attached, AttachError> {
+pub fn attach(
+    path: &[u8],
+    kind: u32,
+    job: u64,
+    parent: u64,
+    keep_socket: bool,
+) -> Result<Attached, AttachError> {
     let fd = socket::connect(path).map_err(AttachError::Unreachable)?;
     let result = handshake(fd, kind, job, parent);
     if !keep_socket || result.is_err() {
         calls::close(fd);
     }
-    result.map(|attached| Attached { socket: if keep_socket { fd } else { -1 }, ..attached })
+    result.map(|attached| Attached {
+        socket: if keep_socket { fd } else { -1 },
+        ..attached
+    })
 }
 
 fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, AttachError> {
@@ -72,12 +81,19 @@ fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, Atta
     let open = OpenFds(fds);
     let [device, memfd, event, lifeline] = fds;
 
-    let shared = calls::mmap(SHARED_BYTES, k::PROT_READ | k::PROT_WRITE, k::MAP_SHARED, memfd)
-        .map_err(|errno| AttachError::System("mapping the control block", errno))?;
+    let shared = calls::mmap(
+        SHARED_BYTES,
+        k::PROT_READ | k::PROT_WRITE,
+        k::MAP_SHARED,
+        memfd,
+    )
+    .map_err(|errno| AttachError::System("mapping the control block", errno))?;
     let result = with_ranges(|own| {
-        let uffd = calls::new_uffd(device).map_err(|errno| AttachError::System("USERFAULTFD_IOC_NEW", errno))?;
+        let uffd = calls::new_uffd(device)
+            .map_err(|errno| AttachError::System("USERFAULTFD_IOC_NEW", errno))?;
         let uffds = OpenFds([uffd, -1, -1, -1]);
-        let drain = calls::new_uffd(device).map_err(|errno| AttachError::System("USERFAULTFD_IOC_NEW", errno))?;
+        let drain = calls::new_uffd(device)
+            .map_err(|errno| AttachError::System("USERFAULTFD_IOC_NEW", errno))?;
         let drains = OpenFds([drain, -1, -1, -1]);
         let mut ready = Packet::new(tag::READY);
         ready.holding = holding(own) as u64;
@@ -105,7 +121,12 @@ fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, Atta
             calls::kill(helper, 9);
             return Err(error);
         }
-        Ok(Attached { control: memory::control_at(shared), space: welcome.job, socket: -1, shared })
+        Ok(Attached {
+            control: memory::control_at(shared),
+            space: welcome.job,
+            socket: -1,
+            shared,
+        })
     });
     drop(open);
     if result.is_err() {
@@ -114,7 +135,9 @@ fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, Atta
     result
 }
 
-fn with_ranges(body: impl FnOnce(usize) -> Result<Attached, AttachError>) -> Result<Attached, AttachError> {
+fn with_ranges(
+    body: impl FnOnce(usize) -> Result<Attached, AttachError>,
+) -> Result<Attached, AttachError> {
     let own = calls::mmap(
         OWN_BYTES,
         k::PROT_READ | k::PROT_WRITE,

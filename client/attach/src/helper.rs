@@ -62,13 +62,19 @@ pub extern "C" fn run(argument: usize) -> ! {
     let program = calls::getppid();
     // First out of the way, above every number in use, then down to the fixed places.
     let mut high = [0i32; 4];
-    for (slot, from) in high.iter_mut().zip([args.uffd, args.drain_uffd, args.event, args.lifeline]) {
+    for (slot, from) in high
+        .iter_mut()
+        .zip([args.uffd, args.drain_uffd, args.event, args.lifeline])
+    {
         match calls::dup_above(from, 64) {
             Ok(fd) => *slot = fd,
             Err(_) => calls::exit(1),
         }
     }
-    for (from, to) in high.into_iter().zip([fd::UFFD, fd::DRAIN_UFFD, fd::EVENT, fd::LIFELINE]) {
+    for (from, to) in high
+        .into_iter()
+        .zip([fd::UFFD, fd::DRAIN_UFFD, fd::EVENT, fd::LIFELINE])
+    {
         if calls::dup_to(from, to).is_err() {
             calls::exit(1);
         }
@@ -221,7 +227,10 @@ fn stage(args: &HelperArgs, batch: &Batch, count: usize, area: usize) {
 /// Drops pages of the holding range by way of the drain range: a drop in the holding range itself would
 /// raise an event of its own and stop every ioctl until that is read.
 fn empty_holding(args: &HelperArgs, index: usize, len: usize) {
-    let (from, to) = (args.holding + index * PAGE_BYTES, args.drain + index * PAGE_BYTES);
+    let (from, to) = (
+        args.holding + index * PAGE_BYTES,
+        args.drain + index * PAGE_BYTES,
+    );
     let mut done = 0;
     for _ in 0..DRAIN_TRIES {
         let (moved, error) = move_pages(
@@ -251,8 +260,16 @@ fn drop_protected(batch: &Batch, count: usize) {
         let address = page(batch, index);
         let protected =
             calls::pagemap_word(fd::PAGEMAP, address).is_ok_and(|word| word & PAGEMAP_UFFD_WP != 0);
-        let result = if protected { memory::drop_page(address) } else { Err(calls::Errno(ENOENT)) };
-        set(batch, index, result.err().map_or(outcome::TAKEN, |errno| errno.0));
+        let result = if protected {
+            memory::drop_page(address)
+        } else {
+            Err(calls::Errno(ENOENT))
+        };
+        set(
+            batch,
+            index,
+            result.err().map_or(outcome::TAKEN, |errno| errno.0),
+        );
     }
 }
 
@@ -272,11 +289,17 @@ fn move_pages(uffd: i32, to: usize, from: usize, pages: usize, mode: u64) -> (us
 }
 
 fn page(batch: &Batch, index: usize) -> usize {
-    batch.pages.get(index).map_or(0, |word| word.load(Ordering::Relaxed) as usize)
+    batch
+        .pages
+        .get(index)
+        .map_or(0, |word| word.load(Ordering::Relaxed) as usize)
 }
 
 fn is_taken(batch: &Batch, index: usize) -> bool {
-    batch.outcomes.get(index).is_some_and(|word| word.load(Ordering::Relaxed) == outcome::TAKEN)
+    batch
+        .outcomes
+        .get(index)
+        .is_some_and(|word| word.load(Ordering::Relaxed) == outcome::TAKEN)
 }
 
 fn set(batch: &Batch, index: usize, value: u32) {

@@ -89,7 +89,11 @@ impl Packet {
     /// A packet of this tag, other fields zero.
     #[must_use]
     pub fn new(tag: u32) -> Self {
-        Self { magic: MAGIC, tag, ..Self::default() }
+        Self {
+            magic: MAGIC,
+            tag,
+            ..Self::default()
+        }
     }
 
     /// Its bytes, native endian: both ends are on one host.

@@ -17,7 +17,8 @@ pub(crate) fn before() {
 pub(crate) fn after(len: usize) {
     const WORTH_A_REPORT: usize = 256 << 10;
     if len >= WORTH_A_REPORT
-        && let Some(control) = control().filter(|control| control.armed.load(Ordering::Relaxed) != 0)
+        && let Some(control) =
+            control().filter(|control| control.armed.load(Ordering::Relaxed) != 0)
     {
         control.report_mapping();
     }

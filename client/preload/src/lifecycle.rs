@@ -26,7 +26,8 @@ pub(crate) fn control() -> Option<&'static Control> {
 
 /// The constructor.
 pub(crate) fn start() {
-    let (Some(socket), Some(job)) = (sys::variable(SOCKET_VARIABLE), sys::variable(JOB_VARIABLE)) else {
+    let (Some(socket), Some(job)) = (sys::variable(SOCKET_VARIABLE), sys::variable(JOB_VARIABLE))
+    else {
         return;
     };
     let Some(job) = parse_hex(job) else { return };
@@ -41,10 +42,18 @@ pub(crate) fn start() {
 
 /// In the child of a fork, before `fork` returns in it.
 extern "C" fn child_after_fork() {
-    let (Some(parent), Some(socket)) = (ATTACHED.get(), SOCKET.get()) else { return };
+    let (Some(parent), Some(socket)) = (ATTACHED.get(), SOCKET.get()) else {
+        return;
+    };
     CONTROL.store(core::ptr::null_mut(), Ordering::Relaxed);
     ATTACHED.clear();
-    if let Ok(attached) = attach(socket, kind::FORK, JOB.load(Ordering::Relaxed), parent.space, false) {
+    if let Ok(attached) = attach(
+        socket,
+        kind::FORK,
+        JOB.load(Ordering::Relaxed),
+        parent.space,
+        false,
+    ) {
         remember(attached);
     }
     parent.abandon_after_fork();
@@ -52,7 +61,10 @@ extern "C" fn child_after_fork() {
 
 fn remember(attached: Attached) {
     ATTACHED.set(attached);
-    CONTROL.store(core::ptr::from_ref(attached.control).cast_mut(), Ordering::Release);
+    CONTROL.store(
+        core::ptr::from_ref(attached.control).cast_mut(),
+        Ordering::Release,
+    );
 }
 
 fn parse_hex(text: &[u8]) -> Option<u64> {

@@ -32,7 +32,10 @@ unsafe impl<T: Copy> Sync for Slot<T> {}
 
 impl<T: Copy> Slot<T> {
     pub(crate) const fn new() -> Self {
-        Self { set: AtomicBool::new(false), value: UnsafeCell::new(None) }
+        Self {
+            set: AtomicBool::new(false),
+            value: UnsafeCell::new(None),
+        }
     }
 
     pub(crate) fn set(&self, value: T) {
@@ -69,7 +72,10 @@ pub(crate) fn variable(name: &[u8]) -> Option<&'static [u8]> {
         let mut entry = environ;
         while !entry.is_null() && !(*entry).is_null() {
             let text = CStr::from_ptr(*entry).to_bytes();
-            if let Some(value) = text.strip_prefix(name).and_then(|rest| rest.strip_prefix(b"=")) {
+            if let Some(value) = text
+                .strip_prefix(name)
+                .and_then(|rest| rest.strip_prefix(b"="))
+            {
                 return Some(value);
             }
             entry = entry.add(1);
@@ -101,13 +107,20 @@ struct Next {
 
 impl Next {
     const fn new(name: &'static CStr) -> Self {
-        Self { name, found: AtomicPtr::new(core::ptr::null_mut()) }
+        Self {
+            name,
+            found: AtomicPtr::new(core::ptr::null_mut()),
+        }
     }
 
     #[inline]
     fn get(&self) -> *mut c_void {
         let found = self.found.load(Ordering::Relaxed);
-        if found.is_null() { self.look_up() } else { found }
+        if found.is_null() {
+            self.look_up()
+        } else {
+            found
+        }
     }
 
     #[cold]

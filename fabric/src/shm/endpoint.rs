@@ -52,16 +52,27 @@ impl ShmEndpoint {
     ///
     /// # Errors
     /// [`ConnectError`], with what to do next.
-    pub fn connect(address: &ShmAddress, window: usize, deadline: Instant) -> Result<Self, ConnectError> {
+    pub fn connect(
+        address: &ShmAddress,
+        window: usize,
+        deadline: Instant,
+    ) -> Result<Self, ConnectError> {
         check_window(window)?;
-        let socket = open(address, deadline)
-            .map_err(|error| ConnectError::Unreachable { address: format!("shm:{address}"), error })?;
+        let socket = open(address, deadline).map_err(|error| ConnectError::Unreachable {
+            address: format!("shm:{address}"),
+            error,
+        })?;
         // A responder that turns us away does not wait for our hello: read what it says even if sending fails.
-        let sent = send_all(&socket, &ClientHello { version: VERSION }.encode(), deadline);
+        let sent = send_all(
+            &socket,
+            &ClientHello { version: VERSION }.encode(),
+            deadline,
+        );
         let (hello, descriptors) = handover::receive(&socket, deadline).map_err(handshake_error)?;
         let (geometry, max_transfer) = welcome(ServerHello::decode(&hello)?)?;
         sent.map_err(handshake_error)?;
-        let Ok([pool, keys, gate]) = <[OwnedFd; handover::DESCRIPTORS]>::try_from(descriptors) else {
+        let Ok([pool, keys, gate]) = <[OwnedFd; handover::DESCRIPTORS]>::try_from(descriptors)
+        else {
             return Err(ConnectError::HungUp);
         };
         let pool_bytes = usize::try_from(geometry.pool_bytes()).map_err(io::Error::other)?;
@@ -98,8 +109,10 @@ impl ShmEndpoint {
         self.until_look = LOOK_EVERY;
         // The responder never sends anything, so only "nothing yet" means that it lives.
         let mut byte = [0u8; 1];
-        let alive =
-            matches!(recv(&self.socket, &mut byte, RecvFlags::DONTWAIT), Err(Errno::AGAIN | Errno::INTR));
+        let alive = matches!(
+            recv(&self.socket, &mut byte, RecvFlags::DONTWAIT),
+            Err(Errno::AGAIN | Errno::INTR)
+        );
         self.connected = self.connected && alive && !self.gate.is_closed();
     }
 
@@ -118,7 +131,10 @@ impl ShmEndpoint {
         if self.done.len() >= self.window {
             return Err(PostError::WindowFull);
         }
-        let result = match self.gate.check(remote.extent, remote.key, remote.offset, local.len) {
+        let result = match self
+            .gate
+            .check(remote.extent, remote.key, remote.offset, local.len)
+        {
             Ok(guard) if copy(region, &self.pool, guard.pool_offset()) => Ok(()),
             Ok(_) => Err(WorkError::RemoteBounds),
             Err(error) => Err(error),
@@ -133,15 +149,28 @@ impl Endpoint for ShmEndpoint {
         self.regions.register(memory)
     }
 
-    fn post_read(&mut self, id: WorkId, local: LocalSlice, remote: RemoteSlice) -> Result<(), PostError> {
+    fn post_read(
+        &mut self,
+        id: WorkId,
+        local: LocalSlice,
+        remote: RemoteSlice,
+    ) -> Result<(), PostError> {
         self.post(id, local, remote, |region, pool, at| {
-            pool.copy_to(at, region, local.offset, local.len as usize).is_ok()
+            pool.copy_to(at, region, local.offset, local.len as usize)
+                .is_ok()
         })
     }
 
-    fn post_write(&mut self, id: WorkId, local: LocalSlice, remote: RemoteSlice) -> Result<(), PostError> {
+    fn post_write(
+        &mut self,
+        id: WorkId,
+        local: LocalSlice,
+        remote: RemoteSlice,
+    ) -> Result<(), PostError> {
         self.post(id, local, remote, |region, pool, at| {
-            region.copy_to(local.offset, pool, at, local.len as usize).is_ok()
+            region
+                .copy_to(local.offset, pool, at, local.len as usize)
+                .is_ok()
         })
     }
 
@@ -185,7 +214,9 @@ fn open(address: &ShmAddress, deadline: Instant) -> io::Result<OwnedFd> {
     loop {
         match connect(&socket, &name) {
             Ok(()) => return Ok(socket),
-            Err(Errno::AGAIN | Errno::INTR) => std::thread::sleep(BACKLOG_NAP.min(remaining(deadline)?)),
+            Err(Errno::AGAIN | Errno::INTR) => {
+                std::thread::sleep(BACKLOG_NAP.min(remaining(deadline)?))
+            }
             Err(error) => return Err(error.into()),
         }
     }

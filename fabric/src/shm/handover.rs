@@ -30,7 +30,11 @@ pub(super) fn send(
     }
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
     let sent = sendmsg(socket, &[IoSlice::new(hello)], &mut control, flags)?;
-    if sent == hello.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+    if sent == hello.len() {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::WriteZero.into())
+    }
 }
 
 /// Receives a hello and as many descriptors as came with it, [`DESCRIPTORS`] at most.
@@ -43,7 +47,12 @@ pub(super) fn receive(
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let message = until_ready(&socket, PollFlags::IN, deadline, || {
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        Ok(recvmsg(&socket, &mut [IoSliceMut::new(&mut hello)], &mut control, flags)?)
+        Ok(recvmsg(
+            &socket,
+            &mut [IoSliceMut::new(&mut hello)],
+            &mut control,
+            flags,
+        )?)
     })?;
     let mut descriptors = Vec::with_capacity(DESCRIPTORS);
     for message in control.drain() {
@@ -59,6 +68,10 @@ pub(super) fn receive(
             "not all descriptors of the memory node arrived; raise `ulimit -n` or LimitNOFILE= in the unit",
         ));
     }
-    receive_exact(&socket, hello.get_mut(message.bytes..).unwrap_or_default(), deadline)?;
+    receive_exact(
+        &socket,
+        hello.get_mut(message.bytes..).unwrap_or_default(),
+        deadline,
+    )?;
     Ok((hello, descriptors))
 }

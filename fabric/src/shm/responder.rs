@@ -68,7 +68,11 @@ pub struct ShmLimits {
 
 impl Default for ShmLimits {
     fn default() -> Self {
-        Self { connections: 256, handshake: Duration::from_secs(5), policy: PeerPolicy::default() }
+        Self {
+            connections: 256,
+            handshake: Duration::from_secs(5),
+            policy: PeerPolicy::default(),
+        }
     }
 }
 
@@ -119,7 +123,10 @@ impl ShmResponder {
         limits: ShmLimits,
     ) -> io::Result<Self> {
         if (pool.len() as u64) < access.geometry().pool_bytes() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the pool is smaller than its extents"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the pool is smaller than its extents",
+            ));
         }
         let listener = listen(address)?;
         listener.set_nonblocking(true)?;
@@ -134,11 +141,18 @@ impl ShmResponder {
             forbidden: AtomicU64::new(0),
             bad_handshakes: AtomicU64::new(0),
         });
-        let thread = std::thread::Builder::new().name("fabric-shm".into()).spawn({
-            let (shared, wake) = (shared.clone(), wake.clone());
-            move || serve(&listener, &wake, &shared)
-        })?;
-        Ok(Self { shared, wake, thread: Some(thread), address: address.clone() })
+        let thread = std::thread::Builder::new()
+            .name("fabric-shm".into())
+            .spawn({
+                let (shared, wake) = (shared.clone(), wake.clone());
+                move || serve(&listener, &wake, &shared)
+            })?;
+        Ok(Self {
+            shared,
+            wake,
+            thread: Some(thread),
+            address: address.clone(),
+        })
     }
 
     /// Where it listens.
@@ -197,7 +211,9 @@ fn listen(address: &ShmAddress) -> io::Result<UnixListener> {
             .map_err(in_use),
         ShmAddress::Path(path) => match UnixListener::bind(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_abandoned(path) => {
-                std::fs::remove_file(path).and_then(|()| UnixListener::bind(path)).map_err(in_use)
+                std::fs::remove_file(path)
+                    .and_then(|()| UnixListener::bind(path))
+                    .map_err(in_use)
             }
             other => other.map_err(in_use),
         },
@@ -228,19 +244,32 @@ enum Verdict {
 fn serve(listener: &UnixListener, wake: &OwnedFd, shared: &Arc<Shared>) {
     let mut connections: Vec<Connection> = Vec::new();
     while !shared.stopping.load(Ordering::Acquire) {
-        let mut fds: Vec<PollFd<'_>> =
-            vec![PollFd::new(listener, PollFlags::IN), PollFd::new(wake, PollFlags::IN)];
-        fds.extend(connections.iter().map(|connection| PollFd::new(&connection.socket, PollFlags::IN)));
+        let mut fds: Vec<PollFd<'_>> = vec![
+            PollFd::new(listener, PollFlags::IN),
+            PollFd::new(wake, PollFlags::IN),
+        ];
+        fds.extend(
+            connections
+                .iter()
+                .map(|connection| PollFd::new(&connection.socket, PollFlags::IN)),
+        );
         let timeout = next_deadline(&connections);
         if poll(&mut fds, timeout.as_ref()).is_err() {
             continue;
         }
-        let ready: Vec<bool> = fds.iter().skip(2).map(|fd| !fd.revents().is_empty()).collect();
+        let ready: Vec<bool> = fds
+            .iter()
+            .skip(2)
+            .map(|fd| !fd.revents().is_empty())
+            .collect();
         let mut ready = ready.into_iter();
         let now = Instant::now();
         connections.retain_mut(|connection| {
-            let verdict =
-                if ready.next().unwrap_or(false) { hear(connection, shared) } else { Verdict::Keep };
+            let verdict = if ready.next().unwrap_or(false) {
+                hear(connection, shared)
+            } else {
+                Verdict::Keep
+            };
             let late = connection.gate.is_none() && now >= connection.deadline;
             if late {
                 shared.bad_handshakes.fetch_add(1, Ordering::Relaxed);
@@ -254,7 +283,10 @@ fn serve(listener: &UnixListener, wake: &OwnedFd, shared: &Arc<Shared>) {
         }
     }
     // Dropping a gate lets revocations pass it by, so it must be left first.
-    let gates: Vec<&Gate> = connections.iter().filter_map(|connection| connection.gate.as_ref()).collect();
+    let gates: Vec<&Gate> = connections
+        .iter()
+        .filter_map(|connection| connection.gate.as_ref())
+        .collect();
     for gate in &gates {
         gate.close();
     }
@@ -266,8 +298,11 @@ fn serve(listener: &UnixListener, wake: &OwnedFd, shared: &Arc<Shared>) {
 
 /// When the first handshake is overdue.
 fn next_deadline(connections: &[Connection]) -> Option<Timespec> {
-    let first =
-        connections.iter().filter(|connection| connection.gate.is_none()).map(|c| c.deadline).min()?;
+    let first = connections
+        .iter()
+        .filter(|connection| connection.gate.is_none())
+        .map(|c| c.deadline)
+        .min()?;
     let left = first.saturating_duration_since(Instant::now());
     Some(Timespec {
         tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
@@ -293,17 +328,32 @@ fn admit(socket: UnixStream, open: usize, shared: &Shared) -> Option<Connection>
     }
     socket.set_nonblocking(true).ok()?;
     let deadline = Instant::now() + shared.limits.handshake;
-    Some(Connection { socket, hello: [0; CLIENT_HELLO_BYTES], hello_len: 0, deadline, gate: None })
+    Some(Connection {
+        socket,
+        hello: [0; CLIENT_HELLO_BYTES],
+        hello_len: 0,
+        deadline,
+        gate: None,
+    })
 }
 
 /// Takes in what a requester sent: its hello, then nothing but its end.
 fn hear(connection: &mut Connection, shared: &Shared) -> Verdict {
-    let rest = connection.hello.get_mut(connection.hello_len..).unwrap_or_default();
+    let rest = connection
+        .hello
+        .get_mut(connection.hello_len..)
+        .unwrap_or_default();
     let mut surplus = [0u8; 1];
-    let to = if rest.is_empty() { &mut surplus[..] } else { rest };
+    let to = if rest.is_empty() {
+        &mut surplus[..]
+    } else {
+        rest
+    };
     match recv(&connection.socket, to, RecvFlags::DONTWAIT) {
         Err(Errno::AGAIN | Errno::INTR) => return Verdict::Keep,
-        Ok((received, _)) if received > 0 && connection.gate.is_none() => connection.hello_len += received,
+        Ok((received, _)) if received > 0 && connection.gate.is_none() => {
+            connection.hello_len += received
+        }
         _ => {
             if let Some(gate) = &connection.gate {
                 gate.close();
@@ -332,13 +382,23 @@ fn hear(connection: &mut Connection, shared: &Shared) -> Verdict {
 fn welcome(connection: &Connection, shared: &Shared) -> io::Result<Gate> {
     let hello = ClientHello::decode(&connection.hello).map_err(io::Error::other)?;
     if hello.version != VERSION {
-        send_all(&connection.socket, &ServerHello::OtherVersion(VERSION).encode(), Instant::now())?;
+        send_all(
+            &connection.socket,
+            &ServerHello::OtherVersion(VERSION).encode(),
+            Instant::now(),
+        )?;
         return Err(io::ErrorKind::InvalidData.into());
     }
     let (page, _) = RegisteredMemory::create("farpage-gate", GATE_BYTES, MemoryOptions::default())?;
     let page_fd = page.fd().try_clone_to_owned()?;
-    let gate = shared.access.open_shared_gate(page).map_err(io::Error::other)?;
-    let hello = ServerHello::Welcome { geometry: shared.access.geometry(), max_transfer: MAX_TRANSFER };
+    let gate = shared
+        .access
+        .open_shared_gate(page)
+        .map_err(io::Error::other)?;
+    let hello = ServerHello::Welcome {
+        geometry: shared.access.geometry(),
+        max_transfer: MAX_TRANSFER,
+    };
     let descriptors = [shared.pool.fd(), shared.access.keys().fd(), page_fd.as_fd()];
     handover::send(&connection.socket, &hello.encode(), descriptors)?;
     Ok(gate)

@@ -59,9 +59,14 @@ impl Mapping {
         };
         // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
         let base = unsafe { mm::mmap(ptr::null_mut(), mapped, prot, MapFlags::SHARED, fd, 0)? };
-        let base =
-            NonNull::new(base.cast::<u8>()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        Ok(Self { base, len, mapped, protection })
+        let base = NonNull::new(base.cast::<u8>())
+            .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        Ok(Self {
+            base,
+            len,
+            mapped,
+            protection,
+        })
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -75,7 +80,13 @@ impl Mapping {
     /// Asks for transparent huge pages. A hint: the kernel may not take it.
     pub(crate) fn hint_huge(&self) -> io::Result<()> {
         // SAFETY: the range is this mapping, and MADV_HUGEPAGE changes no contents.
-        unsafe { Ok(mm::madvise(self.base.as_ptr().cast(), self.mapped, Advice::LinuxHugepage)?) }
+        unsafe {
+            Ok(mm::madvise(
+                self.base.as_ptr().cast(),
+                self.mapped,
+                Advice::LinuxHugepage,
+            )?)
+        }
     }
 
     /// Populates the mapping and pins it in memory until it is unmapped.
@@ -117,7 +128,13 @@ impl Mapping {
         Some(())
     }
 
-    pub(crate) fn copy_to(&self, offset: u64, to: &Mapping, to_offset: u64, len: usize) -> Option<()> {
+    pub(crate) fn copy_to(
+        &self,
+        offset: u64,
+        to: &Mapping,
+        to_offset: u64,
+        len: usize,
+    ) -> Option<()> {
         let from = self.at(offset, len)?;
         let to = to.writable_at(to_offset, len)?;
         // SAFETY: both ranges were checked against their mappings; `copy` allows them to overlap, as they

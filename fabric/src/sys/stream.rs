@@ -11,7 +11,10 @@ use crate::memory::{OutOfBounds, RegisteredMemory};
 /// array stays in one kilobyte of stack.
 pub(crate) const MAX_PIECES: usize = 64;
 
-const EMPTY: libc::iovec = libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 };
+const EMPTY: libc::iovec = libc::iovec {
+    iov_base: ptr::null_mut(),
+    iov_len: 0,
+};
 
 /// Up to [`MAX_PIECES`] pieces to send, in order.
 pub(crate) struct SendPieces<'a> {
@@ -23,7 +26,12 @@ pub(crate) struct SendPieces<'a> {
 
 impl<'a> SendPieces<'a> {
     pub(crate) fn new() -> Self {
-        Self { vec: [EMPTY; MAX_PIECES], count: 0, bytes: 0, borrow: PhantomData }
+        Self {
+            vec: [EMPTY; MAX_PIECES],
+            count: 0,
+            bytes: 0,
+            borrow: PhantomData,
+        }
     }
 
     pub(crate) fn room(&self) -> usize {
@@ -36,7 +44,10 @@ impl<'a> SendPieces<'a> {
 
     fn push(&mut self, base: *mut u8, len: usize) {
         if let Some(piece) = self.vec.get_mut(self.count) {
-            *piece = libc::iovec { iov_base: base.cast(), iov_len: len };
+            *piece = libc::iovec {
+                iov_base: base.cast(),
+                iov_len: len,
+            };
             self.count += 1;
             self.bytes += len;
         }
@@ -65,7 +76,11 @@ impl<'a> SendPieces<'a> {
         // SAFETY: the first `count` pieces are slices or mapped ranges borrowed for 'a, which outlives `self`;
         // the kernel only reads them, and takes addresses that fault as an error.
         let sent = unsafe {
-            libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+            libc::sendmsg(
+                socket.as_raw_fd(),
+                &raw const message,
+                libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+            )
         };
         usize::try_from(sent).map_err(|_| io::Error::last_os_error())
     }
@@ -83,13 +98,20 @@ pub(crate) fn receive(
         let base = memory
             .writable_address(offset, len)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-        vec[0] = libc::iovec { iov_base: base.cast(), iov_len: len };
+        vec[0] = libc::iovec {
+            iov_base: base.cast(),
+            iov_len: len,
+        };
     }
-    vec[1] = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    vec[1] = libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: bytes.len(),
+    };
     let mut message = message(&vec);
     // SAFETY: the pieces are a mapped range and a buffer, both borrowed for this call, the second exclusively; the
     // kernel writes inside their lengths only.
-    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
+    let received =
+        unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
     usize::try_from(received).map_err(|_| io::Error::last_os_error())
 }
 

@@ -67,20 +67,38 @@ impl TcpEndpoint {
     ///
     /// # Errors
     /// [`ConnectError`], with what to do next.
-    pub fn connect(address: SocketAddr, window: usize, deadline: Instant) -> Result<Self, ConnectError> {
+    pub fn connect(
+        address: SocketAddr,
+        window: usize,
+        deadline: Instant,
+    ) -> Result<Self, ConnectError> {
         check_window(window)?;
         let left = remaining(deadline).map_err(handshake_error)?;
-        let socket = TcpStream::connect_timeout(&address, left)
-            .map_err(|error| ConnectError::Unreachable { address: format!("tcp:{address}"), error })?;
+        let socket = TcpStream::connect_timeout(&address, left).map_err(|error| {
+            ConnectError::Unreachable {
+                address: format!("tcp:{address}"),
+                error,
+            }
+        })?;
         crate::tcp::tune(&socket)?;
-        send_all(&socket, &ClientHello { version: VERSION }.encode(), deadline).map_err(handshake_error)?;
+        send_all(
+            &socket,
+            &ClientHello { version: VERSION }.encode(),
+            deadline,
+        )
+        .map_err(handshake_error)?;
         let mut hello = [0; SERVER_HELLO_BYTES];
         receive_exact(&socket, &mut hello, deadline).map_err(handshake_error)?;
         let (geometry, max_transfer) = welcome(ServerHello::decode(&hello)?)?;
         socket.set_nonblocking(true)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(std::io::Error::from)?;
-        epoll::add(&epoll, &socket, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
-            .map_err(std::io::Error::from)?;
+        epoll::add(
+            &epoll,
+            &socket,
+            epoll::EventData::new_u64(0),
+            epoll::EventFlags::IN,
+        )
+        .map_err(std::io::Error::from)?;
         Ok(Self {
             socket,
             epoll,
@@ -118,8 +136,20 @@ impl TcpEndpoint {
         }
         let sequence = self.next_sequence;
         self.next_sequence += 1;
-        let RemoteSlice { extent, key, offset } = remote;
-        let header = Request { operation, id: sequence, extent, key, offset, len: local.len }.encode();
+        let RemoteSlice {
+            extent,
+            key,
+            offset,
+        } = remote;
+        let header = Request {
+            operation,
+            id: sequence,
+            extent,
+            key,
+            offset,
+            len: local.len,
+        }
+        .encode();
         let (payload, read) = match operation {
             Operation::Read => (None, Some(local)),
             Operation::Write => (Some(local), None),
@@ -138,7 +168,12 @@ impl TcpEndpoint {
             Watching::InputAndOutput => epoll::EventFlags::IN | epoll::EventFlags::OUT,
         };
         // Fails for lack of kernel memory only. Then the connection cannot be waited for: give it up.
-        match epoll::modify(&self.epoll, &self.socket, epoll::EventData::new_u64(0), flags) {
+        match epoll::modify(
+            &self.epoll,
+            &self.socket,
+            epoll::EventData::new_u64(0),
+            flags,
+        ) {
             Ok(()) => self.watching = watching,
             Err(_) => self.break_send(),
         }
@@ -156,7 +191,10 @@ impl TcpEndpoint {
 
     fn receive(&mut self, out: &mut Vec<Completion>) {
         for _ in 0..RECEIVES_PER_POLL {
-            let error = match self.inbox.receive(self.socket.as_fd(), self.regions.all(), out) {
+            let error = match self
+                .inbox
+                .receive(self.socket.as_fd(), self.regions.all(), out)
+            {
                 Ok(Received::Drained) => return,
                 Ok(Received::More) => continue,
                 Err(Lost::Closed) => WorkError::Disconnected,
@@ -174,11 +212,21 @@ impl Endpoint for TcpEndpoint {
         self.regions.register(memory)
     }
 
-    fn post_read(&mut self, id: WorkId, local: LocalSlice, remote: RemoteSlice) -> Result<(), PostError> {
+    fn post_read(
+        &mut self,
+        id: WorkId,
+        local: LocalSlice,
+        remote: RemoteSlice,
+    ) -> Result<(), PostError> {
         self.post(Operation::Read, id, local, remote)
     }
 
-    fn post_write(&mut self, id: WorkId, local: LocalSlice, remote: RemoteSlice) -> Result<(), PostError> {
+    fn post_write(
+        &mut self,
+        id: WorkId,
+        local: LocalSlice,
+        remote: RemoteSlice,
+    ) -> Result<(), PostError> {
         self.post(Operation::Write, id, local, remote)
     }
 

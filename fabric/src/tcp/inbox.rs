@@ -90,9 +90,10 @@ impl Inbox {
 
     /// Completes everything that is outstanding with `error`.
     pub(super) fn fail_all(&mut self, error: WorkError, out: &mut Vec<Completion>) {
-        out.extend(
-            self.expected.drain(..).map(|expected| Completion { id: expected.id, result: Err(error) }),
-        );
+        out.extend(self.expected.drain(..).map(|expected| Completion {
+            id: expected.id,
+            result: Err(error),
+        }));
     }
 
     /// Receives once, without blocking.
@@ -107,7 +108,12 @@ impl Inbox {
         let received = match stream::receive(socket, direct, &mut self.buffer) {
             Ok(0) => return Err(Lost::Closed),
             Ok(received) => received,
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) =>
+            {
                 return Ok(Received::Drained);
             }
             Err(_) => return Err(Lost::Closed),
@@ -121,7 +127,11 @@ impl Inbox {
             self.buffer = buffer;
             fed?;
         }
-        Ok(if received < direct_len + BUFFER_BYTES { Received::Drained } else { Received::More })
+        Ok(if received < direct_len + BUFFER_BYTES {
+            Received::Drained
+        } else {
+            Received::More
+        })
     }
 
     /// Where the rest of a payload goes whose header has been seen.
@@ -136,7 +146,11 @@ impl Inbox {
             return Ok(None);
         };
         let region = regions.get(slice.region.0 as usize).ok_or(Lost::Protocol)?;
-        Ok(Some((region, slice.offset + done as u64, slice.len as usize - done)))
+        Ok(Some((
+            region,
+            slice.offset + done as u64,
+            slice.len as usize - done,
+        )))
     }
 
     /// Takes in bytes by copying.
@@ -155,7 +169,10 @@ impl Inbox {
                 continue;
             }
             let (head, tail) = bytes.split_at(bytes.len().min(RESPONSE_BYTES - self.header_len));
-            if let Some(to) = self.header.get_mut(self.header_len..self.header_len + head.len()) {
+            if let Some(to) = self
+                .header
+                .get_mut(self.header_len..self.header_len + head.len())
+            {
                 to.copy_from_slice(head);
             }
             self.header_len += head.len();
@@ -199,7 +216,10 @@ impl Inbox {
         self.header_len = 0;
         self.payload = None;
         if let Some(expected) = self.expected.pop_front() {
-            out.push(Completion { id: expected.id, result });
+            out.push(Completion {
+                id: expected.id,
+                result,
+            });
         }
     }
 }

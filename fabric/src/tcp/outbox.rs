@@ -91,9 +91,15 @@ impl Outbox {
             if let Some(slice) = frame.payload {
                 let done = skip.saturating_sub(REQUEST_BYTES);
                 // Both were checked when the request was posted.
-                let region = regions.get(slice.region.0 as usize).ok_or(io::ErrorKind::InvalidInput)?;
+                let region = regions
+                    .get(slice.region.0 as usize)
+                    .ok_or(io::ErrorKind::InvalidInput)?;
                 pieces
-                    .push_memory(region, slice.offset + done as u64, slice.len as usize - done)
+                    .push_memory(
+                        region,
+                        slice.offset + done as u64,
+                        slice.len as usize - done,
+                    )
                     .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
             }
             skip = 0;
@@ -102,7 +108,9 @@ impl Outbox {
             match pieces.send(socket) {
                 Ok(taken) => return Ok((pieces.bytes(), taken)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok((pieces.bytes(), 0)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Ok((pieces.bytes(), 0));
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -110,7 +118,12 @@ impl Outbox {
 
     fn advance(&mut self, taken: usize) {
         self.sent += taken;
-        while let Some(len) = self.frames.front().map(Frame::len).filter(|&len| len <= self.sent) {
+        while let Some(len) = self
+            .frames
+            .front()
+            .map(Frame::len)
+            .filter(|&len| len <= self.sent)
+        {
             self.sent -= len;
             self.frames.pop_front();
         }

@@ -128,7 +128,10 @@ impl TcpResponder {
         limits: ResponderLimits,
     ) -> io::Result<Self> {
         if (pool.len() as u64) < access.geometry().pool_bytes() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the pool is smaller than its extents"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the pool is smaller than its extents",
+            ));
         }
         listener.set_nonblocking(true)?;
         let local_addr = listener.local_addr()?;
@@ -142,11 +145,18 @@ impl TcpResponder {
             stopping: AtomicBool::new(false),
             connections: Mutex::new(HashMap::new()),
         });
-        let acceptor = std::thread::Builder::new().name("fabric-accept".into()).spawn({
-            let (shared, wake) = (shared.clone(), wake.clone());
-            move || accept_loop(&listener, &wake, &shared)
-        })?;
-        Ok(Self { shared, wake, acceptor: Some(acceptor), local_addr })
+        let acceptor = std::thread::Builder::new()
+            .name("fabric-accept".into())
+            .spawn({
+                let (shared, wake) = (shared.clone(), wake.clone());
+                move || accept_loop(&listener, &wake, &shared)
+            })?;
+        Ok(Self {
+            shared,
+            wake,
+            acceptor: Some(acceptor),
+            local_addr,
+        })
     }
 
     /// Where it listens.
@@ -192,14 +202,20 @@ impl Drop for TcpResponder {
 }
 
 fn open_connections(shared: &Shared) -> MutexGuard<'_, HashMap<u64, Arc<TcpStream>>> {
-    shared.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    shared
+        .connections
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
 }
 
 fn accept_loop(listener: &TcpListener, wake: &OwnedFd, shared: &Arc<Shared>) {
     let mut threads: Vec<JoinHandle<()>> = Vec::new();
     let mut next = 0;
     while !shared.stopping.load(Ordering::Acquire) {
-        let mut fds = [PollFd::new(listener, PollFlags::IN), PollFd::new(wake, PollFlags::IN)];
+        let mut fds = [
+            PollFd::new(listener, PollFlags::IN),
+            PollFd::new(wake, PollFlags::IN),
+        ];
         if poll(&mut fds, None).is_err() {
             continue;
         }
@@ -236,14 +252,16 @@ fn admit(socket: TcpStream, number: u64, shared: &Arc<Shared>) -> Option<JoinHan
         }
         open.insert(number, socket.clone());
     }
-    let spawned = std::thread::Builder::new().name(format!("fabric-{number}")).spawn({
-        let shared = shared.clone();
-        move || {
-            serve(&socket, &shared);
-            // The table has the last handle to the socket.
-            open_connections(&shared).remove(&number);
-        }
-    });
+    let spawned = std::thread::Builder::new()
+        .name(format!("fabric-{number}"))
+        .spawn({
+            let shared = shared.clone();
+            move || {
+                serve(&socket, &shared);
+                // The table has the last handle to the socket.
+                open_connections(&shared).remove(&number);
+            }
+        });
     if spawned.is_err() {
         open_connections(shared).remove(&number);
         add(&shared.counters.turned_away, 1);
@@ -301,13 +319,20 @@ fn handshake(socket: &TcpStream, shared: &Shared) -> io::Result<()> {
     crate::tcp::tune(socket)?;
     let mut hello = [0; CLIENT_HELLO_BYTES];
     receive_exact(socket, &mut hello, deadline)?;
-    let hello =
-        ClientHello::decode(&hello).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+    let hello = ClientHello::decode(&hello)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     if hello.version != VERSION {
-        send_all(socket, &ServerHello::OtherVersion(VERSION).encode(), deadline)?;
+        send_all(
+            socket,
+            &ServerHello::OtherVersion(VERSION).encode(),
+            deadline,
+        )?;
         return Err(io::ErrorKind::InvalidData.into());
     }
-    let welcome = ServerHello::Welcome { geometry: shared.access.geometry(), max_transfer: MAX_TRANSFER };
+    let welcome = ServerHello::Welcome {
+        geometry: shared.access.geometry(),
+        max_transfer: MAX_TRANSFER,
+    };
     send_all(socket, &welcome.encode(), deadline)
 }
 

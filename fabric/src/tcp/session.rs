@@ -97,7 +97,9 @@ impl Session {
         let mut rest = bytes;
         while !rest.is_empty() && self.output.len() < OUTPUT_TARGET {
             if let Some(mut incoming) = self.incoming.take() {
-                let take = rest.len().min((incoming.request.len - incoming.done) as usize);
+                let take = rest
+                    .len()
+                    .min((incoming.request.len - incoming.done) as usize);
                 let (payload, tail) = rest.split_at(take);
                 rest = tail;
                 store(pool, gate, &mut incoming, payload);
@@ -121,11 +123,20 @@ impl Session {
                 Operation::Read => self.read(pool, gate, &request),
                 Operation::Write => {
                     // Checked before the payload comes, so that an empty write is checked too.
-                    let status = match gate.check(request.extent, request.key, request.offset, request.len) {
+                    let status = match gate.check(
+                        request.extent,
+                        request.key,
+                        request.offset,
+                        request.len,
+                    ) {
                         Ok(_guard) => Status::Done,
                         Err(error) => refusal(error),
                     };
-                    self.incoming = Some(Incoming { request, done: 0, status });
+                    self.incoming = Some(Incoming {
+                        request,
+                        done: 0,
+                        status,
+                    });
                     self.finish_write();
                 }
             }
@@ -137,11 +148,19 @@ impl Session {
         let start = self.output.len();
         let status = match gate.check(request.extent, request.key, request.offset, request.len) {
             Ok(guard) => {
-                let header = Response { id: request.id, status: Status::Done, len: request.len };
+                let header = Response {
+                    id: request.id,
+                    status: Status::Done,
+                    len: request.len,
+                };
                 self.output.extend_from_slice(&header.encode());
                 let payload = self.output.len();
                 self.output.resize(payload + request.len as usize, 0);
-                match self.output.get_mut(payload..).map(|to| pool.read(guard.pool_offset(), to)) {
+                match self
+                    .output
+                    .get_mut(payload..)
+                    .map(|to| pool.read(guard.pool_offset(), to))
+                {
                     Some(Ok(())) => {
                         self.counts.reads += 1;
                         self.counts.bytes += u64::from(request.len);
@@ -158,7 +177,10 @@ impl Session {
 
     /// Answers the write whose payload is complete, if there is one.
     fn finish_write(&mut self) {
-        if let Some(incoming) = self.incoming.take_if(|incoming| incoming.done == incoming.request.len) {
+        if let Some(incoming) = self
+            .incoming
+            .take_if(|incoming| incoming.done == incoming.request.len)
+        {
             if incoming.status == Status::Done {
                 self.counts.writes += 1;
                 self.counts.bytes += u64::from(incoming.request.len);
@@ -171,19 +193,28 @@ impl Session {
         if status != Status::Done {
             self.counts.refused += 1;
         }
-        self.output.extend_from_slice(&Response { id, status, len: 0 }.encode());
+        self.output
+            .extend_from_slice(&Response { id, status, len: 0 }.encode());
     }
 }
 
 /// Stores a part of a write's payload, or drops it when the write is refused.
 fn store(pool: &RegisteredMemory, gate: &mut Gate, incoming: &mut Incoming, payload: &[u8]) {
-    let Request { extent, key, offset, len, .. } = incoming.request;
+    let Request {
+        extent,
+        key,
+        offset,
+        len,
+        ..
+    } = incoming.request;
     if incoming.status == Status::Done {
         incoming.status = match gate.check(extent, key, offset, len) {
-            Ok(guard) => match pool.write(guard.pool_offset() + u64::from(incoming.done), payload) {
-                Ok(()) => Status::Done,
-                Err(_) => Status::RemoteBounds,
-            },
+            Ok(guard) => {
+                match pool.write(guard.pool_offset() + u64::from(incoming.done), payload) {
+                    Ok(()) => Status::Done,
+                    Err(_) => Status::RemoteBounds,
+                }
+            }
             Err(error) => refusal(error),
         };
     }

@@ -25,7 +25,12 @@ const DENSE_FACTOR: u32 = 4;
 
 impl<'a> Spinner<'a> {
     pub(super) fn new(longest: Duration, seats: &'a Seats) -> Self {
-        Self { longest, budget: longest, seats, answered: None }
+        Self {
+            longest,
+            budget: longest,
+            seats,
+            answered: None,
+        }
     }
 
     /// Notes that answers were just sent.
@@ -58,7 +63,10 @@ impl<'a> Spinner<'a> {
 
     /// Notes that a request ended a sleep.
     pub(super) fn woken(&mut self) {
-        if self.answered.is_some_and(|since| since.elapsed() < self.longest * DENSE_FACTOR) {
+        if self
+            .answered
+            .is_some_and(|since| since.elapsed() < self.longest * DENSE_FACTOR)
+        {
             self.budget = self.longest;
         }
     }
@@ -75,7 +83,10 @@ pub(super) struct Seat<'a>(&'a AtomicUsize);
 
 impl Seats {
     pub(super) fn new(seats: usize) -> Self {
-        Self { taken: AtomicUsize::new(0), seats }
+        Self {
+            taken: AtomicUsize::new(0),
+            seats,
+        }
     }
 
     fn take(&self) -> Option<Seat<'_>> {

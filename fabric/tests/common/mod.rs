@@ -12,8 +12,8 @@ use farpage_fabric::memory::MemoryOptions;
 use farpage_fabric::shm::{ShmEndpoint, ShmLimits, ShmResponder};
 use farpage_fabric::tcp::{ResponderLimits, TcpEndpoint, TcpResponder};
 use farpage_fabric::{
-    Completion, Endpoint, LocalSlice, PoolGeometry, RegionId, RegisteredMemory, RemoteSlice, ShmAddress,
-    WorkError, WorkId,
+    Completion, Endpoint, LocalSlice, PoolGeometry, RegionId, RegisteredMemory, RemoteSlice,
+    ShmAddress, WorkError, WorkId,
 };
 
 /// Nothing here takes a tenth of it; a hang ends the test.
@@ -28,7 +28,11 @@ pub fn deadline() -> Instant {
 }
 
 pub fn memory(len: usize) -> Arc<RegisteredMemory> {
-    Arc::new(RegisteredMemory::create("test", len, MemoryOptions::default()).unwrap().0)
+    Arc::new(
+        RegisteredMemory::create("test", len, MemoryOptions::default())
+            .unwrap()
+            .0,
+    )
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +66,11 @@ pub struct Node {
 
 pub fn unique_name() -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    format!("farpage-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+    format!(
+        "farpage-test-{}-{}",
+        std::process::id(),
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    )
 }
 
 impl Node {
@@ -74,15 +82,23 @@ impl Node {
             Transport::Tcp => {
                 let listener = TcpListener::bind("127.0.0.1:0").unwrap();
                 let limits = ResponderLimits::default();
-                Responder::Tcp(TcpResponder::start(listener, pool.clone(), access.clone(), limits).unwrap())
+                Responder::Tcp(
+                    TcpResponder::start(listener, pool.clone(), access.clone(), limits).unwrap(),
+                )
             }
             Transport::Shm => {
                 let address = ShmAddress::Abstract(unique_name());
                 let limits = ShmLimits::default();
-                Responder::Shm(ShmResponder::start(&address, pool.clone(), access.clone(), limits).unwrap())
+                Responder::Shm(
+                    ShmResponder::start(&address, pool.clone(), access.clone(), limits).unwrap(),
+                )
             }
         };
-        Self { pool, access, responder }
+        Self {
+            pool,
+            access,
+            responder,
+        }
     }
 
     pub fn connect(&self) -> Box<dyn Endpoint> {
@@ -113,11 +129,20 @@ impl Client {
     pub fn new(mut endpoint: Box<dyn Endpoint>) -> Self {
         let local = memory(LOCAL_BYTES);
         let region = endpoint.register(local.clone());
-        Self { endpoint, local, region, next: 0 }
+        Self {
+            endpoint,
+            local,
+            region,
+            next: 0,
+        }
     }
 
     pub fn slice(&self, offset: u64, len: u32) -> LocalSlice {
-        LocalSlice { region: self.region, offset, len }
+        LocalSlice {
+            region: self.region,
+            offset,
+            len,
+        }
     }
 
     pub fn id(&mut self) -> WorkId {
@@ -130,7 +155,11 @@ impl Client {
         let mut out = Vec::new();
         let deadline = deadline();
         while out.len() < count {
-            assert!(Instant::now() < deadline, "only {} of {count} completions came", out.len());
+            assert!(
+                Instant::now() < deadline,
+                "only {} of {count} completions came",
+                out.len()
+            );
             if self.endpoint.poll(&mut out) == 0 {
                 sleep_on(&*self.endpoint);
             }
@@ -139,10 +168,25 @@ impl Client {
         out
     }
 
-    pub fn read(&mut self, extent: u32, key: u64, offset: u64, len: u32) -> Result<Vec<u8>, WorkError> {
+    pub fn read(
+        &mut self,
+        extent: u32,
+        key: u64,
+        offset: u64,
+        len: u32,
+    ) -> Result<Vec<u8>, WorkError> {
         let id = self.id();
-        let (local, remote) = (self.slice(0, len), RemoteSlice { extent, key, offset });
-        self.endpoint.post_read(id, local, remote).map_err(|_| WorkError::Disconnected)?;
+        let (local, remote) = (
+            self.slice(0, len),
+            RemoteSlice {
+                extent,
+                key,
+                offset,
+            },
+        );
+        self.endpoint
+            .post_read(id, local, remote)
+            .map_err(|_| WorkError::Disconnected)?;
         self.endpoint.flush();
         let completion = self.complete(1)[0];
         assert_eq!(completion.id, id);
@@ -152,11 +196,26 @@ impl Client {
         Ok(bytes)
     }
 
-    pub fn write(&mut self, extent: u32, key: u64, offset: u64, bytes: &[u8]) -> Result<(), WorkError> {
+    pub fn write(
+        &mut self,
+        extent: u32,
+        key: u64,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<(), WorkError> {
         let id = self.id();
         self.local.write(0, bytes).unwrap();
-        let (local, remote) = (self.slice(0, bytes.len() as u32), RemoteSlice { extent, key, offset });
-        self.endpoint.post_write(id, local, remote).map_err(|_| WorkError::Disconnected)?;
+        let (local, remote) = (
+            self.slice(0, bytes.len() as u32),
+            RemoteSlice {
+                extent,
+                key,
+                offset,
+            },
+        );
+        self.endpoint
+            .post_write(id, local, remote)
+            .map_err(|_| WorkError::Disconnected)?;
         self.endpoint.flush();
         let completion = self.complete(1)[0];
         assert_eq!(completion.id, id);
@@ -168,8 +227,15 @@ impl Client {
 pub fn sleep_on(endpoint: &dyn Endpoint) {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     if let Some(fd) = endpoint.wait_fd() {
-        let timeout = Timespec { tv_sec: 5, tv_nsec: 0 };
-        let ready = poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&timeout)).unwrap();
+        let timeout = Timespec {
+            tv_sec: 5,
+            tv_nsec: 0,
+        };
+        let ready = poll(
+            &mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)],
+            Some(&timeout),
+        )
+        .unwrap();
         assert_eq!(ready, 1, "the wait descriptor kept silent");
     } else {
         std::thread::yield_now();

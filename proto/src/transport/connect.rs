@@ -16,7 +16,9 @@ use crate::limits;
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// The URL is not one that HTTP can carry.
-    #[error("cannot reach {url}: the address is not valid in a URL; use an ASCII host name or an address")]
+    #[error(
+        "cannot reach {url}: the address is not valid in a URL; use an ASCII host name or an address"
+    )]
     Url {
         /// Where to.
         url: EndpointUrl,
@@ -46,27 +48,41 @@ pub enum ConnectError {
 pub async fn connect(url: &EndpointUrl, deadline: Duration) -> Result<Channel, ConnectError> {
     let endpoint = endpoint(url, deadline)?;
     let target = url.clone();
-    let connecting = endpoint.connect_with_connector(service_fn(move |_: Uri| open(target.clone())));
+    let connecting =
+        endpoint.connect_with_connector(service_fn(move |_: Uri| open(target.clone())));
     match tokio::time::timeout(deadline, connecting).await {
         Ok(Ok(channel)) => Ok(channel),
         Ok(Err(error)) => {
             let (kind, cause) = root_cause(&error);
-            Err(ConnectError::Refused { url: url.clone(), kind, cause })
+            Err(ConnectError::Refused {
+                url: url.clone(),
+                kind,
+                cause,
+            })
         }
-        Err(_) => Err(ConnectError::Deadline { url: url.clone(), deadline }),
+        Err(_) => Err(ConnectError::Deadline {
+            url: url.clone(),
+            deadline,
+        }),
     }
 }
 
 /// A channel that connects with its first request, which then fails when it cannot.
 pub fn connect_lazy(url: &EndpointUrl, deadline: Duration) -> Result<Channel, ConnectError> {
     let target = url.clone();
-    Ok(endpoint(url, deadline)?.connect_with_connector_lazy(service_fn(move |_: Uri| open(target.clone()))))
+    Ok(endpoint(url, deadline)?
+        .connect_with_connector_lazy(service_fn(move |_: Uri| open(target.clone()))))
 }
 
 fn endpoint(url: &EndpointUrl, deadline: Duration) -> Result<Endpoint, ConnectError> {
     // Over a Unix socket the URL only fills the `:authority` header.
-    let text = if url.is_unix() { "http://localhost".to_owned() } else { url.to_string() };
-    let endpoint = Endpoint::from_shared(text).map_err(|_| ConnectError::Url { url: url.clone() })?;
+    let text = if url.is_unix() {
+        "http://localhost".to_owned()
+    } else {
+        url.to_string()
+    };
+    let endpoint =
+        Endpoint::from_shared(text).map_err(|_| ConnectError::Url { url: url.clone() })?;
     Ok(endpoint
         .connect_timeout(deadline)
         .timeout(limits::REQUEST_TIMEOUT)
@@ -84,7 +100,9 @@ async fn open(url: EndpointUrl) -> io::Result<TokioIo<Connection>> {
         }
         EndpointUrl::UnixPath(path) => Connection::unix(UnixStream::connect(path).await?)?,
         // A leading NUL is how an abstract name is written.
-        EndpointUrl::UnixAbstract(name) => Connection::unix(UnixStream::connect(format!("\0{name}")).await?)?,
+        EndpointUrl::UnixAbstract(name) => {
+            Connection::unix(UnixStream::connect(format!("\0{name}")).await?)?
+        }
     };
     Ok(TokioIo::new(connection))
 }

@@ -49,17 +49,32 @@ enum Stream {
 impl Connection {
     pub(super) fn tcp(stream: TcpStream) -> io::Result<Self> {
         let peer = Peer::Tcp(stream.peer_addr()?);
-        Ok(Self { stream: Stream::Tcp(stream), peer, preface: None, _permit: None })
+        Ok(Self {
+            stream: Stream::Tcp(stream),
+            peer,
+            preface: None,
+            _permit: None,
+        })
     }
 
     pub(super) fn unix(stream: UnixStream) -> io::Result<Self> {
-        let peer = Peer::Unix { uid: stream.peer_cred()?.uid() };
-        Ok(Self { stream: Stream::Unix(stream), peer, preface: None, _permit: None })
+        let peer = Peer::Unix {
+            uid: stream.peer_cred()?.uid(),
+        };
+        Ok(Self {
+            stream: Stream::Unix(stream),
+            peer,
+            preface: None,
+            _permit: None,
+        })
     }
 
     /// Holds a place among the server's connections, and expects a preface soon.
     pub(super) fn accepted(mut self, permit: OwnedSemaphorePermit) -> Self {
-        self.preface = Some((Box::pin(tokio::time::sleep(limits::PREFACE_DEADLINE)), PREFACE_BYTES));
+        self.preface = Some((
+            Box::pin(tokio::time::sleep(limits::PREFACE_DEADLINE)),
+            PREFACE_BYTES,
+        ));
         self._permit = Some(permit);
         self
     }
@@ -94,7 +109,11 @@ impl AsyncRead for Connection {
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         match &mut self.stream {
             Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Stream::Unix(stream) => Pin::new(stream).poll_write(cx, buf),

@@ -32,7 +32,9 @@ pub enum ListenError {
         url: EndpointUrl,
     },
     /// Anything else that the system says.
-    #[error("cannot listen on {url}: {source}; choose an address of this host that this user may use")]
+    #[error(
+        "cannot listen on {url}: {source}; choose an address of this host that this user may use"
+    )]
     System {
         /// Where.
         url: EndpointUrl,
@@ -59,7 +61,10 @@ enum Socket {
 pub async fn listen(url: &EndpointUrl) -> Result<Listener, ListenError> {
     bind(url).await.map_err(|source| match source.kind() {
         io::ErrorKind::AddrInUse => ListenError::InUse { url: url.clone() },
-        _ => ListenError::System { url: url.clone(), source },
+        _ => ListenError::System {
+            url: url.clone(),
+            source,
+        },
     })
 }
 
@@ -68,24 +73,36 @@ async fn bind(url: &EndpointUrl) -> io::Result<Listener> {
         EndpointUrl::Tcp(at) => {
             let listener = TcpListener::bind((at.host.as_str(), at.port)).await?;
             let port = listener.local_addr()?.port();
-            let url = EndpointUrl::Tcp(HostPort { host: at.host.clone(), port });
-            Ok(Listener { socket: Socket::Tcp(listener), url })
+            let url = EndpointUrl::Tcp(HostPort {
+                host: at.host.clone(),
+                port,
+            });
+            Ok(Listener {
+                socket: Socket::Tcp(listener),
+                url,
+            })
         }
         EndpointUrl::UnixPath(path) => {
-            if unix::UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
+            if unix::UnixStream::connect(path)
+                .is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
+            {
                 std::fs::remove_file(path)?;
             }
             from_std(unix::UnixListener::bind(path)?, url)
         }
-        EndpointUrl::UnixAbstract(name) => {
-            from_std(unix::UnixListener::bind_addr(&unix::SocketAddr::from_abstract_name(name)?)?, url)
-        }
+        EndpointUrl::UnixAbstract(name) => from_std(
+            unix::UnixListener::bind_addr(&unix::SocketAddr::from_abstract_name(name)?)?,
+            url,
+        ),
     }
 }
 
 fn from_std(listener: unix::UnixListener, url: &EndpointUrl) -> io::Result<Listener> {
     listener.set_nonblocking(true)?;
-    Ok(Listener { socket: Socket::Unix(UnixListener::from_std(listener)?), url: url.clone() })
+    Ok(Listener {
+        socket: Socket::Unix(UnixListener::from_std(listener)?),
+        url: url.clone(),
+    })
 }
 
 impl Listener {
@@ -158,7 +175,10 @@ impl Stream for Incoming {
             match Arc::clone(&self.places).try_acquire_owned() {
                 Ok(permit) => return Poll::Ready(Some(Ok(connection.accepted(permit)))),
                 Err(_) => {
-                    tracing::warn!(max = limits::MAX_CONNECTIONS, "refused a connection, there are too many");
+                    tracing::warn!(
+                        max = limits::MAX_CONNECTIONS,
+                        "refused a connection, there are too many"
+                    );
                 }
             }
         }
@@ -172,7 +192,9 @@ fn is_trusted(uid: u32) -> bool {
 fn is_shortage(error: &io::Error) -> bool {
     use rustix::io::Errno;
     let shortages = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
-    error.raw_os_error().is_some_and(|code| shortages.iter().any(|errno| errno.raw_os_error() == code))
+    error
+        .raw_os_error()
+        .is_some_and(|code| shortages.iter().any(|errno| errno.raw_os_error() == code))
 }
 
 /// tonic's server with this project's bounds: streams, keep-alive, time per request.

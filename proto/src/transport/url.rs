@@ -31,12 +31,16 @@ impl EndpointUrl {
         if let Some(name) = text.strip_prefix("unix:") {
             field::socket_name(field, name, MAX_SOCKET_NAME)?;
             return match name.strip_prefix('@') {
-                Some("") => Err(FieldError::Malformed { field, expected: "a name must follow the @" }),
+                Some("") => Err(FieldError::Malformed {
+                    field,
+                    expected: "a name must follow the @",
+                }),
                 Some(name) => Ok(Self::UnixAbstract(name.to_owned())),
                 None if name.starts_with('/') => Ok(Self::UnixPath(name.to_owned())),
-                None => {
-                    Err(FieldError::Malformed { field, expected: "use unix:/ABSOLUTE/PATH or unix:@NAME" })
-                }
+                None => Err(FieldError::Malformed {
+                    field,
+                    expected: "use unix:/ABSOLUTE/PATH or unix:@NAME",
+                }),
             };
         }
         if text.starts_with("https:") {
@@ -46,7 +50,10 @@ impl EndpointUrl {
             });
         }
         let rest = text.strip_prefix("http://").unwrap_or(text);
-        Ok(Self::Tcp(HostPort::parse(field, rest.strip_suffix('/').unwrap_or(rest))?))
+        Ok(Self::Tcp(HostPort::parse(
+            field,
+            rest.strip_suffix('/').unwrap_or(rest),
+        )?))
     }
 
     /// Whether both ends are on this host for sure.

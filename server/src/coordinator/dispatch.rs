@@ -39,11 +39,18 @@ pub(crate) struct Dispatch {
 
 impl Dispatch {
     pub(crate) fn new(owner: Owner) -> Self {
-        Self { owner, nodes: NodeClients::default(), revoke: Notify::new() }
+        Self {
+            owner,
+            nodes: NodeClients::default(),
+            revoke: Notify::new(),
+        }
     }
 
     /// Grants, asking other nodes in place of those that fail. At least one grant, or an error.
-    pub(crate) async fn grant(self: &Arc<Self>, request: GrantRequest) -> Result<Vec<ExtentGrant>, Status> {
+    pub(crate) async fn grant(
+        self: &Arc<Self>,
+        request: GrantRequest,
+    ) -> Result<Vec<ExtentGrant>, Status> {
         let mut grants = Vec::new();
         let mut avoid = BTreeSet::new();
         for round in 0..GRANT_ROUNDS {
@@ -51,22 +58,33 @@ impl Dispatch {
             if missing == 0 {
                 break;
             }
-            let keys =
-                random::numbers(missing as usize).map_err(|error| Status::internal(error.to_string()))?;
-            let rest = GrantRequest { count: missing, ..request };
+            let keys = random::numbers(missing as usize)
+                .map_err(|error| Status::internal(error.to_string()))?;
+            let rest = GrantRequest {
+                count: missing,
+                ..request
+            };
             let skip = avoid.clone();
             let first = round == 0;
-            let planned =
-                self.owner.call(move |state, _| state.plan_grant(&rest, first, &keys, &skip)).await?;
+            let planned = self
+                .owner
+                .call(move |state, _| state.plan_grant(&rest, first, &keys, &skip))
+                .await?;
             match planned {
                 Ok(Plan::Repeat(grants)) => return Ok(grants),
-                Ok(Plan::Ask(orders)) => grants.extend(self.ask(orders, &request, &mut avoid).await?),
+                Ok(Plan::Ask(orders)) => {
+                    grants.extend(self.ask(orders, &request, &mut avoid).await?)
+                }
                 // The rest cannot be had; what was granted is the answer.
                 Err(error) if grants.is_empty() && first => return Err(error.into()),
                 Err(_) => break,
             }
         }
-        if grants.is_empty() { Err(GrantError::NodesFailed.into()) } else { Ok(grants) }
+        if grants.is_empty() {
+            Err(GrantError::NodesFailed.into())
+        } else {
+            Ok(grants)
+        }
     }
 
     async fn ask(
@@ -86,7 +104,9 @@ impl Dispatch {
         }
         let mut answers = Vec::new();
         while let Some(joined) = calls.join_next().await {
-            let Ok((order, result)) = joined else { continue };
+            let Ok((order, result)) = joined else {
+                continue;
+            };
             if let Err(status) = &result {
                 tracing::warn!(node = %order.node, extent = %order.extent, %status, "the node did not grant");
                 avoid.insert(order.node.clone());
@@ -133,7 +153,9 @@ impl Dispatch {
                 Err(gone) => return gone,
             };
             for order in orders {
-                let Ok(place) = Arc::clone(&places).try_acquire_owned() else { break };
+                let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+                    break;
+                };
                 let this = Arc::clone(&self);
                 tokio::spawn(async move {
                     this.revoke_one(&order).await;
@@ -149,7 +171,10 @@ impl Dispatch {
             Ok(()) => {
                 let (extent, epoch) = (order.extent, order.epoch);
                 // Without an owner there is no coordinator; the next one asks again.
-                let _ = self.owner.call(move |state, _| state.revoke_confirmed(extent, epoch)).await;
+                let _ = self
+                    .owner
+                    .call(move |state, _| state.revoke_confirmed(extent, epoch))
+                    .await;
             }
             Err(status) => {
                 tracing::warn!(node = %order.node, extent = %order.extent, %status, "not revoked yet, will be tried again");

@@ -56,7 +56,9 @@ impl From<RegisterError> for Status {
                 Status::already_exists(message)
             }
             RegisterError::ShapeChanged => Status::invalid_argument(message),
-            RegisterError::TooManyNodes | RegisterError::NoIds(_) => Status::resource_exhausted(message),
+            RegisterError::TooManyNodes | RegisterError::NoIds(_) => {
+                Status::resource_exhausted(message)
+            }
         }
     }
 }
@@ -90,7 +92,10 @@ impl From<HeartbeatError> for Status {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
     /// Too many leases.
-    #[error("the coordinator keeps {} leases at most, and has them; close some", limits::MAX_LEASES)]
+    #[error(
+        "the coordinator keeps {} leases at most, and has them; close some",
+        limits::MAX_LEASES
+    )]
     TooManyLeases,
     /// The id drawn is in use; cannot happen twice.
     #[error("the lease id drawn is in use; try again")]
@@ -154,7 +159,9 @@ pub enum GrantError {
     )]
     LeaseFull,
     /// The first call with this id has not ended.
-    #[error("request_id: the first request with this id is still in progress; repeat it in a moment")]
+    #[error(
+        "request_id: the first request with this id is still in progress; repeat it in a moment"
+    )]
     InProgress,
     /// Every node that was asked failed.
     #[error("no node confirmed its grant in time; try again")]
@@ -169,7 +176,9 @@ impl From<GrantError> for Status {
         let message = error.to_string();
         match error {
             GrantError::NoLease(inner) => inner.into(),
-            GrantError::Exhausted { .. } | GrantError::LeaseFull => Status::resource_exhausted(message),
+            GrantError::Exhausted { .. } | GrantError::LeaseFull => {
+                Status::resource_exhausted(message)
+            }
             GrantError::InProgress | GrantError::NodesFailed | GrantError::NoKeys => {
                 Status::unavailable(message)
             }

@@ -33,7 +33,11 @@ impl State {
         keys: &[u64],
         avoid: &BTreeSet<NodeId>,
     ) -> Result<Plan, GrantError> {
-        let lease = self.leases.0.get(&request.lease).ok_or(NoLease(request.lease))?;
+        let lease = self
+            .leases
+            .0
+            .get(&request.lease)
+            .ok_or(NoLease(request.lease))?;
         if first && let Some(grants) = self.repeated(request)? {
             return Ok(Plan::Repeat(grants));
         }
@@ -58,18 +62,27 @@ impl State {
             })
             .collect();
         let free = candidates.iter().map(|candidate| candidate.free).sum();
-        let shares = spread(&candidates, request.count).ok_or_else(|| self.exhausted(request, free))?;
+        let shares =
+            spread(&candidates, request.count).ok_or_else(|| self.exhausted(request, free))?;
         let chosen: Vec<(NodeId, u32)> = nodes
             .iter()
             .zip(shares)
             .flat_map(|((id, node), share)| {
-                node.free.iter().take(share as usize).map(|index| ((*id).clone(), *index))
+                node.free
+                    .iter()
+                    .take(share as usize)
+                    .map(|index| ((*id).clone(), *index))
             })
             .collect();
 
         let mut orders = Vec::with_capacity(chosen.len());
         for ((node, index), &key) in chosen.into_iter().zip(keys) {
-            orders.extend(self.start_granting(request.lease, node, index, AccessKey::from_random(key)));
+            orders.extend(self.start_granting(
+                request.lease,
+                node,
+                index,
+                AccessKey::from_random(key),
+            ));
         }
         self.remember(request, first, orders.iter().map(|order| order.extent));
         Ok(Plan::Ask(orders))
@@ -77,22 +90,41 @@ impl State {
 
     /// What came of the lease's last request, if this is it again. Nothing if all of that is gone.
     fn repeated(&self, request: &GrantRequest) -> Result<Option<Vec<ExtentGrant>>, GrantError> {
-        let Some(lease) = self.leases.0.get(&request.lease) else { return Ok(None) };
-        let Some((last, extents)) = &lease.record.last_request else { return Ok(None) };
+        let Some(lease) = self.leases.0.get(&request.lease) else {
+            return Ok(None);
+        };
+        let Some((last, extents)) = &lease.record.last_request else {
+            return Ok(None);
+        };
         if Some(*last) != request.request {
             return Ok(None);
         }
         let phase = |id: &ExtentId| self.extents.get(id).map(|extent| extent.phase);
-        if extents.iter().any(|id| matches!(phase(id), Some(Phase::Granting { .. }))) {
+        if extents
+            .iter()
+            .any(|id| matches!(phase(id), Some(Phase::Granting { .. })))
+        {
             return Err(GrantError::InProgress);
         }
-        let held: Vec<_> = extents.iter().filter(|id| lease.extents.contains(id)).collect();
-        let grants: Vec<_> = held.into_iter().filter_map(|&id| self.grant_of(id, request.fabric)).collect();
+        let held: Vec<_> = extents
+            .iter()
+            .filter(|id| lease.extents.contains(id))
+            .collect();
+        let grants: Vec<_> = held
+            .into_iter()
+            .filter_map(|&id| self.grant_of(id, request.fabric))
+            .collect();
         Ok((!grants.is_empty()).then_some(grants))
     }
 
-    fn remember(&mut self, request: &GrantRequest, first: bool, planned: impl Iterator<Item = ExtentId>) {
-        let (Some(lease), Some(id)) = (self.leases.0.get_mut(&request.lease), request.request) else {
+    fn remember(
+        &mut self,
+        request: &GrantRequest,
+        first: bool,
+        planned: impl Iterator<Item = ExtentId>,
+    ) {
+        let (Some(lease), Some(id)) = (self.leases.0.get_mut(&request.lease), request.request)
+        else {
             return;
         };
         match &mut lease.record.last_request {
@@ -126,8 +158,15 @@ impl State {
         };
         self.counters.next_epoch += 1;
         self.dirty.insert(Key::Counters);
-        self.extents
-            .insert(extent, ExtentRecord { node: id, index, epoch, phase: Phase::Granting { lease, key } });
+        self.extents.insert(
+            extent,
+            ExtentRecord {
+                node: id,
+                index,
+                epoch,
+                phase: Phase::Granting { lease, key },
+            },
+        );
         self.dirty.insert(Key::Extent(extent));
         if let Some(lease) = self.leases.0.get_mut(&lease) {
             lease.extents.insert(extent);
@@ -142,8 +181,13 @@ impl State {
         epoch: Epoch,
         fabric: Option<FabricKind>,
     ) -> Option<ExtentGrant> {
-        let extent = self.extents.get_mut(&id).filter(|extent| extent.epoch == epoch)?;
-        let Phase::Granting { lease, key } = extent.phase else { return None };
+        let extent = self
+            .extents
+            .get_mut(&id)
+            .filter(|extent| extent.epoch == epoch)?;
+        let Phase::Granting { lease, key } = extent.phase else {
+            return None;
+        };
         extent.phase = Phase::Granted { lease, key };
         self.dirty.insert(Key::Extent(id));
         self.grant_of(id, fabric)
@@ -151,7 +195,8 @@ impl State {
 
     /// The node has refused, or not answered: it may or may not have granted, so revoke.
     pub(crate) fn grant_failed(&mut self, now: Millis, id: ExtentId, epoch: Epoch) {
-        let granting = |e: &&ExtentRecord| e.epoch == epoch && matches!(e.phase, Phase::Granting { .. });
+        let granting =
+            |e: &&ExtentRecord| e.epoch == epoch && matches!(e.phase, Phase::Granting { .. });
         if self.extents.get(&id).filter(granting).is_some() {
             self.detach(id);
             self.start_revoking(id, now);
@@ -165,12 +210,18 @@ impl State {
         fabric: Option<FabricKind>,
     ) -> Result<Vec<ExtentGrant>, NoLease> {
         let held = self.leases.0.get(&lease).ok_or(NoLease(lease))?;
-        Ok(held.extents.iter().filter_map(|&id| self.grant_of(id, fabric)).collect())
+        Ok(held
+            .extents
+            .iter()
+            .filter_map(|&id| self.grant_of(id, fabric))
+            .collect())
     }
 
     fn grant_of(&self, id: ExtentId, fabric: Option<FabricKind>) -> Option<ExtentGrant> {
         let extent = self.extents.get(&id)?;
-        let Phase::Granted { key, .. } = extent.phase else { return None };
+        let Phase::Granted { key, .. } = extent.phase else {
+            return None;
+        };
         let node = self.nodes.0.get(&extent.node)?;
         Some(ExtentGrant {
             extent: id,
@@ -201,8 +252,9 @@ impl State {
 fn choose_address(addresses: &[DataAddress], fabric: Option<FabricKind>) -> Option<&DataAddress> {
     match fabric {
         Some(kind) => addresses.iter().find(|address| address.fabric() == kind),
-        None => {
-            addresses.iter().find(|address| address.fabric() != FabricKind::Shm).or_else(|| addresses.first())
-        }
+        None => addresses
+            .iter()
+            .find(|address| address.fabric() != FabricKind::Shm)
+            .or_else(|| addresses.first()),
     }
 }

@@ -21,7 +21,12 @@ pub(crate) struct Lease {
 
 impl Lease {
     pub(crate) fn new(record: LeaseRecord, deadline: Millis) -> Self {
-        Self { record, deadline, extents: BTreeSet::new(), report: None }
+        Self {
+            record,
+            deadline,
+            extents: BTreeSet::new(),
+            report: None,
+        }
     }
 }
 
@@ -32,7 +37,11 @@ pub(crate) struct Leases(pub(crate) BTreeMap<LeaseId, Lease>);
 impl Leases {
     /// Those whose time is over.
     pub(crate) fn expired(&self, now: Millis) -> Vec<LeaseId> {
-        self.0.iter().filter(|(_, lease)| lease.deadline <= now).map(|(id, _)| *id).collect()
+        self.0
+            .iter()
+            .filter(|(_, lease)| lease.deadline <= now)
+            .map(|(id, _)| *id)
+            .collect()
     }
 
     /// Gives everybody at least this much from now on.

@@ -32,23 +32,38 @@ impl NodeClients {
     /// Asks a node for what an order says. `Ok` means that the node has done it.
     pub(crate) async fn send(&self, order: &NodeOrder, deadline: Duration) -> Result<(), Status> {
         let channel = self.channel(&order.control_url)?;
-        let mut client = MemoryNodeClient::new(channel).max_decoding_message_size(limits::MAX_MESSAGE_BYTES);
+        let mut client =
+            MemoryNodeClient::new(channel).max_decoding_message_size(limits::MAX_MESSAGE_BYTES);
         let call = async {
             match order.kind {
                 OrderKind::Grant(key) => {
-                    let message =
-                        GrantExtentRequest::from(NodeGrant { index: order.index, epoch: order.epoch, key });
-                    client.grant_extent(authorized(order, message, deadline)).await.map(drop)
+                    let message = GrantExtentRequest::from(NodeGrant {
+                        index: order.index,
+                        epoch: order.epoch,
+                        key,
+                    });
+                    client
+                        .grant_extent(authorized(order, message, deadline))
+                        .await
+                        .map(drop)
                 }
                 OrderKind::Revoke => {
-                    let message =
-                        RevokeExtentRequest::from(NodeRevoke { index: order.index, epoch: order.epoch });
-                    client.revoke_extent(authorized(order, message, deadline)).await.map(drop)
+                    let message = RevokeExtentRequest::from(NodeRevoke {
+                        index: order.index,
+                        epoch: order.epoch,
+                    });
+                    client
+                        .revoke_extent(authorized(order, message, deadline))
+                        .await
+                        .map(drop)
                 }
             }
         };
-        let timeout = || Status::deadline_exceeded(format!("no answer within {} ms", deadline.as_millis()));
-        tokio::time::timeout(deadline, call).await.unwrap_or_else(|_| Err(timeout()))
+        let timeout =
+            || Status::deadline_exceeded(format!("no answer within {} ms", deadline.as_millis()));
+        tokio::time::timeout(deadline, call)
+            .await
+            .unwrap_or_else(|_| Err(timeout()))
     }
 
     /// Whether a holder is gone for sure: nobody listens at its address, or somebody else answers. Silence proves
@@ -58,11 +73,17 @@ impl NodeClients {
             let channel = match connect(&holder.control_url, PROBE_DEADLINE).await {
                 Ok(channel) => channel,
                 Err(ConnectError::Refused { kind, .. }) => {
-                    return matches!(kind, io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound);
+                    return matches!(
+                        kind,
+                        io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+                    );
                 }
                 Err(_) => return false,
             };
-            match MemoryNodeClient::new(channel).node_info(NodeInfoRequest {}).await {
+            match MemoryNodeClient::new(channel)
+                .node_info(NodeInfoRequest {})
+                .await
+            {
                 Ok(info) => {
                     let info = info.into_inner();
                     (info.node_id.as_str(), info.incarnation)
@@ -71,7 +92,9 @@ impl NodeClients {
                 Err(_) => false,
             }
         };
-        tokio::time::timeout(PROBE_DEADLINE, probe).await.unwrap_or(false)
+        tokio::time::timeout(PROBE_DEADLINE, probe)
+            .await
+            .unwrap_or(false)
     }
 
     fn channel(&self, url: &EndpointUrl) -> Result<Channel, Status> {
@@ -83,8 +106,8 @@ impl NodeClients {
         if channels.len() >= 2 * limits::MAX_NODES {
             channels.clear();
         }
-        let channel =
-            connect_lazy(url, CONNECT_DEADLINE).map_err(|error| Status::unavailable(error.to_string()))?;
+        let channel = connect_lazy(url, CONNECT_DEADLINE)
+            .map_err(|error| Status::unavailable(error.to_string()))?;
         channels.insert(url.clone(), channel.clone());
         Ok(channel)
     }
@@ -93,6 +116,9 @@ impl NodeClients {
 fn authorized<T>(order: &NodeOrder, message: T, deadline: Duration) -> Request<T> {
     let mut request = Request::new(message);
     request.set_timeout(deadline);
-    request.metadata_mut().insert_bin(CONTROL_TOKEN_METADATA, MetadataValue::from_bytes(&order.token.0));
+    request.metadata_mut().insert_bin(
+        CONTROL_TOKEN_METADATA,
+        MetadataValue::from_bytes(&order.token.0),
+    );
     request
 }

@@ -22,7 +22,12 @@ pub(crate) struct Node {
 impl Node {
     pub(crate) fn new(record: NodeRecord, now: Millis) -> Self {
         let free = (0..record.extents).collect();
-        Self { record, last_heard: now, live: true, free }
+        Self {
+            record,
+            last_heard: now,
+            live: true,
+            free,
+        }
     }
 
     /// The cluster-wide id of a position.
@@ -32,7 +37,12 @@ impl Node {
 
     /// Whether its data can be reached over a fabric; `None`: over any.
     pub(crate) fn serves(&self, fabric: Option<FabricKind>) -> bool {
-        fabric.is_none_or(|kind| self.record.data_addresses.iter().any(|address| address.fabric() == kind))
+        fabric.is_none_or(|kind| {
+            self.record
+                .data_addresses
+                .iter()
+                .any(|address| address.fabric() == kind)
+        })
     }
 }
 
@@ -76,22 +86,42 @@ impl Nodes {
     }
 
     /// The other node that has one of these addresses, and which.
-    pub(crate) fn address_holder(&self, id: &NodeId, wanted: &NodeRecord) -> Option<(NodeId, String)> {
-        self.0.iter().filter(|(other, _)| *other != id).find_map(|(other, node)| {
-            if node.record.control_url == wanted.control_url {
-                return Some((other.clone(), wanted.control_url.to_string()));
-            }
-            let taken = wanted.data_addresses.iter().find(|a| node.record.data_addresses.contains(a))?;
-            Some((other.clone(), taken.to_string()))
-        })
+    pub(crate) fn address_holder(
+        &self,
+        id: &NodeId,
+        wanted: &NodeRecord,
+    ) -> Option<(NodeId, String)> {
+        self.0
+            .iter()
+            .filter(|(other, _)| *other != id)
+            .find_map(|(other, node)| {
+                if node.record.control_url == wanted.control_url {
+                    return Some((other.clone(), wanted.control_url.to_string()));
+                }
+                let taken = wanted
+                    .data_addresses
+                    .iter()
+                    .find(|a| node.record.data_addresses.contains(a))?;
+                Some((other.clone(), taken.to_string()))
+            })
     }
 
     /// The first id of `count` in a row that no node and none of `others` has, searched from `start`, wrapping.
-    pub(crate) fn free_ids(&self, start: u32, count: u32, others: &BTreeSet<ExtentId>) -> Option<ExtentId> {
+    pub(crate) fn free_ids(
+        &self,
+        start: u32,
+        count: u32,
+        others: &BTreeSet<ExtentId>,
+    ) -> Option<ExtentId> {
         let mut taken: Vec<(u64, u64)> = self
             .0
             .values()
-            .map(|node| (u64::from(node.record.first_extent.0), u64::from(node.record.extents)))
+            .map(|node| {
+                (
+                    u64::from(node.record.first_extent.0),
+                    u64::from(node.record.extents),
+                )
+            })
             .chain(others.iter().map(|id| (u64::from(id.0), 1)))
             .collect();
         taken.sort_unstable();
@@ -113,7 +143,10 @@ impl Nodes {
 
     /// Marks the silent as unreachable. Returns those that became so.
     pub(crate) fn mark_silent(&mut self, now: Millis, timeout: Duration) -> Vec<NodeId> {
-        let silent = self.0.iter_mut().filter(|(_, node)| node.live && now.since(node.last_heard) > timeout);
+        let silent = self
+            .0
+            .iter_mut()
+            .filter(|(_, node)| node.live && now.since(node.last_heard) > timeout);
         silent
             .map(|(id, node)| {
                 node.live = false;

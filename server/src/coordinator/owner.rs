@@ -54,22 +54,29 @@ impl Owner {
         let (loaded, ready) = oneshot::channel();
         let (end, ended) = oneshot::channel();
         let url = url.clone();
-        let thread = std::thread::Builder::new().name("coordinator".to_owned()).spawn(move || {
-            let started = Instant::now();
-            let opened = open(&url, timing);
-            match opened {
-                Err(error) => drop(loaded.send(Err(error))),
-                Ok((state, store)) => {
-                    // The receiver waits below; if it does not, the queue ends at once too.
-                    let _ = loaded.send(Ok(()));
-                    let result = run(state, store, queue, started);
-                    let _ = end.send(result);
+        let thread = std::thread::Builder::new()
+            .name("coordinator".to_owned())
+            .spawn(move || {
+                let started = Instant::now();
+                let opened = open(&url, timing);
+                match opened {
+                    Err(error) => drop(loaded.send(Err(error))),
+                    Ok((state, store)) => {
+                        // The receiver waits below; if it does not, the queue ends at once too.
+                        let _ = loaded.send(Ok(()));
+                        let result = run(state, store, queue, started);
+                        let _ = end.send(result);
+                    }
                 }
-            }
-        });
-        let gone = |cause: String| StoreError::Io { path: "coordinator thread".into(), cause };
+            });
+        let gone = |cause: String| StoreError::Io {
+            path: "coordinator thread".into(),
+            cause,
+        };
         thread.map_err(|error| gone(error.to_string()))?;
-        ready.await.map_err(|_| gone("ended at its start".to_owned()))??;
+        ready
+            .await
+            .map_err(|_| gone("ended at its start".to_owned()))??;
         Ok((Self { commands }, ended))
     }
 
@@ -125,7 +132,13 @@ fn run(
         let stored = state
             .take_changes()
             .map_err(StoreError::from)
-            .and_then(|changes| if changes.is_empty() { Ok(()) } else { store.apply(&changes) });
+            .and_then(|changes| {
+                if changes.is_empty() {
+                    Ok(())
+                } else {
+                    store.apply(&changes)
+                }
+            });
         if let Err(error) = stored {
             tracing::error!(%error, "the state cannot be stored, the coordinator ends");
             return Err(error);

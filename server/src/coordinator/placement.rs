@@ -20,14 +20,22 @@ pub(crate) fn spread(candidates: &[Candidate], count: u32) -> Option<Vec<u32>> {
         .iter()
         .enumerate()
         .filter(|(_, c)| c.free > 0)
-        .map(|(at, c)| (u64::from(c.free).saturating_mul(c.extent_bytes), Reverse(at)))
+        .map(|(at, c)| {
+            (
+                u64::from(c.free).saturating_mul(c.extent_bytes),
+                Reverse(at),
+            )
+        })
         .collect();
     for _ in 0..count {
         let (free_bytes, Reverse(at)) = heap.pop()?;
         let (candidate, gives) = (candidates.get(at)?, taken.get_mut(at)?);
         *gives += 1;
         if *gives < candidate.free {
-            heap.push((free_bytes.saturating_sub(candidate.extent_bytes), Reverse(at)));
+            heap.push((
+                free_bytes.saturating_sub(candidate.extent_bytes),
+                Reverse(at),
+            ));
         }
     }
     Some(taken)
@@ -39,8 +47,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn candidates() -> impl Strategy<Value = Vec<Candidate>> {
-        let one =
-            (0u32..20, 20u32..24).prop_map(|(free, shift)| Candidate { free, extent_bytes: 1 << shift });
+        let one = (0u32..20, 20u32..24).prop_map(|(free, shift)| Candidate {
+            free,
+            extent_bytes: 1 << shift,
+        });
         prop::collection::vec(one, 0..8)
     }
 
@@ -69,8 +79,16 @@ mod tests {
 
     #[test]
     fn the_emptiest_gives_first() {
-        let candidates =
-            [Candidate { free: 1, extent_bytes: 1 << 24 }, Candidate { free: 9, extent_bytes: 1 << 24 }];
+        let candidates = [
+            Candidate {
+                free: 1,
+                extent_bytes: 1 << 24,
+            },
+            Candidate {
+                free: 9,
+                extent_bytes: 1 << 24,
+            },
+        ];
         assert_eq!(spread(&candidates, 3), Some(vec![0, 3]));
     }
 }

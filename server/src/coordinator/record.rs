@@ -10,8 +10,8 @@
 use farpage_proto::node::{ControlToken, Labels};
 use farpage_proto::transport::EndpointUrl;
 use farpage_proto::{
-    AccessKey, AgentId, ByteCount, DataAddress, Epoch, ExtentId, HostName, Incarnation, LeaseId, NodeId,
-    RequestId, Tenant,
+    AccessKey, AgentId, ByteCount, DataAddress, Epoch, ExtentId, HostName, Incarnation, LeaseId,
+    NodeId, RequestId, Tenant,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -42,7 +42,9 @@ impl Key {
         let (kind, name) = text.split_once('/')?;
         match kind {
             "node" => Some(Self::Node(NodeId::new(name).ok()?)),
-            "lease" => Some(Self::Lease(LeaseId::new(u64::from_str_radix(name, 16).ok()?).ok()?)),
+            "lease" => Some(Self::Lease(
+                LeaseId::new(u64::from_str_radix(name, 16).ok()?).ok()?,
+            )),
             "extent" => Some(Self::Extent(ExtentId(u32::from_str_radix(name, 16).ok()?))),
             _ => None,
         }
@@ -59,7 +61,10 @@ pub(crate) struct Counters {
 
 impl Default for Counters {
     fn default() -> Self {
-        Self { next_epoch: 1, next_extent_id: 0 }
+        Self {
+            next_epoch: 1,
+            next_extent_id: 0,
+        }
     }
 }
 
@@ -118,7 +123,9 @@ pub(crate) enum Phase {
 impl Phase {
     pub(crate) fn lease(self) -> Option<LeaseId> {
         match self {
-            Self::Granting { lease, .. } | Self::Granted { lease, .. } | Self::Lost { lease } => Some(lease),
+            Self::Granting { lease, .. } | Self::Granted { lease, .. } | Self::Lost { lease } => {
+                Some(lease)
+            }
             Self::Revoking => None,
         }
     }
@@ -145,7 +152,10 @@ pub struct Unreadable {
 
 /// Decodes one stored record.
 pub(crate) fn decode(key: &str, value: &[u8]) -> Result<Record, Unreadable> {
-    let unreadable = |cause: String| Unreadable { key: key.to_owned(), cause };
+    let unreadable = |cause: String| Unreadable {
+        key: key.to_owned(),
+        cause,
+    };
     match Key::parse(key).ok_or_else(|| unreadable("unknown key".to_owned()))? {
         Key::Counters => json(value).map(Record::Counters),
         Key::Node(id) => json(value).map(|node| Record::Node(id, node)),
@@ -161,5 +171,8 @@ fn json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
 
 /// Encodes a value.
 pub(crate) fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, Unreadable> {
-    serde_json::to_vec(value).map_err(|error| Unreadable { key: String::new(), cause: error.to_string() })
+    serde_json::to_vec(value).map_err(|error| Unreadable {
+        key: String::new(),
+        cause: error.to_string(),
+    })
 }

@@ -115,15 +115,22 @@ impl State {
 
     /// Derives what follows from one stored extent. Nobody was told of a grant that was not finished.
     fn adopt(&mut self, id: ExtentId, now: Millis) {
-        let Some(extent) = self.extents.get(&id).cloned() else { return };
+        let Some(extent) = self.extents.get(&id).cloned() else {
+            return;
+        };
         if let Some(node) = self.nodes.0.get_mut(&extent.node)
             && node.extent_id(extent.index) == id
         {
             node.free.remove(&extent.index);
         }
-        let lease = extent.phase.lease().and_then(|lease| self.leases.0.get_mut(&lease));
+        let lease = extent
+            .phase
+            .lease()
+            .and_then(|lease| self.leases.0.get_mut(&lease));
         match (extent.phase, lease) {
-            (Phase::Granted { .. } | Phase::Lost { .. }, Some(lease)) => drop(lease.extents.insert(id)),
+            (Phase::Granted { .. } | Phase::Lost { .. }, Some(lease)) => {
+                drop(lease.extents.insert(id))
+            }
             (Phase::Lost { .. }, None) => self.forget(id),
             _ => self.start_revoking(id, now),
         }
@@ -137,8 +144,18 @@ impl State {
             .map(|key| {
                 let value = match &key {
                     Key::Counters => Some(encode(&self.counters)?),
-                    Key::Node(id) => self.nodes.0.get(id).map(|node| encode(&node.record)).transpose()?,
-                    Key::Lease(id) => self.leases.0.get(id).map(|lease| encode(&lease.record)).transpose()?,
+                    Key::Node(id) => self
+                        .nodes
+                        .0
+                        .get(id)
+                        .map(|node| encode(&node.record))
+                        .transpose()?,
+                    Key::Lease(id) => self
+                        .leases
+                        .0
+                        .get(id)
+                        .map(|lease| encode(&lease.record))
+                        .transpose()?,
                     Key::Extent(id) => self.extents.get(id).map(encode).transpose()?,
                 };
                 Ok((key.to_text(), value))
@@ -155,15 +172,17 @@ impl State {
         node: &NodeRegistration,
     ) -> Result<ExtentId, RegisterError> {
         let known = self.nodes.0.get(&node.id);
-        let same_life =
-            known.filter(|n| n.record.incarnation == node.incarnation).map(|n| n.record.first_extent);
+        let same_life = known
+            .filter(|n| n.record.incarnation == node.incarnation)
+            .map(|n| n.record.first_extent);
         if known.is_some_and(|known| same_life.is_none() && known.live)
             && let Some(holder) = self.nodes.holder(&node.id, now)
         {
             return Err(RegisterError::IdTaken { holder });
         }
         if let Some(known) = known.filter(|_| same_life.is_some())
-            && (known.record.extents, known.record.extent_bytes) != (node.extents(), node.extent_bytes)
+            && (known.record.extents, known.record.extent_bytes)
+                != (node.extents(), node.extent_bytes)
         {
             return Err(RegisterError::ShapeChanged);
         }
@@ -179,14 +198,23 @@ impl State {
             control_token: node.control_token,
         };
         while let Some((other, address)) = self.nodes.address_holder(&node.id, &record) {
-            match self.nodes.0.get(&other).filter(|n| n.live).and_then(|_| self.nodes.holder(&other, now)) {
+            match self
+                .nodes
+                .0
+                .get(&other)
+                .filter(|n| n.live)
+                .and_then(|_| self.nodes.holder(&other, now))
+            {
                 Some(holder) => return Err(RegisterError::AddressTaken { address, holder }),
                 // Silent, and its address answers for somebody else: that process is gone.
                 None => self.remove_node(&other),
             }
         }
 
-        self.counters.next_epoch = self.counters.next_epoch.max(node.last_epoch.saturating_add(1));
+        self.counters.next_epoch = self
+            .counters
+            .next_epoch
+            .max(node.last_epoch.saturating_add(1));
         self.dirty.insert(Key::Counters);
         if same_life.is_some() {
             if let Some(known) = self.nodes.0.get_mut(&node.id) {
@@ -206,7 +234,9 @@ impl State {
                 .free_ids(self.counters.next_extent_id, record.extents, &taken)
                 .ok_or(RegisterError::NoIds(record.extents))?;
             self.counters.next_extent_id = record.first_extent.0.saturating_add(record.extents);
-            self.nodes.0.insert(node.id.clone(), Node::new(record.clone(), now));
+            self.nodes
+                .0
+                .insert(node.id.clone(), Node::new(record.clone(), now));
         }
         self.dirty.insert(Key::Node(node.id.clone()));
         self.reconcile(now, node);
@@ -217,9 +247,14 @@ impl State {
     /// stored, or one newer than a restored backup, must end. An older one is an old list, overtaken by a revocation.
     fn reconcile(&mut self, now: Millis, registration: &NodeRegistration) {
         for &(index, epoch) in &registration.granted {
-            let Some(node) = self.nodes.0.get_mut(&registration.id) else { return };
+            let Some(node) = self.nodes.0.get_mut(&registration.id) else {
+                return;
+            };
             let id = node.extent_id(index);
-            let newer = self.extents.get(&id).is_none_or(|known| known.epoch < epoch);
+            let newer = self
+                .extents
+                .get(&id)
+                .is_none_or(|known| known.epoch < epoch);
             if !newer {
                 continue;
             }
@@ -228,7 +263,12 @@ impl State {
             self.detach(id);
             self.extents.insert(
                 id,
-                ExtentRecord { node: registration.id.clone(), index, epoch, phase: Phase::Revoking },
+                ExtentRecord {
+                    node: registration.id.clone(),
+                    index,
+                    epoch,
+                    phase: Phase::Revoking,
+                },
             );
             self.start_revoking(id, now);
         }
@@ -236,14 +276,18 @@ impl State {
 
     /// Drops a node. What leases held there is lost, what was being revoked is gone with its memory.
     pub(crate) fn remove_node(&mut self, id: &NodeId) {
-        let Some(node) = self.nodes.0.remove(id) else { return };
+        let Some(node) = self.nodes.0.remove(id) else {
+            return;
+        };
         self.dirty.insert(Key::Node(id.clone()));
         let first = node.record.first_extent;
         let last = node.extent_id(node.record.extents);
         let held: Vec<ExtentId> = self.extents.range(first..last).map(|(id, _)| *id).collect();
         for extent in held {
             self.revoking.remove(&extent);
-            let Some(record) = self.extents.get_mut(&extent) else { continue };
+            let Some(record) = self.extents.get_mut(&extent) else {
+                continue;
+            };
             match record.phase {
                 Phase::Granted { lease, .. } => {
                     record.phase = Phase::Lost { lease };
@@ -262,9 +306,16 @@ impl State {
         id: &NodeId,
         life: Incarnation,
     ) -> Result<(), HeartbeatError> {
-        let node = self.nodes.0.get_mut(id).ok_or_else(|| HeartbeatError::Unknown(id.clone()))?;
+        let node = self
+            .nodes
+            .0
+            .get_mut(id)
+            .ok_or_else(|| HeartbeatError::Unknown(id.clone()))?;
         if node.record.incarnation != life {
-            return Err(HeartbeatError::Superseded { id: id.clone(), current: node.record.incarnation });
+            return Err(HeartbeatError::Superseded {
+                id: id.clone(),
+                current: node.record.incarnation,
+            });
         }
         if !node.live {
             tracing::info!(node = %id, "the node is back");
@@ -276,7 +327,12 @@ impl State {
 
     /// Notes that nobody answers for this life of a node any more, so that its successor may take its place.
     pub(crate) fn node_gone(&mut self, id: &NodeId, life: Incarnation) {
-        if let Some(node) = self.nodes.0.get_mut(id).filter(|node| node.record.incarnation == life) {
+        if let Some(node) = self
+            .nodes
+            .0
+            .get_mut(id)
+            .filter(|node| node.record.incarnation == life)
+        {
             node.live = false;
         }
     }
@@ -296,9 +352,20 @@ impl State {
         if self.leases.0.contains_key(&id) {
             return Err(OpenError::IdDrawnTwice);
         }
-        let LeaseRequest { agent, host, tenant } = request;
-        let record = LeaseRecord { agent, host, tenant, last_request: None };
-        self.leases.0.insert(id, Lease::new(record, now.after(self.timing.lease_ttl)));
+        let LeaseRequest {
+            agent,
+            host,
+            tenant,
+        } = request;
+        let record = LeaseRecord {
+            agent,
+            host,
+            tenant,
+            last_request: None,
+        };
+        self.leases
+            .0
+            .insert(id, Lease::new(record, now.after(self.timing.lease_ttl)));
         self.dirty.insert(Key::Lease(id));
         Ok(())
     }
@@ -307,9 +374,15 @@ impl State {
     pub(crate) fn renew_lease(&mut self, now: Millis, id: LeaseId) -> Result<Renewal, NoLease> {
         let lease = self.leases.0.get_mut(&id).ok_or(NoLease(id))?;
         lease.deadline = now.after(self.timing.lease_ttl);
-        let mut renewal = Renewal { ttl: self.timing.lease_ttl, lost: Vec::new(), unreachable: Vec::new() };
+        let mut renewal = Renewal {
+            ttl: self.timing.lease_ttl,
+            lost: Vec::new(),
+            unreachable: Vec::new(),
+        };
         for &extent in &lease.extents {
-            let Some(record) = self.extents.get(&extent) else { continue };
+            let Some(record) = self.extents.get(&extent) else {
+                continue;
+            };
             match record.phase {
                 Phase::Lost { .. } => renewal.lost.push(extent),
                 _ if self.nodes.0.get(&record.node).is_none_or(|node| !node.live) => {
@@ -323,7 +396,9 @@ impl State {
 
     /// Ends a lease; everything under it is revoked. Ending it again does nothing.
     pub(crate) fn end_lease(&mut self, now: Millis, id: LeaseId) {
-        let Some(lease) = self.leases.0.remove(&id) else { return };
+        let Some(lease) = self.leases.0.remove(&id) else {
+            return;
+        };
         self.dirty.insert(Key::Lease(id));
         for extent in lease.extents {
             self.let_go(extent, now);
@@ -331,19 +406,30 @@ impl State {
     }
 
     /// Gives extents back. Returns how many of them the lease held.
-    pub(crate) fn release(&mut self, now: Millis, id: LeaseId, extents: &[ExtentId]) -> Result<u32, NoLease> {
+    pub(crate) fn release(
+        &mut self,
+        now: Millis,
+        id: LeaseId,
+        extents: &[ExtentId],
+    ) -> Result<u32, NoLease> {
         let mut released = 0;
         for extent in extents {
             let lease = self.leases.0.get_mut(&id).ok_or(NoLease(id))?;
             // One that is being granted is not yet known to its lease's holder.
-            let granting =
-                self.extents.get(extent).is_some_and(|e| matches!(e.phase, Phase::Granting { .. }));
+            let granting = self
+                .extents
+                .get(extent)
+                .is_some_and(|e| matches!(e.phase, Phase::Granting { .. }));
             if !granting && lease.extents.remove(extent) {
                 released += 1;
                 self.let_go(*extent, now);
             }
         }
-        self.leases.0.contains_key(&id).then_some(released).ok_or(NoLease(id))
+        self.leases
+            .0
+            .contains_key(&id)
+            .then_some(released)
+            .ok_or(NoLease(id))
     }
 
     /// Keeps an agent's figures.
@@ -358,7 +444,11 @@ impl State {
         if now.since(self.last_tick) > self.timing.node_timeout {
             tracing::warn!(gap = ?now.since(self.last_tick), "the coordinator stood still, everybody gets a grace");
             self.leases.grace(now, self.timing.lease_ttl);
-            self.nodes.0.values_mut().filter(|node| node.live).for_each(|node| node.last_heard = now);
+            self.nodes
+                .0
+                .values_mut()
+                .filter(|node| node.live)
+                .for_each(|node| node.last_heard = now);
         }
         self.last_tick = now;
         for id in self.leases.expired(now) {
@@ -383,7 +473,10 @@ impl State {
 
     /// Takes an extent out of its lease's hands.
     pub(super) fn detach(&mut self, id: ExtentId) {
-        let lease = self.extents.get(&id).and_then(|extent| extent.phase.lease());
+        let lease = self
+            .extents
+            .get(&id)
+            .and_then(|extent| extent.phase.lease());
         if let Some(lease) = lease.and_then(|lease| self.leases.0.get_mut(&lease)) {
             lease.extents.remove(&id);
         }
@@ -411,8 +504,12 @@ impl State {
             if orders.len() >= max {
                 break;
             }
-            let Some(extent) = self.extents.get(&id) else { continue };
-            let Some(node) = self.nodes.0.get(&extent.node).filter(|node| node.live) else { continue };
+            let Some(extent) = self.extents.get(&id) else {
+                continue;
+            };
+            let Some(node) = self.nodes.0.get(&extent.node).filter(|node| node.live) else {
+                continue;
+            };
             *due = retry;
             orders.push(NodeOrder {
                 node: extent.node.clone(),
@@ -429,7 +526,9 @@ impl State {
 
     /// The node has fenced and scrubbed: the extent is free.
     pub(crate) fn revoke_confirmed(&mut self, id: ExtentId, epoch: Epoch) {
-        let Some(extent) = self.extents.get(&id) else { return };
+        let Some(extent) = self.extents.get(&id) else {
+            return;
+        };
         // An answer to an order that is long over.
         if extent.phase != Phase::Revoking || extent.epoch != epoch {
             return;

@@ -49,7 +49,12 @@ fn world_with_grant() -> (World, LeaseId, Vec<ExtentGrant>) {
     world.step(Step::Start(0));
     world.step(Step::Open);
     let lease = world.leases[0];
-    world.step(Step::Grant { lease: 0, count: 2, request: 7, lost: vec![] });
+    world.step(Step::Grant {
+        lease: 0,
+        count: 2,
+        request: 7,
+        lost: vec![],
+    });
     let grants = world.state.list_grants(lease, None).unwrap();
     assert_eq!(grants.len(), 2);
     (world, lease, grants)
@@ -61,13 +66,36 @@ fn a_node_that_comes_back_empty_loses_its_extents_by_name() {
     world.step(Step::Kill(0));
     world.step(Step::Start(0));
     let lost = world.state.renew_lease(Millis(0), lease).unwrap().lost;
-    assert_eq!(lost, grants.iter().map(|grant| grant.extent).collect::<Vec<_>>());
-    world.step(Step::Grant { lease: 0, count: 4, request: 0, lost: vec![] });
-    let new: BTreeSet<_> =
-        world.state.list_grants(lease, None).unwrap().iter().map(|grant| grant.extent).collect();
-    assert!(lost.iter().all(|extent| !new.contains(extent)), "an id names one memory only");
+    assert_eq!(
+        lost,
+        grants.iter().map(|grant| grant.extent).collect::<Vec<_>>()
+    );
+    world.step(Step::Grant {
+        lease: 0,
+        count: 4,
+        request: 0,
+        lost: vec![],
+    });
+    let new: BTreeSet<_> = world
+        .state
+        .list_grants(lease, None)
+        .unwrap()
+        .iter()
+        .map(|grant| grant.extent)
+        .collect();
+    assert!(
+        lost.iter().all(|extent| !new.contains(extent)),
+        "an id names one memory only"
+    );
     assert_eq!(world.state.release(Millis(0), lease, &lost), Ok(2));
-    assert!(world.state.renew_lease(Millis(0), lease).unwrap().lost.is_empty());
+    assert!(
+        world
+            .state
+            .renew_lease(Millis(0), lease)
+            .unwrap()
+            .lost
+            .is_empty()
+    );
 }
 
 #[test]
@@ -87,8 +115,16 @@ fn a_silent_node_is_unreachable_not_lost() {
 #[test]
 fn repeating_a_request_returns_the_same_grants() {
     let (mut world, lease, grants) = world_with_grant();
-    let request = GrantRequest { lease, count: 2, fabric: None, request: RequestId::new(7).ok() };
-    let plan = world.state.plan_grant(&request, true, &[1, 2], &BTreeSet::new()).unwrap();
+    let request = GrantRequest {
+        lease,
+        count: 2,
+        fabric: None,
+        request: RequestId::new(7).ok(),
+    };
+    let plan = world
+        .state
+        .plan_grant(&request, true, &[1, 2], &BTreeSet::new())
+        .unwrap();
     assert_eq!(plan, Plan::Repeat(grants));
 }
 
@@ -115,12 +151,19 @@ fn a_coordinator_that_forgot_everything_revokes_what_nodes_still_grant() {
     world.beat(0);
     world.check();
     assert_eq!(world.state.totals().pending, 2 * EXTENT);
-    world.step(Step::Revokes { lost: Vec::from([false; 8]) });
+    world.step(Step::Revokes {
+        lost: Vec::from([false; 8]),
+    });
     assert_eq!(world.state.totals().pending, 0);
     world.leases.clear();
     world.epochs.clear();
     world.step(Step::Open);
-    world.step(Step::Grant { lease: 0, count: 1, request: 0, lost: vec![] });
+    world.step(Step::Grant {
+        lease: 0,
+        count: 1,
+        request: 0,
+        lost: vec![],
+    });
     assert!(world.epochs.iter().all(|epoch| *epoch > highest.get()));
 }
 

@@ -44,15 +44,21 @@ impl State {
 
     pub(crate) fn totals(&self) -> Totals {
         let used = self.use_by_node();
-        self.nodes.0.iter().fold(Totals::default(), |mut totals, (id, node)| {
-            let (bytes, used) = (node.record.extent_bytes.0, used.get(id).copied().unwrap_or_default());
-            let capacity = bytes * u64::from(node.record.extents);
-            totals.capacity += capacity;
-            totals.used += used.granted * bytes;
-            totals.pending += used.pending * bytes;
-            totals.unreachable += if node.live { 0 } else { capacity };
-            totals
-        })
+        self.nodes
+            .0
+            .iter()
+            .fold(Totals::default(), |mut totals, (id, node)| {
+                let (bytes, used) = (
+                    node.record.extent_bytes.0,
+                    used.get(id).copied().unwrap_or_default(),
+                );
+                let capacity = bytes * u64::from(node.record.extents);
+                totals.capacity += capacity;
+                totals.used += used.granted * bytes;
+                totals.pending += used.pending * bytes;
+                totals.unreachable += if node.live { 0 } else { capacity };
+                totals
+            })
     }
 
     /// Everything that `farpage status` shows.
@@ -64,7 +70,12 @@ impl State {
         };
         v1::GetStatusResponse {
             nodes: self.nodes.0.iter().map(node_status).collect(),
-            agents: self.leases.0.iter().map(|(id, lease)| self.agent_status(now, *id, lease)).collect(),
+            agents: self
+                .leases
+                .0
+                .iter()
+                .map(|(id, lease)| self.agent_status(now, *id, lease))
+                .collect(),
             capacity_bytes: totals.capacity,
             used_bytes: totals.used,
             pending_bytes: totals.pending,
@@ -74,12 +85,19 @@ impl State {
     fn agent_status(&self, now: Millis, id: LeaseId, lease: &Lease) -> v1::AgentStatus {
         let mut granted_bytes = 0;
         let mut lost_extents = 0;
-        for record in lease.extents.iter().filter_map(|extent| self.extents.get(extent)) {
+        for record in lease
+            .extents
+            .iter()
+            .filter_map(|extent| self.extents.get(extent))
+        {
             match record.phase {
                 Phase::Lost { .. } => lost_extents += 1,
                 _ => {
-                    granted_bytes +=
-                        self.nodes.0.get(&record.node).map_or(0, |node| node.record.extent_bytes.0);
+                    granted_bytes += self
+                        .nodes
+                        .0
+                        .get(&record.node)
+                        .map_or(0, |node| node.record.extent_bytes.0);
                 }
             }
         }
@@ -99,7 +117,11 @@ impl State {
 
 fn status_of_node(now: Millis, id: &NodeId, node: &Node, used: Use) -> v1::NodeStatus {
     let record = &node.record;
-    let health = if node.live { v1::NodeHealth::Live } else { v1::NodeHealth::Unreachable };
+    let health = if node.live {
+        v1::NodeHealth::Live
+    } else {
+        v1::NodeHealth::Unreachable
+    };
     v1::NodeStatus {
         node_id: id.to_string(),
         incarnation: record.incarnation.get(),
@@ -109,7 +131,11 @@ fn status_of_node(now: Millis, id: &NodeId, node: &Node, used: Use) -> v1::NodeS
         pending_bytes: used.pending * record.extent_bytes.0,
         extent_bytes: record.extent_bytes.0,
         labels: record.labels.clone().into_iter().collect(),
-        data_addresses: record.data_addresses.iter().map(ToString::to_string).collect(),
+        data_addresses: record
+            .data_addresses
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
         control_url: record.control_url.to_string(),
         last_heard_ms_ago: millis(now.since(node.last_heard)),
     }

@@ -55,7 +55,9 @@ impl fmt::Display for StoreUrl {
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// Another process has it open.
-    #[error("{path} is in use by another coordinator; stop that one, or give this one a file of its own")]
+    #[error(
+        "{path} is in use by another coordinator; stop that one, or give this one a file of its own"
+    )]
     InUse {
         /// Which file.
         path: PathBuf,
@@ -102,7 +104,11 @@ pub(crate) fn open(url: &StoreUrl) -> Result<Box<dyn Store>, StoreError> {
 
 /// Everything that is stored, decoded.
 pub(crate) fn load(store: &mut dyn Store) -> Result<Vec<Record>, StoreError> {
-    store.load()?.iter().map(|(key, value)| Ok(decode(key, value)?)).collect()
+    store
+        .load()?
+        .iter()
+        .map(|(key, value)| Ok(decode(key, value)?))
+        .collect()
 }
 
 #[cfg(test)]
@@ -111,11 +117,20 @@ mod tests {
 
     #[test]
     fn urls() {
-        assert_eq!("file:/var/lib/farpage".parse(), Ok(StoreUrl::File("/var/lib/farpage".into())));
+        assert_eq!(
+            "file:/var/lib/farpage".parse(),
+            Ok(StoreUrl::File("/var/lib/farpage".into()))
+        );
         assert_eq!("memory:".parse(), Ok(StoreUrl::Memory));
-        assert_eq!("etcd:http://h:2379".parse::<StoreUrl>(), Err(StoreUrlError::Etcd));
+        assert_eq!(
+            "etcd:http://h:2379".parse::<StoreUrl>(),
+            Err(StoreUrlError::Etcd)
+        );
         for bad in ["", "file:", "memory:x", "/path", "redis:x"] {
-            assert_eq!(bad.parse::<StoreUrl>(), Err(StoreUrlError::Unknown(bad.to_owned())));
+            assert_eq!(
+                bad.parse::<StoreUrl>(),
+                Err(StoreUrlError::Unknown(bad.to_owned()))
+            );
         }
     }
 
@@ -127,7 +142,9 @@ mod tests {
         assert_eq!(store.load().unwrap(), vec![]);
         let put = |key: &str, value: &str| (key.to_owned(), Some(value.as_bytes().to_vec()));
         store.apply(&[put("a", "1"), put("b", "2")]).unwrap();
-        store.apply(&[("a".to_owned(), None), put("b", "3")]).unwrap();
+        store
+            .apply(&[("a".to_owned(), None), put("b", "3")])
+            .unwrap();
 
         let second = open(&url).err().unwrap();
         assert!(matches!(second, StoreError::InUse { .. }), "{second}");
@@ -143,8 +160,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state");
         std::fs::write(&path, vec![7; 10_000]).unwrap();
-        assert!(matches!(open(&StoreUrl::File(path)).err(), Some(StoreError::Io { .. })));
+        assert!(matches!(
+            open(&StoreUrl::File(path)).err(),
+            Some(StoreError::Io { .. })
+        ));
         let missing = dir.path().join("no/such/dir/state");
-        assert!(matches!(open(&StoreUrl::File(missing)).err(), Some(StoreError::Io { .. })));
+        assert!(matches!(
+            open(&StoreUrl::File(missing)).err(),
+            Some(StoreError::Io { .. })
+        ));
     }
 }

@@ -59,7 +59,10 @@ impl Shape {
 impl NodeConfig {
     /// A node with the usual settings, which serves nothing yet: set `shm` or `tcp`.
     pub fn new(id: NodeId, capacity: ByteCount, coordinator: EndpointUrl) -> Self {
-        let control = EndpointUrl::Tcp(HostPort { host: Ipv4Addr::LOCALHOST.to_string(), port: 0 });
+        let control = EndpointUrl::Tcp(HostPort {
+            host: Ipv4Addr::LOCALHOST.to_string(),
+            port: 0,
+        });
         Self {
             id,
             capacity,
@@ -84,7 +87,10 @@ impl NodeConfig {
         if whole != self.capacity.0 {
             tracing::info!(asked = %self.capacity, lent = %ByteCount(whole), "the capacity is rounded down to whole extents");
         }
-        Ok(Shape { extent_bytes, extents })
+        Ok(Shape {
+            extent_bytes,
+            extents,
+        })
     }
 
     /// What to say in place of "all addresses".
@@ -93,9 +99,10 @@ impl NodeConfig {
             return host.clone();
         }
         match &self.coordinator {
-            EndpointUrl::Tcp(at) => {
-                route_from(at).await.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)).to_string()
-            }
+            EndpointUrl::Tcp(at) => route_from(at)
+                .await
+                .unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST))
+                .to_string(),
             _ => Ipv4Addr::LOCALHOST.to_string(),
         }
     }
@@ -103,8 +110,15 @@ impl NodeConfig {
 
 /// The address that packets to a host leave from. Connecting a UDP socket sends nothing.
 async fn route_from(to: &HostPort) -> Option<IpAddr> {
-    for to in tokio::net::lookup_host((to.host.as_str(), to.port)).await.ok()? {
-        let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0u16; 8].into() };
+    for to in tokio::net::lookup_host((to.host.as_str(), to.port))
+        .await
+        .ok()?
+    {
+        let any: IpAddr = if to.is_ipv4() {
+            [0; 4].into()
+        } else {
+            [0u16; 8].into()
+        };
         let socket = UdpSocket::bind((any, 0)).await.ok()?;
         if socket.connect(to).await.is_ok() {
             return socket.local_addr().ok().map(|at| at.ip());
@@ -115,8 +129,18 @@ async fn route_from(to: &HostPort) -> Option<IpAddr> {
 
 /// A listening address as others can use it.
 pub(crate) fn advertise_at(at: &HostPort, host: &str) -> HostPort {
-    let everywhere = at.host.parse::<IpAddr>().is_ok_and(|ip| ip.is_unspecified());
-    HostPort { host: if everywhere { host.to_owned() } else { at.host.clone() }, port: at.port }
+    let everywhere = at
+        .host
+        .parse::<IpAddr>()
+        .is_ok_and(|ip| ip.is_unspecified());
+    HostPort {
+        host: if everywhere {
+            host.to_owned()
+        } else {
+            at.host.clone()
+        },
+        port: at.port,
+    }
 }
 
 /// A listening URL as others can use it.

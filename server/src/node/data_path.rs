@@ -44,26 +44,48 @@ pub(crate) struct DataPath {
 
 impl DataPath {
     /// Starts what the settings name.
-    pub(crate) fn start(config: &NodeConfig, pool: &Pool, advertised: &str) -> Result<Self, DataPathError> {
-        let mut path = Self { addresses: Vec::new(), tcp: None, shm: None };
+    pub(crate) fn start(
+        config: &NodeConfig,
+        pool: &Pool,
+        advertised: &str,
+    ) -> Result<Self, DataPathError> {
+        let mut path = Self {
+            addresses: Vec::new(),
+            tcp: None,
+            shm: None,
+        };
         if let Some(listen) = &config.tcp {
             path.start_tcp(listen, pool, advertised)?;
         }
         if let Some(name) = &config.shm {
             path.start_shm(name, pool)?;
         }
-        if path.addresses.is_empty() { Err(DataPathError::NoFabric) } else { Ok(path) }
+        if path.addresses.is_empty() {
+            Err(DataPathError::NoFabric)
+        } else {
+            Ok(path)
+        }
     }
 
-    fn start_tcp(&mut self, tcp: &TcpListen, pool: &Pool, advertised: &str) -> Result<(), DataPathError> {
+    fn start_tcp(
+        &mut self,
+        tcp: &TcpListen,
+        pool: &Pool,
+        advertised: &str,
+    ) -> Result<(), DataPathError> {
         let listener = TcpListener::bind((tcp.listen.host.as_str(), tcp.listen.port));
         let started = listener.and_then(|listener| {
             let port = listener.local_addr()?.port();
             let (memory, access) = (Arc::clone(pool.memory()), Arc::clone(pool.access()));
-            Ok((TcpResponder::start(listener, memory, access, ResponderLimits::default())?, port))
+            Ok((
+                TcpResponder::start(listener, memory, access, ResponderLimits::default())?,
+                port,
+            ))
         });
-        let (responder, port) = started
-            .map_err(|source| DataPathError::Start { address: format!("tcp:{}", tcp.listen), source })?;
+        let (responder, port) = started.map_err(|source| DataPathError::Start {
+            address: format!("tcp:{}", tcp.listen),
+            source,
+        })?;
         let mut at = advertise_at(&tcp.listen, advertised);
         at.port = port;
         self.addresses.push(DataAddress::Tcp(at));
@@ -76,7 +98,10 @@ impl DataPath {
         let socket: ShmAddress = name.parse()?;
         let (memory, access) = (Arc::clone(pool.memory()), Arc::clone(pool.access()));
         let responder = ShmResponder::start(&socket, memory, access, ShmLimits::default())
-            .map_err(|source| DataPathError::Start { address: address.to_string(), source })?;
+            .map_err(|source| DataPathError::Start {
+                address: address.to_string(),
+                source,
+            })?;
         self.addresses.push(address);
         self.shm = Some(responder);
         Ok(())

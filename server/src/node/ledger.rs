@@ -50,7 +50,11 @@ pub(crate) struct Ledger {
 impl Ledger {
     pub(crate) fn new(extents: u32, pool: Arc<dyn Extents>) -> Self {
         let entries = (0..extents).map(|_| Mutex::default()).collect();
-        Self { entries, extents: pool, last_epoch: AtomicU64::new(0) }
+        Self {
+            entries,
+            extents: pool,
+            last_epoch: AtomicU64::new(0),
+        }
     }
 
     /// Opens an extent under a key. Repeating a grant is fine. Does not wait.
@@ -66,7 +70,11 @@ impl Ledger {
             return Ok(());
         }
         if epoch.get() <= last {
-            return Err(LedgerError::StaleEpoch { index, asked: epoch, last });
+            return Err(LedgerError::StaleEpoch {
+                index,
+                asked: epoch,
+                last,
+            });
         }
         match entry.holding {
             Holding::Clean => {}
@@ -74,7 +82,10 @@ impl Ledger {
             Holding::Dirty => return Err(LedgerError::NotScrubbed { index }),
         }
         self.extents.grant(index, key)?;
-        *entry = Entry { last_epoch: epoch.get(), holding: Holding::Granted(key) };
+        *entry = Entry {
+            last_epoch: epoch.get(),
+            holding: Holding::Granted(key),
+        };
         self.saw(epoch);
         Ok(())
     }
@@ -115,12 +126,17 @@ impl Ledger {
 
     /// How many extents are granted or not yet scrubbed.
     pub(crate) fn held(&self) -> u32 {
-        self.entries.iter().filter(|entry| lock(entry).holding != Holding::Clean).count() as u32
+        self.entries
+            .iter()
+            .filter(|entry| lock(entry).holding != Holding::Clean)
+            .count() as u32
     }
 
     fn entry(&self, index: u32) -> Result<&Mutex<Entry>, LedgerError> {
         let extents = self.entries.len() as u32;
-        self.entries.get(index as usize).ok_or(LedgerError::NoSuchExtent { index, extents })
+        self.entries
+            .get(index as usize)
+            .ok_or(LedgerError::NoSuchExtent { index, extents })
     }
 
     fn saw(&self, epoch: Epoch) {
@@ -159,18 +175,28 @@ mod tests {
             }
         }
         fn scrub(&self, index: u32) -> Result<(), PoolError> {
-            assert!(!self.open.lock().unwrap().contains(&index), "scrubbed while open");
+            assert!(
+                !self.open.lock().unwrap().contains(&index),
+                "scrubbed while open"
+            );
             self.scrubbed.lock().unwrap().push(index);
             Ok(())
         }
     }
 
     fn grant(index: u32, epoch: u64, key: u64) -> NodeGrant {
-        NodeGrant { index, epoch: Epoch::new(epoch).unwrap(), key: AccessKey::new(key).unwrap() }
+        NodeGrant {
+            index,
+            epoch: Epoch::new(epoch).unwrap(),
+            key: AccessKey::new(key).unwrap(),
+        }
     }
 
     fn revoke(index: u32, epoch: u64) -> NodeRevoke {
-        NodeRevoke { index, epoch: Epoch::new(epoch).unwrap() }
+        NodeRevoke {
+            index,
+            epoch: Epoch::new(epoch).unwrap(),
+        }
     }
 
     #[test]
@@ -179,17 +205,35 @@ mod tests {
         let ledger = Ledger::new(2, fake.clone());
         ledger.grant(grant(0, 5, 1)).unwrap();
         ledger.grant(grant(0, 5, 1)).unwrap();
-        assert!(matches!(ledger.grant(grant(0, 5, 2)), Err(LedgerError::StaleEpoch { .. })));
-        assert!(matches!(ledger.grant(grant(0, 4, 1)), Err(LedgerError::StaleEpoch { .. })));
-        assert!(matches!(ledger.grant(grant(0, 6, 2)), Err(LedgerError::Granted { .. })));
-        assert!(matches!(ledger.grant(grant(2, 6, 2)), Err(LedgerError::NoSuchExtent { .. })));
-        assert!(matches!(ledger.revoke(revoke(0, 4)), Err(LedgerError::Granted { .. })));
+        assert!(matches!(
+            ledger.grant(grant(0, 5, 2)),
+            Err(LedgerError::StaleEpoch { .. })
+        ));
+        assert!(matches!(
+            ledger.grant(grant(0, 4, 1)),
+            Err(LedgerError::StaleEpoch { .. })
+        ));
+        assert!(matches!(
+            ledger.grant(grant(0, 6, 2)),
+            Err(LedgerError::Granted { .. })
+        ));
+        assert!(matches!(
+            ledger.grant(grant(2, 6, 2)),
+            Err(LedgerError::NoSuchExtent { .. })
+        ));
+        assert!(matches!(
+            ledger.revoke(revoke(0, 4)),
+            Err(LedgerError::Granted { .. })
+        ));
         assert_eq!(ledger.inventory(), (vec![(0, Epoch::new(5).unwrap())], 5));
 
         ledger.revoke(revoke(0, 5)).unwrap();
         ledger.revoke(revoke(0, 5)).unwrap();
         assert_eq!(*fake.scrubbed.lock().unwrap(), [0]);
-        assert!(matches!(ledger.grant(grant(0, 5, 1)), Err(LedgerError::StaleEpoch { .. })));
+        assert!(matches!(
+            ledger.grant(grant(0, 5, 1)),
+            Err(LedgerError::StaleEpoch { .. })
+        ));
         ledger.grant(grant(0, 6, 2)).unwrap();
         assert_eq!(ledger.held(), 1);
     }
@@ -198,7 +242,10 @@ mod tests {
     fn a_revocation_that_overtakes_its_grant_makes_it_stale() {
         let ledger = Ledger::new(1, Arc::new(Fake::default()));
         ledger.revoke(revoke(0, 9)).unwrap();
-        assert!(matches!(ledger.grant(grant(0, 9, 1)), Err(LedgerError::StaleEpoch { .. })));
+        assert!(matches!(
+            ledger.grant(grant(0, 9, 1)),
+            Err(LedgerError::StaleEpoch { .. })
+        ));
         assert_eq!(ledger.inventory(), (vec![], 9));
     }
 
@@ -208,8 +255,14 @@ mod tests {
         let ledger = Ledger::new(1, fake.clone());
         ledger.grant(grant(0, 1, 1)).unwrap();
         fake.fail.store(true, Ordering::Relaxed);
-        assert!(matches!(ledger.revoke(revoke(0, 1)), Err(LedgerError::Pool(_))));
-        assert!(matches!(ledger.grant(grant(0, 2, 1)), Err(LedgerError::NotScrubbed { .. })));
+        assert!(matches!(
+            ledger.revoke(revoke(0, 1)),
+            Err(LedgerError::Pool(_))
+        ));
+        assert!(matches!(
+            ledger.grant(grant(0, 2, 1)),
+            Err(LedgerError::NotScrubbed { .. })
+        ));
         assert_eq!(ledger.held(), 1);
         fake.fail.store(false, Ordering::Relaxed);
         ledger.revoke(revoke(0, 1)).unwrap();

@@ -68,8 +68,14 @@ pub(crate) async fn keep(
             Code::NotFound => {
                 tracing::warn!(%coordinator, "the coordinator does not know this node, registering again");
             }
-            Code::AlreadyExists | Code::InvalidArgument | Code::FailedPrecondition | Code::Unimplemented => {
-                return MembershipError::Refused { coordinator: coordinator.clone(), status };
+            Code::AlreadyExists
+            | Code::InvalidArgument
+            | Code::FailedPrecondition
+            | Code::Unimplemented => {
+                return MembershipError::Refused {
+                    coordinator: coordinator.clone(),
+                    status,
+                };
             }
             _ => {
                 tracing::warn!(%coordinator, %status, "the coordinator cannot be reached, trying again");
@@ -85,7 +91,11 @@ async fn register(
     ledger: &Ledger,
 ) -> Result<(ExtentId, Duration), Status> {
     let (granted, last_epoch) = ledger.inventory();
-    let registration = NodeRegistration { granted, last_epoch, ..registration.clone() };
+    let registration = NodeRegistration {
+        granted,
+        last_epoch,
+        ..registration.clone()
+    };
     let call = client.register_node(timed(RegisterNodeRequest::from(registration)));
     let answer = bounded(call).await?.into_inner();
     let interval = Duration::from_millis(answer.heartbeat_interval_ms.into());
@@ -141,7 +151,9 @@ fn timed<T>(message: T) -> Request<T> {
 async fn bounded<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
     match tokio::time::timeout(CALL_DEADLINE, call).await {
         Ok(result) => result,
-        Err(_) => Err(Status::deadline_exceeded("no answer from the coordinator in time")),
+        Err(_) => Err(Status::deadline_exceeded(
+            "no answer from the coordinator in time",
+        )),
     }
 }
 

@@ -73,11 +73,17 @@ impl Pool {
         let created = |source| PoolError::Create { bytes, source };
         let geometry = PoolGeometry::new(shape.extent_bytes.0, shape.extents)
             .map_err(|error| PoolError::Shape(error.to_string()))?;
-        let options = MemoryOptions { huge_pages: config.huge_pages, lock: config.lock };
+        let options = MemoryOptions {
+            huge_pages: config.huge_pages,
+            lock: config.lock,
+        };
         let len = usize::try_from(bytes).map_err(|_| created(io::ErrorKind::OutOfMemory.into()))?;
-        let (memory, report) = RegisteredMemory::create("farpage-pool", len, options).map_err(created)?;
+        let (memory, report) =
+            RegisteredMemory::create("farpage-pool", len, options).map_err(created)?;
         if config.huge_pages && !report.huge {
-            tracing::warn!("no reserved huge pages for the pool, it uses normal ones; see vm.nr_hugepages");
+            tracing::warn!(
+                "no reserved huge pages for the pool, it uses normal ones; see vm.nr_hugepages"
+            );
         }
         if let Err(error) = &report.locked
             && config.lock
@@ -114,11 +120,19 @@ impl Extents for Pool {
     fn grant(&self, index: u32, key: AccessKey) -> Result<(), PoolError> {
         self.access
             .grant(index, key.get())
-            .map_err(|error| PoolError::Access { index, cause: error.to_string() })
+            .map_err(|error| PoolError::Access {
+                index,
+                cause: error.to_string(),
+            })
     }
 
     fn fence(&self, index: u32) -> Result<(), PoolError> {
-        self.access.revoke(index).map_err(|error| PoolError::Access { index, cause: error.to_string() })
+        self.access
+            .revoke(index)
+            .map_err(|error| PoolError::Access {
+                index,
+                cause: error.to_string(),
+            })
     }
 
     fn scrub(&self, index: u32) -> Result<(), PoolError> {
@@ -126,10 +140,13 @@ impl Extents for Pool {
         // Huge pages that are given back lose their reservation, and the next touch could find none left; locked memory is
         // meant to stay. Both are zeroed in place.
         if self.huge_pages || self.locked {
-            return self.memory.zero(offset, self.extent_bytes as usize).map_err(|error| PoolError::Scrub {
-                index,
-                source: io::Error::new(io::ErrorKind::InvalidInput, error),
-            });
+            return self
+                .memory
+                .zero(offset, self.extent_bytes as usize)
+                .map_err(|error| PoolError::Scrub {
+                    index,
+                    source: io::Error::new(io::ErrorKind::InvalidInput, error),
+                });
         }
         // The hole reads as zeros in every mapping of the file, ours and requesters'.
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -137,7 +154,12 @@ impl Extents for Pool {
             match fallocate(self.memory.fd(), punch, offset, self.extent_bytes) {
                 Ok(()) => return Ok(()),
                 Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(PoolError::Scrub { index, source: error.into() }),
+                Err(error) => {
+                    return Err(PoolError::Scrub {
+                        index,
+                        source: error.into(),
+                    });
+                }
             }
         }
     }

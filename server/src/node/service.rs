@@ -5,8 +5,8 @@ use std::sync::Arc;
 use farpage_proto::node::{CONTROL_TOKEN_METADATA, ControlToken, NodeGrant, NodeRevoke};
 use farpage_proto::v1::memory_node_server::MemoryNode;
 use farpage_proto::v1::{
-    GrantExtentRequest, GrantExtentResponse, NodeInfoRequest, NodeInfoResponse, RevokeExtentRequest,
-    RevokeExtentResponse,
+    GrantExtentRequest, GrantExtentResponse, NodeInfoRequest, NodeInfoResponse,
+    RevokeExtentRequest, RevokeExtentResponse,
 };
 use farpage_proto::{DataAddress, Incarnation, NodeId};
 use tonic::{Request, Response, Status};
@@ -36,8 +36,10 @@ pub(crate) struct NodeService {
 impl NodeService {
     /// Only the coordinator knows the token.
     fn authorize<T>(&self, request: &Request<T>) -> Result<(), Status> {
-        let shown =
-            request.metadata().get_bin(CONTROL_TOKEN_METADATA).and_then(|value| value.to_bytes().ok());
+        let shown = request
+            .metadata()
+            .get_bin(CONTROL_TOKEN_METADATA)
+            .and_then(|value| value.to_bytes().ok());
         match shown {
             Some(shown) if self.identity.token.matches(&shown) => Ok(()),
             _ => Err(Status::permission_denied(
@@ -65,7 +67,8 @@ impl MemoryNode for NodeService {
         request: Request<GrantExtentRequest>,
     ) -> Result<Response<GrantExtentResponse>, Status> {
         self.authorize(&request)?;
-        self.ledger.grant(NodeGrant::try_from(request.into_inner())?)?;
+        self.ledger
+            .grant(NodeGrant::try_from(request.into_inner())?)?;
         Ok(Response::new(GrantExtentResponse {}))
     }
 
@@ -82,7 +85,10 @@ impl MemoryNode for NodeService {
         Ok(Response::new(RevokeExtentResponse {}))
     }
 
-    async fn node_info(&self, _: Request<NodeInfoRequest>) -> Result<Response<NodeInfoResponse>, Status> {
+    async fn node_info(
+        &self,
+        _: Request<NodeInfoRequest>,
+    ) -> Result<Response<NodeInfoResponse>, Status> {
         let identity = &self.identity;
         Ok(Response::new(NodeInfoResponse {
             node_id: identity.id.to_string(),
@@ -92,7 +98,11 @@ impl MemoryNode for NodeService {
             granted_extents: self.ledger.held(),
             huge_pages: identity.huge_pages,
             locked: identity.locked,
-            data_addresses: identity.data_addresses.iter().map(ToString::to_string).collect(),
+            data_addresses: identity
+                .data_addresses
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
         }))
     }
 }

@@ -22,23 +22,39 @@ async fn leases_and_grants_survive_a_restart() {
     data.write(&grants[0], 0, 5).unwrap();
     coordinator.stop().await;
 
-    assert_eq!(data.read(&grants[0], 0), Ok(vec![5; 4096]), "programs run on");
+    assert_eq!(
+        data.read(&grants[0], 0),
+        Ok(vec![5; 4096]),
+        "programs run on"
+    );
     // Longer than a lease lives: nobody could renew meanwhile.
     tokio::time::sleep(TIMING.lease_ttl + Duration::from_millis(200)).await;
     let (coordinator, _) = start_coordinator(&store, url.clone()).await;
     assert!(agent.renew().await.unwrap().lost_extents.is_empty());
     assert_eq!(data.read(&grants[0], 0), Ok(vec![5; 4096]));
     agent
-        .until("the node is known", |status| status.used_bytes == 2 * MIB && status.pending_bytes == 0)
+        .until("the node is known", |status| {
+            status.used_bytes == 2 * MIB && status.pending_bytes == 0
+        })
         .await;
     let more = agent.grant(2).await.unwrap();
     assert!(more[0].epoch > grants[1].epoch);
-    assert!(more.iter().all(|grant| grants.iter().all(|old| old.extent != grant.extent)), "never two owners");
-    assert_eq!(agent.grant(1).await.unwrap_err().code(), Code::ResourceExhausted);
+    assert!(
+        more.iter()
+            .all(|grant| grants.iter().all(|old| old.extent != grant.extent)),
+        "never two owners"
+    );
+    assert_eq!(
+        agent.grant(1).await.unwrap_err().code(),
+        Code::ResourceExhausted
+    );
 
     // The state is for its owner's eyes.
     use std::os::unix::fs::PermissionsExt;
-    let mode = std::fs::metadata(dir.path().join("state")).unwrap().permissions().mode();
+    let mode = std::fs::metadata(dir.path().join("state"))
+        .unwrap()
+        .permissions()
+        .mode();
     assert_eq!(mode & 0o777, 0o600);
     node.stop().await;
     coordinator.stop().await;
@@ -49,9 +65,18 @@ async fn a_second_coordinator_on_the_same_file_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let store = format!("file:{}", dir.path().join("state").display());
     let (coordinator, _) = start_coordinator(&store, loopback(0)).await;
-    let config = CoordinatorConfig { listen: loopback(0), store: store.parse().unwrap(), timing: TIMING };
-    let error = run_coordinator(config, |_| {}, std::future::pending()).await.unwrap_err();
-    assert!(error.to_string().contains("in use by another coordinator"), "{error}");
+    let config = CoordinatorConfig {
+        listen: loopback(0),
+        store: store.parse().unwrap(),
+        timing: TIMING,
+    };
+    let error = run_coordinator(config, |_| {}, std::future::pending())
+        .await
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("in use by another coordinator"),
+        "{error}"
+    );
     coordinator.stop().await;
 }
 
@@ -61,7 +86,9 @@ const LISTEN: &str = "FARPAGE_TEST_LISTEN";
 /// Not a test of its own: the process that the next test kills.
 #[tokio::test]
 async fn coordinator_process() {
-    let (Ok(store), Ok(listen)) = (std::env::var(STATE), std::env::var(LISTEN)) else { return };
+    let (Ok(store), Ok(listen)) = (std::env::var(STATE), std::env::var(LISTEN)) else {
+        return;
+    };
     let (coordinator, url) = start_coordinator(&store, listen.parse().unwrap()).await;
     println!("\nserving={url}");
     std::future::pending::<()>().await;
@@ -77,8 +104,9 @@ fn spawn_coordinator(store: &str, listen: &EndpointUrl) -> (Child, EndpointUrl) 
         .spawn()
         .unwrap();
     let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let url =
-        lines.map_while(Result::ok).find_map(|line| Some(line.strip_prefix("serving=")?.parse().unwrap()));
+    let url = lines
+        .map_while(Result::ok)
+        .find_map(|line| Some(line.strip_prefix("serving=")?.parse().unwrap()));
     (child, url.expect("the coordinator serves"))
 }
 
@@ -105,8 +133,10 @@ async fn whatever_was_answered_survives_sigkill() {
             held.extend(grants);
             let give = held.split_off(held.len() - 1);
             let extent_ids = give.iter().map(|grant| grant.extent.0).collect();
-            let message =
-                farpage_proto::v1::ReleaseExtentsRequest { lease_id: agent.lease.get(), extent_ids };
+            let message = farpage_proto::v1::ReleaseExtentsRequest {
+                lease_id: agent.lease.get(),
+                extent_ids,
+            };
             if agent.client.release_extents(message).await.is_err() {
                 break;
             }
@@ -114,13 +144,28 @@ async fn whatever_was_answered_survives_sigkill() {
         killer.await.unwrap();
         process.wait().unwrap();
         (process, _) = spawn_coordinator(&store, &url);
-        let list = farpage_proto::v1::ListGrantsRequest { lease_id: agent.lease.get(), fabric: 0 };
-        let listed = agent.client.list_grants(list).await.unwrap().into_inner().grants;
+        let list = farpage_proto::v1::ListGrantsRequest {
+            lease_id: agent.lease.get(),
+            fabric: 0,
+        };
+        let listed = agent
+            .client
+            .list_grants(list)
+            .await
+            .unwrap()
+            .into_inner()
+            .grants;
         let listed = farpage_proto::lease::check_grants(listed).unwrap();
         for grant in &held {
-            assert!(listed.contains(grant), "round {round}: {grant:?} was granted and is forgotten");
+            assert!(
+                listed.contains(grant),
+                "round {round}: {grant:?} was granted and is forgotten"
+            );
             let mut data = Data::connect(&grant.address.to_string());
-            assert!(data.read(grant, 0).is_ok(), "round {round}: the node still honours {grant:?}");
+            assert!(
+                data.read(grant, 0).is_ok(),
+                "round {round}: the node still honours {grant:?}"
+            );
         }
         // What was granted and not heard of is given back, as an agent would.
         agent.release(&listed).await;

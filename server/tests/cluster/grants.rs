@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use farpage_fabric::WorkError;
 use farpage_proto::FabricKind;
 use farpage_proto::v1::{
-    AgentReport, CloseLeaseRequest, GrantExtentsRequest, ListGrantsRequest, ProcessReport, ReportAgentRequest,
+    AgentReport, CloseLeaseRequest, GrantExtentsRequest, ListGrantsRequest, ProcessReport,
+    ReportAgentRequest,
 };
 use tonic::Code;
 
@@ -35,20 +36,32 @@ async fn fence_and_scrub(lock: bool) {
     }
     assert_eq!(agent.release(&grants[..1]).await, 1);
     assert_eq!(agent.release(&grants[..1]).await, 0, "released once");
-    agent.until("scrubbed", |status| status.pending_bytes == 0 && status.used_bytes == MIB).await;
+    agent
+        .until("scrubbed", |status| {
+            status.pending_bytes == 0 && status.used_bytes == MIB
+        })
+        .await;
 
     let mut shm = Data::connect(&ready.data_addresses[1].to_string());
     assert_eq!(shm.read(&grants[0], 0), Err(WorkError::AccessDenied));
     let mut tcp = Data::connect(&ready.data_addresses[0].to_string());
     assert_eq!(tcp.write(&grants[0], 0, 1), Err(WorkError::AccessDenied));
-    assert_eq!(tcp.read(&grants[1], MIB - 4096), Ok(vec![0xab; 4096]), "the other one stays");
+    assert_eq!(
+        tcp.read(&grants[1], MIB - 4096),
+        Ok(vec![0xab; 4096]),
+        "the other one stays"
+    );
 
     let again = agent.grant_over(1, Some(FabricKind::Shm)).await.unwrap();
     assert_eq!(again[0].extent, grants[0].extent);
     assert!(again[0].epoch > grants[1].epoch);
     assert_ne!(again[0].key, grants[0].key);
     assert_eq!(again[0].address, ready.data_addresses[1]);
-    assert_eq!(tcp.read(&again[0], MIB - 4096), Ok(vec![0; 4096]), "nothing of the last owner");
+    assert_eq!(
+        tcp.read(&again[0], MIB - 4096),
+        Ok(vec![0; 4096]),
+        "nothing of the last owner"
+    );
     node.stop().await;
     coordinator.stop().await;
 }
@@ -60,14 +73,25 @@ async fn a_full_cluster_says_so_with_totals() {
     let mut agent = Agent::new(&url).await;
     let error = agent.grant(5).await.unwrap_err();
     assert_eq!(error.code(), Code::ResourceExhausted);
-    assert!(error.message().contains("5 extents are wanted and 4 are free"), "{error:?}");
-    assert!(error.message().contains("capacity 4 MiB, granted 0 B"), "{error:?}");
+    assert!(
+        error
+            .message()
+            .contains("5 extents are wanted and 4 are free"),
+        "{error:?}"
+    );
+    assert!(
+        error.message().contains("capacity 4 MiB, granted 0 B"),
+        "{error:?}"
+    );
     assert_eq!(agent.status().await.used_bytes, 0, "all or nothing");
 
     assert_eq!(agent.grant(4).await.unwrap().len(), 4);
     let error = agent.grant(1).await.unwrap_err();
     assert!(error.message().contains("granted 4 MiB"), "{error:?}");
-    let error = agent.grant_over(1, Some(FabricKind::Rdma)).await.unwrap_err();
+    let error = agent
+        .grant_over(1, Some(FabricKind::Rdma))
+        .await
+        .unwrap_err();
     assert!(error.message().contains("that serve rdma"), "{error:?}");
     node.stop().await;
     coordinator.stop().await;
@@ -83,7 +107,10 @@ async fn extents_are_spread_over_nodes() {
     for grant in agent.grant(6).await.unwrap() {
         *by_node.entry(grant.node.to_string()).or_insert(0) += 1;
     }
-    assert_eq!(by_node, BTreeMap::from([("large".to_owned(), 5), ("small".to_owned(), 1)]));
+    assert_eq!(
+        by_node,
+        BTreeMap::from([("large".to_owned(), 5), ("small".to_owned(), 1)])
+    );
     small.stop().await;
     large.stop().await;
     coordinator.stop().await;
@@ -100,7 +127,9 @@ async fn what_an_expired_or_closed_lease_held_is_free_again() {
 
     let mut other = Agent::new(&url).await;
     other
-        .until("expired", |status| status.agents.len() == 1 && status.used_bytes + status.pending_bytes == 0)
+        .until("expired", |status| {
+            status.agents.len() == 1 && status.used_bytes + status.pending_bytes == 0
+        })
         .await;
     assert_eq!(data.read(&held[0], 0), Err(WorkError::AccessDenied));
     let error = silent.renew().await.unwrap_err();
@@ -110,10 +139,18 @@ async fn what_an_expired_or_closed_lease_held_is_free_again() {
 
     other.grant(4).await.unwrap();
     for _ in 0..2 {
-        other.client.close_lease(CloseLeaseRequest { lease_id: other.lease.get() }).await.unwrap();
+        other
+            .client
+            .close_lease(CloseLeaseRequest {
+                lease_id: other.lease.get(),
+            })
+            .await
+            .unwrap();
     }
     other
-        .until("closed", |status| status.agents.is_empty() && status.used_bytes + status.pending_bytes == 0)
+        .until("closed", |status| {
+            status.agents.is_empty() && status.used_bytes + status.pending_bytes == 0
+        })
         .await;
     node.stop().await;
     coordinator.stop().await;
@@ -124,12 +161,39 @@ async fn a_repeated_request_is_not_granted_twice() {
     let (coordinator, url) = start_coordinator("memory:", loopback(0)).await;
     let (node, _) = start_node(node_config("n1", 4, &url)).await;
     let mut agent = Agent::new(&url).await;
-    let message = GrantExtentsRequest { lease_id: agent.lease.get(), count: 2, fabric: 0, request_id: 99 };
-    let first = agent.client.grant_extents(message).await.unwrap().into_inner();
-    let again = agent.client.grant_extents(message).await.unwrap().into_inner();
+    let message = GrantExtentsRequest {
+        lease_id: agent.lease.get(),
+        count: 2,
+        fabric: 0,
+        request_id: 99,
+    };
+    let first = agent
+        .client
+        .grant_extents(message)
+        .await
+        .unwrap()
+        .into_inner();
+    let again = agent
+        .client
+        .grant_extents(message)
+        .await
+        .unwrap()
+        .into_inner();
     assert_eq!(first, again);
-    let list = ListGrantsRequest { lease_id: agent.lease.get(), fabric: 0 };
-    assert_eq!(agent.client.list_grants(list).await.unwrap().into_inner().grants, first.grants);
+    let list = ListGrantsRequest {
+        lease_id: agent.lease.get(),
+        fabric: 0,
+    };
+    assert_eq!(
+        agent
+            .client
+            .list_grants(list)
+            .await
+            .unwrap()
+            .into_inner()
+            .grants,
+        first.grants
+    );
     assert_eq!(agent.status().await.used_bytes, 2 * MIB);
     node.stop().await;
     coordinator.stop().await;
@@ -139,18 +203,41 @@ async fn a_repeated_request_is_not_granted_twice() {
 async fn what_an_agent_reports_is_shown_and_checked() {
     let (coordinator, url) = start_coordinator("memory:", loopback(0)).await;
     let mut agent = Agent::new(&url).await;
-    let process = ProcessReport { pid: 42, comm: "so\x1brt".into(), far_pages: 10, ..Default::default() };
-    let report = AgentReport { processes: vec![process], totals: [("faults".to_owned(), 3)].into() };
-    let message = ReportAgentRequest { lease_id: agent.lease.get(), report: Some(report.clone()) };
+    let process = ProcessReport {
+        pid: 42,
+        comm: "so\x1brt".into(),
+        far_pages: 10,
+        ..Default::default()
+    };
+    let report = AgentReport {
+        processes: vec![process],
+        totals: [("faults".to_owned(), 3)].into(),
+    };
+    let message = ReportAgentRequest {
+        lease_id: agent.lease.get(),
+        report: Some(report.clone()),
+    };
     agent.client.report_agent(message).await.unwrap();
     let shown = agent.status().await.agents.remove(0).report.unwrap();
     assert_eq!(shown.processes[0].comm, "so?rt");
-    assert_eq!((shown.processes[0].far_pages, shown.totals["faults"]), (10, 3));
+    assert_eq!(
+        (shown.processes[0].far_pages, shown.totals["faults"]),
+        (10, 3)
+    );
 
-    let too_many = AgentReport { processes: vec![report.processes[0].clone(); 1025], ..Default::default() };
-    let message = ReportAgentRequest { lease_id: agent.lease.get(), report: Some(too_many) };
+    let too_many = AgentReport {
+        processes: vec![report.processes[0].clone(); 1025],
+        ..Default::default()
+    };
+    let message = ReportAgentRequest {
+        lease_id: agent.lease.get(),
+        report: Some(too_many),
+    };
     let error = agent.client.report_agent(message).await.unwrap_err();
     assert_eq!(error.code(), Code::InvalidArgument);
-    assert!(error.message().starts_with("report.processes: "), "{error:?}");
+    assert!(
+        error.message().starts_with("report.processes: "),
+        "{error:?}"
+    );
     coordinator.stop().await;
 }

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farpage_fabric::memory::MemoryOptions;
-use farpage_fabric::{Endpoint, LocalSlice, RegionId, RegisteredMemory, RemoteSlice, WorkError, WorkId};
+use farpage_fabric::{
+    Endpoint, LocalSlice, RegionId, RegisteredMemory, RemoteSlice, WorkError, WorkId,
+};
 use farpage_proto::address::HostPort;
 use farpage_proto::lease::{ExtentGrant, GrantRequest, check_grants};
 use farpage_proto::transport::{EndpointUrl, connect};
@@ -38,7 +40,11 @@ impl<E: std::fmt::Debug + Send + 'static> Running<E> {
     /// In order.
     pub(crate) async fn stop(self) {
         drop(self.stop);
-        tokio::time::timeout(DEADLINE, self.task).await.expect("stops in time").unwrap().unwrap();
+        tokio::time::timeout(DEADLINE, self.task)
+            .await
+            .expect("stops in time")
+            .unwrap()
+            .unwrap();
     }
 
     /// As if its process had died: its sockets close, nothing is said to anybody.
@@ -49,37 +55,66 @@ impl<E: std::fmt::Debug + Send + 'static> Running<E> {
 
     /// Waits for it to end by itself.
     pub(crate) async fn ended(self) -> E {
-        tokio::time::timeout(DEADLINE, self.task).await.expect("ends in time").unwrap().unwrap_err()
+        tokio::time::timeout(DEADLINE, self.task)
+            .await
+            .expect("ends in time")
+            .unwrap()
+            .unwrap_err()
     }
 }
 
 pub(crate) fn loopback(port: u16) -> EndpointUrl {
-    EndpointUrl::Tcp(HostPort { host: "127.0.0.1".to_owned(), port })
+    EndpointUrl::Tcp(HostPort {
+        host: "127.0.0.1".to_owned(),
+        port,
+    })
 }
 
 pub(crate) async fn start_coordinator(
     store: &str,
     listen: EndpointUrl,
 ) -> (Running<CoordinatorError>, EndpointUrl) {
-    let config = CoordinatorConfig { listen, store: store.parse().unwrap(), timing: TIMING };
+    let config = CoordinatorConfig {
+        listen,
+        store: store.parse().unwrap(),
+        timing: TIMING,
+    };
     let (stop, stopped) = oneshot::channel::<()>();
     let (told, ready) = oneshot::channel();
-    let task = tokio::spawn(run_coordinator(config, |ready| drop(told.send(ready.url)), async {
-        let _ = stopped.await;
-    }));
-    let url = tokio::time::timeout(DEADLINE, ready).await.unwrap().unwrap();
+    let task = tokio::spawn(run_coordinator(
+        config,
+        |ready| drop(told.send(ready.url)),
+        async {
+            let _ = stopped.await;
+        },
+    ));
+    let url = tokio::time::timeout(DEADLINE, ready)
+        .await
+        .unwrap()
+        .unwrap();
     (Running { stop, task }, url)
 }
 
 pub(crate) fn node_config(id: &str, extents: u64, coordinator: &EndpointUrl) -> NodeConfig {
-    let mut config = NodeConfig::new(NodeId::new(id).unwrap(), ByteCount(extents * MIB), coordinator.clone());
+    let mut config = NodeConfig::new(
+        NodeId::new(id).unwrap(),
+        ByteCount(extents * MIB),
+        coordinator.clone(),
+    );
     config.extent_bytes = ByteCount(MIB);
-    config.tcp = Some(TcpListen { listen: HostPort { host: "127.0.0.1".to_owned(), port: 0 } });
+    config.tcp = Some(TcpListen {
+        listen: HostPort {
+            host: "127.0.0.1".to_owned(),
+            port: 0,
+        },
+    });
     config
 }
 
 /// Starts a node without waiting for it to register.
-pub(crate) fn launch_node(config: NodeConfig) -> (Running<NodeError>, oneshot::Receiver<NodeReady>) {
+pub(crate) fn launch_node(
+    config: NodeConfig,
+) -> (Running<NodeError>, oneshot::Receiver<NodeReady>) {
     let (stop, stopped) = oneshot::channel::<()>();
     let (told, ready) = oneshot::channel();
     let task = tokio::spawn(run_node(config, |ready| drop(told.send(ready)), async {
@@ -90,7 +125,13 @@ pub(crate) fn launch_node(config: NodeConfig) -> (Running<NodeError>, oneshot::R
 
 pub(crate) async fn start_node(config: NodeConfig) -> (Running<NodeError>, NodeReady) {
     let (node, ready) = launch_node(config);
-    (node, tokio::time::timeout(DEADLINE, ready).await.unwrap().expect("the node registers"))
+    (
+        node,
+        tokio::time::timeout(DEADLINE, ready)
+            .await
+            .unwrap()
+            .expect("the node registers"),
+    )
 }
 
 /// A coordinator's client with one lease.
@@ -102,10 +143,21 @@ pub(crate) struct Agent {
 impl Agent {
     pub(crate) async fn new(url: &EndpointUrl) -> Self {
         let mut client = CoordinatorClient::new(connect(url, DEADLINE).await.unwrap());
-        let message =
-            OpenLeaseRequest { agent_id: "agent".into(), host: "host".into(), tenant: String::new() };
-        let lease = client.open_lease(message).await.unwrap().into_inner().lease_id;
-        Self { client, lease: LeaseId::new(lease).unwrap() }
+        let message = OpenLeaseRequest {
+            agent_id: "agent".into(),
+            host: "host".into(),
+            tenant: String::new(),
+        };
+        let lease = client
+            .open_lease(message)
+            .await
+            .unwrap()
+            .into_inner()
+            .lease_id;
+        Self {
+            client,
+            lease: LeaseId::new(lease).unwrap(),
+        }
     }
 
     pub(crate) async fn grant(&mut self, count: u32) -> Result<Vec<ExtentGrant>, Status> {
@@ -117,27 +169,61 @@ impl Agent {
         count: u32,
         fabric: Option<FabricKind>,
     ) -> Result<Vec<ExtentGrant>, Status> {
-        let request = GrantRequest { lease: self.lease, count, fabric, request: None };
+        let request = GrantRequest {
+            lease: self.lease,
+            count,
+            fabric,
+            request: None,
+        };
         let message = farpage_proto::v1::GrantExtentsRequest::from(request);
-        Ok(check_grants(self.client.grant_extents(message).await?.into_inner().grants).unwrap())
+        Ok(check_grants(
+            self.client
+                .grant_extents(message)
+                .await?
+                .into_inner()
+                .grants,
+        )
+        .unwrap())
     }
 
     pub(crate) async fn release(&mut self, grants: &[ExtentGrant]) -> u32 {
         let extent_ids = grants.iter().map(|grant| grant.extent.0).collect();
-        let message = ReleaseExtentsRequest { lease_id: self.lease.get(), extent_ids };
-        self.client.release_extents(message).await.unwrap().into_inner().released
+        let message = ReleaseExtentsRequest {
+            lease_id: self.lease.get(),
+            extent_ids,
+        };
+        self.client
+            .release_extents(message)
+            .await
+            .unwrap()
+            .into_inner()
+            .released
     }
 
     pub(crate) async fn renew(&mut self) -> Result<farpage_proto::v1::RenewLeaseResponse, Status> {
-        Ok(self.client.renew_lease(RenewLeaseRequest { lease_id: self.lease.get() }).await?.into_inner())
+        Ok(self
+            .client
+            .renew_lease(RenewLeaseRequest {
+                lease_id: self.lease.get(),
+            })
+            .await?
+            .into_inner())
     }
 
     pub(crate) async fn status(&mut self) -> GetStatusResponse {
-        self.client.get_status(GetStatusRequest {}).await.unwrap().into_inner()
+        self.client
+            .get_status(GetStatusRequest {})
+            .await
+            .unwrap()
+            .into_inner()
     }
 
     /// Renews, and looks at the status, until it is as wanted.
-    pub(crate) async fn until(&mut self, what: &str, mut wanted: impl FnMut(&GetStatusResponse) -> bool) {
+    pub(crate) async fn until(
+        &mut self,
+        what: &str,
+        mut wanted: impl FnMut(&GetStatusResponse) -> bool,
+    ) {
         let started = Instant::now();
         loop {
             // A lease that has ended is what some wait for.
@@ -166,7 +252,11 @@ impl Data {
         let (memory, _) = RegisteredMemory::create("test", 4096, MemoryOptions::default()).unwrap();
         let memory = Arc::new(memory);
         let region = endpoint.register(Arc::clone(&memory));
-        Self { endpoint, memory, region }
+        Self {
+            endpoint,
+            memory,
+            region,
+        }
     }
 
     pub(crate) fn read(&mut self, grant: &ExtentGrant, offset: u64) -> Result<Vec<u8>, WorkError> {
@@ -178,7 +268,12 @@ impl Data {
         Ok(bytes)
     }
 
-    pub(crate) fn write(&mut self, grant: &ExtentGrant, offset: u64, byte: u8) -> Result<(), WorkError> {
+    pub(crate) fn write(
+        &mut self,
+        grant: &ExtentGrant,
+        offset: u64,
+        byte: u8,
+    ) -> Result<(), WorkError> {
         self.memory.write(0, &[byte; 4096]).unwrap();
         let (local, remote) = self.slices(grant, offset);
         self.endpoint.post_write(WorkId(1), local, remote).unwrap();
@@ -186,8 +281,19 @@ impl Data {
     }
 
     fn slices(&self, grant: &ExtentGrant, offset: u64) -> (LocalSlice, RemoteSlice) {
-        let local = LocalSlice { region: self.region, offset: 0, len: 4096 };
-        (local, RemoteSlice { extent: grant.index, key: grant.key.get(), offset })
+        let local = LocalSlice {
+            region: self.region,
+            offset: 0,
+            len: 4096,
+        };
+        (
+            local,
+            RemoteSlice {
+                extent: grant.index,
+                key: grant.key.get(),
+                offset,
+            },
+        )
     }
 
     fn wait(&mut self) -> Result<(), WorkError> {

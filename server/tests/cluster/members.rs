@@ -19,7 +19,10 @@ async fn a_taken_id_and_a_taken_address_are_refused_by_name() {
     let error = twin.ended().await;
     assert!(matches!(error, NodeError::Membership(_)), "{error:?}");
     let text = error.to_string();
-    assert!(text.contains("node `n1`") && text.contains(&ready.control_url.to_string()), "{text}");
+    assert!(
+        text.contains("node `n1`") && text.contains(&ready.control_url.to_string()),
+        "{text}"
+    );
     assert!(text.contains("give this one another id"), "{text}");
 
     // A name that only this network namespace knows can be registered from elsewhere: refused by the coordinator.
@@ -34,11 +37,23 @@ async fn a_taken_id_and_a_taken_address_are_refused_by_name() {
         control_token: vec![0; 16],
         ..Default::default()
     };
-    let error = agent.client.register_node(registration.clone()).await.unwrap_err();
+    let error = agent
+        .client
+        .register_node(registration.clone())
+        .await
+        .unwrap_err();
     assert_eq!(error.code(), Code::AlreadyExists);
-    assert!(error.message().contains(&ready.data_addresses[0].to_string()), "{error:?}");
+    assert!(
+        error
+            .message()
+            .contains(&ready.data_addresses[0].to_string()),
+        "{error:?}"
+    );
     assert!(error.message().contains("node `n1`"), "{error:?}");
-    let bad = farpage_proto::v1::RegisterNodeRequest { extent_bytes: MIB + 1, ..registration };
+    let bad = farpage_proto::v1::RegisterNodeRequest {
+        extent_bytes: MIB + 1,
+        ..registration
+    };
     let error = agent.client.register_node(bad).await.unwrap_err();
     assert_eq!(error.code(), Code::InvalidArgument);
     assert!(error.message().starts_with("extent_bytes: "), "{error:?}");
@@ -53,18 +68,38 @@ async fn a_killed_node_comes_back_empty_and_its_extents_are_lost_by_name() {
     let mut agent = Agent::new(&url).await;
     let grants = agent.grant(2).await.unwrap();
     node.kill().await;
-    agent.until("unreachable", |status| status.nodes[0].health() == NodeHealth::Unreachable).await;
+    agent
+        .until("unreachable", |status| {
+            status.nodes[0].health() == NodeHealth::Unreachable
+        })
+        .await;
     let renewal = agent.renew().await.unwrap();
-    assert_eq!((renewal.lost_extents.len(), renewal.unreachable_extents.len()), (0, 2));
+    assert_eq!(
+        (
+            renewal.lost_extents.len(),
+            renewal.unreachable_extents.len()
+        ),
+        (0, 2)
+    );
     let error = agent.grant(1).await.unwrap_err();
-    assert!(error.message().contains("on unreachable nodes 2 MiB"), "{error:?}");
+    assert!(
+        error.message().contains("on unreachable nodes 2 MiB"),
+        "{error:?}"
+    );
 
     let (node, _) = start_node(node_config("n1", 2, &url)).await;
     let lost: Vec<u32> = grants.iter().map(|grant| grant.extent.0).collect();
     assert_eq!(agent.renew().await.unwrap().lost_extents, lost);
     assert_eq!(agent.release(&grants).await, 2);
     assert!(agent.renew().await.unwrap().lost_extents.is_empty());
-    assert!(agent.grant(2).await.unwrap().iter().all(|grant| !lost.contains(&grant.extent.0)));
+    assert!(
+        agent
+            .grant(2)
+            .await
+            .unwrap()
+            .iter()
+            .all(|grant| !lost.contains(&grant.extent.0))
+    );
     node.stop().await;
     coordinator.stop().await;
 }
@@ -77,7 +112,9 @@ async fn a_node_that_restarts_at_once_need_not_wait_for_its_own_timeout() {
     // The same addresses again, as with fixed ports.
     config.control = ready.control_url.clone();
     let text = ready.data_addresses[0].to_string();
-    let EndpointUrl::Tcp(at) = text.strip_prefix("tcp:").unwrap().parse().unwrap() else { panic!() };
+    let EndpointUrl::Tcp(at) = text.strip_prefix("tcp:").unwrap().parse().unwrap() else {
+        panic!()
+    };
     config.tcp = Some(TcpListen { listen: at });
     node.stop().await;
     let (node, _) = start_node(config).await;
@@ -96,7 +133,10 @@ async fn a_node_waits_for_its_coordinator_and_finds_one_that_forgot_it() {
     let (node, ready) = launch_node(node_config("n1", 2, &url));
     tokio::time::sleep(Duration::from_millis(200)).await;
     let (coordinator, url) = start_coordinator("memory:", url).await;
-    tokio::time::timeout(DEADLINE, ready).await.unwrap().unwrap();
+    tokio::time::timeout(DEADLINE, ready)
+        .await
+        .unwrap()
+        .unwrap();
     let mut agent = Agent::new(&url).await;
     let grants = agent.grant(2).await.unwrap();
     let mut data = Data::connect(&grants[0].address.to_string());
@@ -106,7 +146,11 @@ async fn a_node_waits_for_its_coordinator_and_finds_one_that_forgot_it() {
     coordinator.kill().await;
     let (coordinator, url) = start_coordinator("memory:", url).await;
     let mut agent = Agent::new(&url).await;
-    agent.until("registered and scrubbed", |s| s.capacity_bytes == 2 * MIB && s.pending_bytes == 0).await;
+    agent
+        .until("registered and scrubbed", |s| {
+            s.capacity_bytes == 2 * MIB && s.pending_bytes == 0
+        })
+        .await;
     assert!(data.read(&grants[0], 0).is_err());
     let again = agent.grant(2).await.unwrap();
     assert!(again[0].epoch > grants[1].epoch);
@@ -120,12 +164,33 @@ async fn only_the_coordinator_may_grant_and_revoke() {
     let (coordinator, url) = start_coordinator("memory:", loopback(0)).await;
     let (node, ready) = start_node(node_config("n1", 2, &url)).await;
     let mut client = MemoryNodeClient::new(connect(&ready.control_url, DEADLINE).await.unwrap());
-    let error = client.grant_extent(GrantExtentRequest { index: 0, epoch: 1, key: 1 }).await.unwrap_err();
+    let error = client
+        .grant_extent(GrantExtentRequest {
+            index: 0,
+            epoch: 1,
+            key: 1,
+        })
+        .await
+        .unwrap_err();
     assert_eq!(error.code(), Code::PermissionDenied);
-    let error = client.revoke_extent(RevokeExtentRequest { index: 0, epoch: 1 }).await.unwrap_err();
+    let error = client
+        .revoke_extent(RevokeExtentRequest { index: 0, epoch: 1 })
+        .await
+        .unwrap_err();
     assert_eq!(error.code(), Code::PermissionDenied);
-    let info = client.node_info(farpage_proto::v1::NodeInfoRequest {}).await.unwrap().into_inner();
-    assert_eq!((info.node_id.as_str(), info.capacity_bytes, info.granted_extents), ("n1", 2 * MIB, 0));
+    let info = client
+        .node_info(farpage_proto::v1::NodeInfoRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(
+        (
+            info.node_id.as_str(),
+            info.capacity_bytes,
+            info.granted_extents
+        ),
+        ("n1", 2 * MIB, 0)
+    );
     node.stop().await;
     coordinator.stop().await;
 }
@@ -153,15 +218,24 @@ async fn another_node_stands_in_for_one_that_hangs() {
     let (mut renewals, lease) = (agent.client.clone(), agent.lease.get());
     let beating = tokio::spawn(async move {
         loop {
-            let beat = farpage_proto::v1::NodeHeartbeatRequest { node_id: "hangs".into(), incarnation: 5 };
+            let beat = farpage_proto::v1::NodeHeartbeatRequest {
+                node_id: "hangs".into(),
+                incarnation: 5,
+            };
             beats.node_heartbeat(beat).await.unwrap();
-            renewals.renew_lease(farpage_proto::v1::RenewLeaseRequest { lease_id: lease }).await.unwrap();
+            renewals
+                .renew_lease(farpage_proto::v1::RenewLeaseRequest { lease_id: lease })
+                .await
+                .unwrap();
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     });
     let grants = agent.grant(3).await.unwrap();
     assert_eq!(grants.len(), 3);
-    assert!(grants.iter().all(|grant| grant.node.as_str() == "works"), "{grants:?}");
+    assert!(
+        grants.iter().all(|grant| grant.node.as_str() == "works"),
+        "{grants:?}"
+    );
     // Whether the other one granted is not known: those extents wait for its confirmation.
     assert_eq!(agent.status().await.pending_bytes, 3 * MIB);
     beating.abort();

@@ -40,11 +40,16 @@ impl Pager {
         self.leave_transit(from_page..from_page.plus(pages));
         self.leave_transit(to_page..to_page.plus(pages));
         let mut released = Vec::new();
-        self.table.remap(from_page, to_page, pages, |_, entry| released.push(entry));
+        self.table
+            .remap(from_page, to_page, pages, |_, entry| released.push(entry));
         for entry in released {
             self.forget_entry(entry);
         }
-        for (page, entry) in self.table.touched(to_page..to_page.plus(pages)).collect::<Vec<_>>() {
+        for (page, entry) in self
+            .table
+            .touched(to_page..to_page.plus(pages))
+            .collect::<Vec<_>>()
+        {
             if entry.state() == State::Local {
                 self.residents.arrived(page);
             }
@@ -85,7 +90,10 @@ impl Pager {
             .touched(range)
             .filter(|(_, entry)| matches!(entry.state(), State::Fetching | State::Evicting))
             .collect();
-        if in_transit.iter().any(|(_, entry)| entry.state() == State::Evicting) {
+        if in_transit
+            .iter()
+            .any(|(_, entry)| entry.state() == State::Evicting)
+        {
             let kept = self.settle(super::SETTLE_DEADLINE);
             self.keep_messages(kept);
         }
@@ -101,7 +109,12 @@ impl Pager {
     pub(super) fn keep_messages(&mut self, kept: Vec<Message>) {
         for message in kept {
             match message {
-                Message::Fault { address, write, protected, thread } => self.waiting.push_back(super::Fault::new(
+                Message::Fault {
+                    address,
+                    write,
+                    protected,
+                    thread,
+                } => self.waiting.push_back(super::Fault::new(
                     address,
                     write,
                     protected,
@@ -119,7 +132,8 @@ impl Pager {
         if self.residents.len() > 2 * local + SWEEP_SLACK {
             let table = &self.table;
             let mut seen = std::collections::HashSet::with_capacity(local);
-            self.residents.retain(|page| table.get(page).state() == State::Local && seen.insert(page));
+            self.residents
+                .retain(|page| table.get(page).state() == State::Local && seen.insert(page));
         }
     }
 }

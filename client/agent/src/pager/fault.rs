@@ -29,8 +29,20 @@ pub(crate) struct Fault {
 }
 
 impl Fault {
-    pub(super) fn new(address: u64, write: bool, protected: bool, thread: u32, began: Instant) -> Self {
-        Self { page: Page::of(address), write, protected, thread, began }
+    pub(super) fn new(
+        address: u64,
+        write: bool,
+        protected: bool,
+        thread: u32,
+        began: Instant,
+    ) -> Self {
+        Self {
+            page: Page::of(address),
+            write,
+            protected,
+            thread,
+            began,
+        }
     }
 }
 
@@ -64,12 +76,19 @@ impl Pager {
         if room <= 0 {
             return Some(fault);
         }
-        let window = self.prefetcher.fault(fault.page).pages.clamp(1, MAX_ZERO_RUN);
+        let window = self
+            .prefetcher
+            .fault(fault.page)
+            .pages
+            .clamp(1, MAX_ZERO_RUN);
         let most = window.min((room as u64 / 4).max(1));
         let mut run = 1;
         while run < most
             && self.registered.contains(fault.page.plus(run))
-            && matches!(self.table.get(fault.page.plus(run)).state(), State::Untouched | State::Zero)
+            && matches!(
+                self.table.get(fault.page.plus(run)).state(),
+                State::Untouched | State::Zero
+            )
         {
             run += 1;
         }
@@ -109,8 +128,14 @@ impl Pager {
 
     /// Ends a fault with SIGBUS: by a poison marker where the kernel has one, else by a signal to the thread.
     pub(super) fn deliver_sigbus(&mut self, fault: &Fault) {
-        self.job.counters.pages_poisoned.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        if let Some((before, _)) = self.table.change(fault.page, |entry| Some(entry.poisoned())) {
+        self.job
+            .counters
+            .pages_poisoned
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        if let Some((before, _)) = self
+            .table
+            .change(fault.page, |entry| Some(entry.poisoned()))
+        {
             self.release_slot_of(before);
         }
         let range = fault.page.address()..fault.page.plus(1).address();

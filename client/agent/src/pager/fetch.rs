@@ -69,12 +69,20 @@ pub(crate) struct Fetches {
 
 impl Default for Fetches {
     fn default() -> Self {
-        let options = MemoryOptions { huge_pages: false, lock: false };
+        let options = MemoryOptions {
+            huge_pages: false,
+            lock: false,
+        };
         let frames = RegisteredMemory::create("farpage-frames", FRAMES_BYTES, options);
-        let frames = frames.inspect_err(|error| tracing::error!(%error, "no frames: pages cannot be fetched")).ok();
+        let frames = frames
+            .inspect_err(|error| tracing::error!(%error, "no frames: pages cannot be fetched"))
+            .ok();
         let frames = frames.map(|(memory, _)| Arc::new(memory));
         Self {
-            zero_hash: frames.as_ref().and_then(|frames| frames.hash128(ZERO_FRAME as u64, 4096).ok()).unwrap_or(0),
+            zero_hash: frames
+                .as_ref()
+                .and_then(|frames| frames.hash128(ZERO_FRAME as u64, 4096).ok())
+                .unwrap_or(0),
             frames,
             places: std::array::from_fn(|_| None),
             ahead: VecDeque::new(),
@@ -85,7 +93,9 @@ impl Default for Fetches {
 impl Fetches {
     /// A page of zeros, for `UFFDIO_COPY`.
     pub(super) fn zero_page(&self) -> *const u8 {
-        self.frames.as_ref().map_or(std::ptr::null(), |frames| frames.as_ptr().wrapping_add(ZERO_FRAME))
+        self.frames.as_ref().map_or(std::ptr::null(), |frames| {
+            frames.as_ptr().wrapping_add(ZERO_FRAME)
+        })
     }
 
     /// The hash of a page of zeros.
@@ -95,7 +105,9 @@ impl Fetches {
 
     fn frame(&self, place: usize, index: usize) -> *const u8 {
         let offset = frame_offset(place, index) as usize;
-        self.frames.as_ref().map_or(std::ptr::null(), |frames| frames.as_ptr().wrapping_add(offset))
+        self.frames.as_ref().map_or(std::ptr::null(), |frames| {
+            frames.as_ptr().wrapping_add(offset)
+        })
     }
 
     /// The memory that reads go to.
@@ -104,7 +116,11 @@ impl Fetches {
     }
 
     fn find(&self, page: Page) -> Option<usize> {
-        self.places.iter().position(|place| place.as_ref().is_some_and(|fetch| fetch.index_of(page).is_some()))
+        self.places.iter().position(|place| {
+            place
+                .as_ref()
+                .is_some_and(|fetch| fetch.index_of(page).is_some())
+        })
     }
 
     fn get(&mut self, place: usize) -> Option<&mut Fetch> {
@@ -122,16 +138,24 @@ impl Pager {
         if self.job.room() <= 0 {
             return Some(fault);
         }
-        let Some(place) = self.free_place() else { return Some(fault) };
+        let Some(place) = self.free_place() else {
+            return Some(fault);
+        };
         let window = self.prefetcher.fault(fault.page);
-        self.job.counters.prefetch_hits.fetch_add(window.hits, Relaxed);
+        self.job
+            .counters
+            .prefetch_hits
+            .fetch_add(window.hits, Relaxed);
         let room = (self.job.room() as u64 / 4).max(1);
         let pages = self.claim_run(place, fault.page, window.pages.min(room));
         if let Some(fetch) = self.fetches.get(place) {
             fetch.wanted = true;
             fetch.waiters.push(fault);
         }
-        self.job.counters.pages_prefetched.fetch_add(pages.saturating_sub(1), Relaxed);
+        self.job
+            .counters
+            .pages_prefetched
+            .fetch_add(pages.saturating_sub(1), Relaxed);
         self.post_reads(place);
         if window.pages > 1 && pages == window.pages {
             self.read_ahead(fault.page.plus(pages), window.pages);
@@ -147,15 +171,24 @@ impl Pager {
             self.table.change(fault.page, Entry::fetch_dropped);
             return Some(fault);
         };
-        let was_ahead = self.fetches.get(place).is_some_and(|fetch| !std::mem::replace(&mut fetch.wanted, true));
+        let was_ahead = self
+            .fetches
+            .get(place)
+            .is_some_and(|fetch| !std::mem::replace(&mut fetch.wanted, true));
         if let Some(fetch) = self.fetches.get(place) {
             fetch.waiters.push(fault);
         }
         if was_ahead {
             self.fetches.ahead.retain(|ahead| *ahead != place);
             let window = self.prefetcher.fault(fault.page);
-            self.job.counters.prefetch_hits.fetch_add(window.hits, Relaxed);
-            let end = self.fetches.get(place).map(|fetch| fetch.first.plus(fetch.slots.len() as u64));
+            self.job
+                .counters
+                .prefetch_hits
+                .fetch_add(window.hits, Relaxed);
+            let end = self
+                .fetches
+                .get(place)
+                .map(|fetch| fetch.first.plus(fetch.slots.len() as u64));
             self.try_install(place);
             if let Some(end) = end.filter(|_| window.pages > 1) {
                 self.read_ahead(end, window.pages);
@@ -171,9 +204,14 @@ impl Pager {
         if !self.table.get(first).is_far() || self.links.credits() < 2 {
             return;
         }
-        let Some(place) = self.free_place() else { return };
+        let Some(place) = self.free_place() else {
+            return;
+        };
         let claimed = self.claim_run(place, first, pages);
-        self.job.counters.pages_prefetched.fetch_add(claimed, Relaxed);
+        self.job
+            .counters
+            .pages_prefetched
+            .fetch_add(claimed, Relaxed);
         self.fetches.ahead.push_back(place);
         self.post_reads(place);
     }
@@ -184,7 +222,9 @@ impl Pager {
             return Some(place);
         }
         let oldest = self.fetches.ahead.iter().copied().find(|place| {
-            self.fetches.places[*place].as_ref().is_some_and(|fetch| fetch.outstanding == 0)
+            self.fetches.places[*place]
+                .as_ref()
+                .is_some_and(|fetch| fetch.outstanding == 0)
         })?;
         self.drop_fetch(oldest);
         Some(oldest)
@@ -194,7 +234,10 @@ impl Pager {
     fn claim_run(&mut self, place: usize, first: Page, most: u64) -> u64 {
         let mut slots = Vec::with_capacity(most as usize);
         while (slots.len() as u64) < most.min(MAX_WINDOW) {
-            match self.table.change(first.plus(slots.len() as u64), Entry::claim_fetch) {
+            match self
+                .table
+                .change(first.plus(slots.len() as u64), Entry::claim_fetch)
+            {
                 Some((_, claimed)) => slots.extend(claimed.slot()),
                 None => break,
             }
@@ -217,28 +260,46 @@ impl Pager {
 
     /// Posts the reads of a fetch, one for each run of neighbouring slots, as far as the window allows.
     pub(super) fn post_reads(&mut self, place: usize) {
-        let Some(memory) = self.fetches.memory() else { return };
+        let Some(memory) = self.fetches.memory() else {
+            return;
+        };
         while let Some(fetch) = self.fetches.get(place) {
             let (index, slots) = (fetch.posted, &fetch.slots);
-            let Some(slot) = slots.get(index).copied() else { break };
+            let Some(slot) = slots.get(index).copied() else {
+                break;
+            };
             let mut len = 1;
             while let Some(next) = slots.get(index + len)
                 && slots[index + len - 1].next() == Some(*next)
             {
                 len += 1;
             }
-            let work = Work::Read { place: place as u8, index: index as u8 };
-            let to = LocalSlice { region: self.links.frames_region(), offset: frame_offset(place, index), len: len as u32 * 4096 };
+            let work = Work::Read {
+                place: place as u8,
+                index: index as u8,
+            };
+            let to = LocalSlice {
+                region: self.links.frames_region(),
+                offset: frame_offset(place, index),
+                len: len as u32 * 4096,
+            };
             match self.links.read(&self.shared.far, &memory, work, to, slot) {
                 Ok(()) => {
-                    let Some(fetch) = self.fetches.get(place) else { break };
+                    let Some(fetch) = self.fetches.get(place) else {
+                        break;
+                    };
                     fetch.posted += len;
                     fetch.outstanding += 1;
-                    self.job.counters.pages_fetched.fetch_add(len as u64, Relaxed);
+                    self.job
+                        .counters
+                        .pages_fetched
+                        .fetch_add(len as u64, Relaxed);
                 }
                 Err(super::links::LinkError::Busy) => break,
                 Err(super::links::LinkError::Unreachable) => {
-                    let Some(fetch) = self.fetches.get(place) else { break };
+                    let Some(fetch) = self.fetches.get(place) else {
+                        break;
+                    };
                     fetch.failed = true;
                     break;
                 }
@@ -261,7 +322,9 @@ impl Pager {
     pub(super) fn install_arrived(&mut self) -> bool {
         let mut worked = false;
         for place in 0..MAX_FETCHES {
-            let Some(fetch) = self.fetches.get(place) else { continue };
+            let Some(fetch) = self.fetches.get(place) else {
+                continue;
+            };
             if fetch.posted < fetch.slots.len() && !fetch.failed {
                 self.post_reads(place);
             }
@@ -272,7 +335,9 @@ impl Pager {
 
     /// Installs a fetch that is complete and wanted. Returns whether it is finished.
     fn try_install(&mut self, place: usize) -> bool {
-        let Some(fetch) = self.fetches.get(place) else { return false };
+        let Some(fetch) = self.fetches.get(place) else {
+            return false;
+        };
         if !fetch.is_complete() {
             return false;
         }
@@ -282,21 +347,33 @@ impl Pager {
         if !fetch.checked && !self.check_hashes(place) {
             return self.retry_fetch(place);
         }
-        let Some(fetch) = self.fetches.get(place) else { return false };
+        let Some(fetch) = self.fetches.get(place) else {
+            return false;
+        };
         if !fetch.wanted {
             return false;
         }
         while let Some((index, len)) = self.next_run(place) {
-            let Some(fetch) = self.fetches.get(place) else { break };
+            let Some(fetch) = self.fetches.get(place) else {
+                break;
+            };
             let first = fetch.first.plus(index as u64);
             let source = self.fetches.frame(place, index);
-            let (done, finished) = match self.install_copies(first, len as u64, source) {
-                Installed::All => (len as u64, true),
-                Installed::UntilEvent(done) | Installed::NoMemory(done) => (done, false),
+            let installed = self.install_copies(first, len as u64, source);
+            let done = match installed {
+                Installed::All => len as u64,
+                Installed::UntilEvent(done) | Installed::NoMemory(done) | Installed::Gone(done) => {
+                    done
+                }
             };
             self.arrived_home(place, index, done as usize);
-            if !finished {
-                return done > 0;
+            match installed {
+                Installed::All => {}
+                Installed::UntilEvent(_) | Installed::NoMemory(_) => return done > 0,
+                Installed::Gone(_) => {
+                    self.table.change(first.plus(done), Entry::fetch_dropped);
+                    self.wake(first.plus(done), 1);
+                }
             }
         }
         if let Some(fetch) = self.fetches.places.get_mut(place).and_then(Option::take) {
@@ -313,20 +390,27 @@ impl Pager {
         let still = |index: usize| {
             let page = fetch.first.plus(index as u64);
             let entry = self.table.get(page);
-            fetch.dropped >> index & 1 == 0 && entry.state() == State::Fetching && entry.slot() == Some(fetch.slots[index])
+            fetch.dropped >> index & 1 == 0
+                && entry.state() == State::Fetching
+                && entry.slot() == Some(fetch.slots[index])
         };
         let start = (0..fetch.slots.len()).find(|index| still(*index))?;
-        let len = (start..fetch.slots.len()).take_while(|index| still(*index)).count();
+        let len = (start..fetch.slots.len())
+            .take_while(|index| still(*index))
+            .count();
         Some((start, len))
     }
 
     fn arrived_home(&mut self, place: usize, index: usize, pages: usize) {
-        let Some(fetch) = self.fetches.places[place].as_ref() else { return };
+        let Some(fetch) = self.fetches.places[place].as_ref() else {
+            return;
+        };
         let first = fetch.first.plus(index as u64);
         for i in 0..pages as u64 {
             if let Some((before, _)) = self.table.change(first.plus(i), Entry::fetched) {
                 let resident = self.table.local_pages();
-                self.residents.refaulted(first.plus(i), before.age(), resident);
+                self.residents
+                    .refaulted(first.plus(i), before.age(), resident);
                 self.job.charge(1);
             }
         }
@@ -334,11 +418,16 @@ impl Pager {
 
     /// Checks every page of a fetch against what its slot should hold.
     fn check_hashes(&mut self, place: usize) -> bool {
-        let Some(frames) = self.fetches.memory() else { return false };
-        let Some(fetch) = self.fetches.places[place].as_mut() else { return false };
+        let Some(frames) = self.fetches.memory() else {
+            return false;
+        };
+        let Some(fetch) = self.fetches.places[place].as_mut() else {
+            return false;
+        };
         let good = (0..fetch.slots.len()).all(|index| {
             fetch.dropped >> index & 1 == 1
-                || frames.hash128(frame_offset(place, index), 4096).ok() == self.shared.far.hash(fetch.slots[index])
+                || frames.hash128(frame_offset(place, index), 4096).ok()
+                    == self.shared.far.hash(fetch.slots[index])
         });
         fetch.checked = good;
         good
@@ -347,10 +436,17 @@ impl Pager {
     /// A fetch failed, or brought bytes that do not pass their check: once more, a few times; then its wanted
     /// page is lost, and the others go back to far.
     fn retry_fetch(&mut self, place: usize) -> bool {
-        let Some(fetch) = self.fetches.get(place) else { return false };
+        let Some(fetch) = self.fetches.get(place) else {
+            return false;
+        };
         let corrupt = !fetch.failed;
-        let lost = fetch.slots.iter().any(|slot| self.shared.far.is_lost(*slot));
-        let Some(fetch) = self.fetches.get(place) else { return false };
+        let lost = fetch
+            .slots
+            .iter()
+            .any(|slot| self.shared.far.is_lost(*slot));
+        let Some(fetch) = self.fetches.get(place) else {
+            return false;
+        };
         if corrupt {
             fetch.retries += 1;
         }
@@ -358,11 +454,17 @@ impl Pager {
             // Unreachable is not lost: tried again until the faults' own deadline.
             let first = fetch.first;
             let waiters = std::mem::take(&mut fetch.waiters);
-            let expired = waiters.iter().any(|fault| fault.began.elapsed() > super::FAULT_DEADLINE);
+            let expired = waiters
+                .iter()
+                .any(|fault| fault.began.elapsed() > super::FAULT_DEADLINE);
             if !expired {
-                (fetch.waiters, fetch.posted, fetch.failed, fetch.checked) = (waiters, 0, false, false);
+                (fetch.waiters, fetch.posted, fetch.failed, fetch.checked) =
+                    (waiters, 0, false, false);
                 if !corrupt {
-                    tracing::warn!(page = format_args!("{:#x}", first.address()), "a read of far memory failed; it is tried again");
+                    tracing::warn!(
+                        page = format_args!("{:#x}", first.address()),
+                        "a read of far memory failed; it is tried again"
+                    );
                     self.links.reconnect_later();
                 }
                 self.post_reads(place);
@@ -371,7 +473,12 @@ impl Pager {
             fetch.waiters = waiters;
         }
         let waiters = std::mem::take(&mut fetch.waiters);
-        tracing::error!(pid = self.pid(), corrupt, lost, "far pages could not be brought home");
+        tracing::error!(
+            pid = self.pid(),
+            corrupt,
+            lost,
+            "far pages could not be brought home"
+        );
         self.drop_fetch(place);
         for fault in waiters {
             self.deliver_sigbus(&fault);
@@ -382,9 +489,12 @@ impl Pager {
     /// Gives a fetch up: its pages are far again.
     fn drop_fetch(&mut self, place: usize) {
         self.fetches.ahead.retain(|ahead| *ahead != place);
-        let Some(fetch) = self.fetches.places[place].take() else { return };
+        let Some(fetch) = self.fetches.places[place].take() else {
+            return;
+        };
         for index in (0..fetch.slots.len()).filter(|index| fetch.dropped >> index & 1 == 0) {
-            self.table.change(fetch.first.plus(index as u64), Entry::fetch_dropped);
+            self.table
+                .change(fetch.first.plus(index as u64), Entry::fetch_dropped);
         }
     }
 
@@ -395,7 +505,8 @@ impl Pager {
             && let Some(index) = fetch.index_of(page)
         {
             fetch.dropped |= 1 << index;
-            let (gone, kept): (Vec<Fault>, Vec<Fault>) = fetch.waiters.iter().partition(|fault| fault.page == page);
+            let (gone, kept): (Vec<Fault>, Vec<Fault>) =
+                fetch.waiters.iter().partition(|fault| fault.page == page);
             fetch.waiters = kept;
             self.waiting.extend(gone);
         }

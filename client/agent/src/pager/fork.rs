@@ -17,7 +17,9 @@ impl Pager {
         let registered = self.registered.clone();
         match self.start_child(uffd, table, registered) {
             Ok(()) => self.job.charge(local as i64),
-            Err(error) => tracing::error!(%error, pid = self.pid(), "a forked child cannot be served"),
+            Err(error) => {
+                tracing::error!(%error, pid = self.pid(), "a forked child cannot be served")
+            }
         }
         self.keep_messages(kept);
     }
@@ -37,7 +39,9 @@ impl Pager {
             if left_out.iter().any(|range| range.contains(&page)) {
                 continue;
             }
-            let Some((ours, theirs)) = entry.forked() else { continue };
+            let Some((ours, theirs)) = entry.forked() else {
+                continue;
+            };
             self.table.change(page, |_| Some(ours));
             child.change(page, |_| Some(theirs));
             if let Some(slot) = theirs.slot() {
@@ -49,9 +53,20 @@ impl Pager {
         (child, local)
     }
 
-    fn start_child(&self, uffd: Uffd, table: PageTable, registered: Registered) -> std::io::Result<()> {
+    fn start_child(
+        &self,
+        uffd: Uffd,
+        table: PageTable,
+        registered: Registered,
+    ) -> std::io::Result<()> {
         let handle = self.shared.spawner.new_handle(0)?;
-        let mut child = Pager::new(self.shared.clone(), Arc::clone(&self.job), Arc::clone(&handle), None, uffd);
+        let mut child = Pager::new(
+            self.shared.clone(),
+            Arc::clone(&self.job),
+            Arc::clone(&handle),
+            None,
+            uffd,
+        );
         for (page, entry) in table.touched(Page(0)..Page(u64::MAX >> 12)) {
             if entry.state() == State::Local {
                 child.residents.arrived(page);
@@ -59,6 +74,8 @@ impl Pager {
         }
         child.table = table;
         child.registered = registered;
-        self.shared.spawner.start_forked(self.handle.id, child, handle)
+        self.shared
+            .spawner
+            .start_forked(self.handle.id, child, handle)
     }
 }

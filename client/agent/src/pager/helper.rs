@@ -36,7 +36,9 @@ impl Helper {
     /// What a process offered at the door, before its helper runs.
     pub(crate) fn new(offer: HelperOffer) -> (Self, Process) {
         let control = offer.shared.control();
-        control.dead_man_seconds.store(DEAD_MAN_SECONDS, Ordering::Relaxed);
+        control
+            .dead_man_seconds
+            .store(DEAD_MAN_SECONDS, Ordering::Relaxed);
         control.spin.store(SPIN_ROUNDS, Ordering::Relaxed);
         let helper = Self {
             shared: offer.shared,
@@ -77,7 +79,9 @@ impl Helper {
     }
 
     pub(super) fn waits(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        [self.event.as_fd(), self.drain_uffd.as_fd()].into_iter().chain(self.process.as_ref().map(AsFd::as_fd))
+        [self.event.as_fd(), self.drain_uffd.as_fd()]
+            .into_iter()
+            .chain(self.process.as_ref().map(AsFd::as_fd))
     }
 
     /// Makes the eventfd quiet, and answers strays in the drain range with zeros.
@@ -125,7 +129,9 @@ impl Pager {
         if self.helper.is_some() || !self.is_my_memory(&offer) {
             return Err(offer);
         }
-        let Ok(uffd) = self.uffd.as_fd().try_clone_to_owned() else { return Err(offer) };
+        let Ok(uffd) = self.uffd.as_fd().try_clone_to_owned() else {
+            return Err(offer);
+        };
         self.install_helper(*offer);
         Ok(uffd)
     }
@@ -140,8 +146,15 @@ impl Pager {
         let mut page = vec![0u8; 4096];
         page[..8].copy_from_slice(&mark.to_ne_bytes());
         let mut seen = [0u8; 8];
-        let found = self.uffd.copy(offer.holding.start, page.as_ptr(), 4096, false).is_ok()
-            && crate::sys::process::read_present_memory(offer.process.pid(), offer.holding.start, &mut seen)
+        let found = self
+            .uffd
+            .copy(offer.holding.start, page.as_ptr(), 4096, false)
+            .is_ok()
+            && crate::sys::process::read_present_memory(
+                offer.process.pid(),
+                offer.holding.start,
+                &mut seen,
+            )
             && seen == mark.to_ne_bytes();
         if !found {
             let _ = self.uffd.unregister(&offer.holding);
@@ -152,10 +165,15 @@ impl Pager {
     pub(crate) fn install_helper(&mut self, offer: HelperOffer) {
         self.links.set_staging(Arc::clone(offer.shared.memory()));
         let (helper, process) = Helper::new(offer);
-        self.handle.pid.store(process.pid().unsigned_abs().into(), Ordering::Release);
+        self.handle
+            .pid
+            .store(process.pid().unsigned_abs().into(), Ordering::Release);
         self.process = Some(process);
         self.handle.set_control(helper.shared().clone());
-        helper.control().armed.store(u32::from(self.job.is_armed()), Ordering::Release);
+        helper
+            .control()
+            .armed
+            .store(u32::from(self.job.is_armed()), Ordering::Release);
         self.helper = Some(helper);
     }
 
@@ -167,12 +185,16 @@ impl Pager {
 
     /// Whether an address is in a range of our own, which the program may touch only by touching everything.
     pub(super) fn is_own_range(&self, page: crate::table::Page) -> bool {
-        self.helper.as_ref().is_some_and(|helper| helper.owns(page.address()))
+        self.helper
+            .as_ref()
+            .is_some_and(|helper| helper.owns(page.address()))
     }
 
     /// A report of the shim's: look at the mappings, then let it go on.
     pub(super) fn answer_report(&mut self) {
-        let Some(helper) = &mut self.helper else { return };
+        let Some(helper) = &mut self.helper else {
+            return;
+        };
         let report = helper.control().report.load(Ordering::Acquire);
         if report == helper.reported {
             return;

@@ -9,8 +9,10 @@ use crate::table::Page;
 /// How far an install came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Installed {
-    /// All pages are there or have no place any more.
+    /// All pages are there.
     All,
+    /// This many are; the next has no place any more: its mapping is gone, as an event to come will say.
+    Gone(u64),
     /// This many are; then an event must be read first.
     UntilEvent(u64),
     /// This many are; then the kernel had no memory for the next. It is tried again until the deadline.
@@ -19,28 +21,47 @@ pub(super) enum Installed {
 
 impl Pager {
     /// Installs `pages` pages of bytes that lie at `source`, one behind the other, and wakes their waiters.
-    pub(super) fn install_copies(&mut self, first: Page, pages: u64, source: *const u8) -> Installed {
-        let mut done = 0;
+    pub(super) fn install_copies(
+        &mut self,
+        first: Page,
+        pages: u64,
+        source: *const u8,
+    ) -> Installed {
+        let (mut done, mut most) = (0, pages);
         while done < pages {
             let from = source.wrapping_add((done * 4096) as usize);
-            match self.uffd.copy(first.plus(done).address(), from, (pages - done) * 4096, false) {
-                Ok(()) => done = pages,
+            let len = most.min(pages - done);
+            match self
+                .uffd
+                .copy(first.plus(done).address(), from, len * 4096, false)
+            {
+                Ok(()) => done += len,
                 Err(InstallError::EventsPending(bytes)) if bytes > 0 => done += bytes / 4096,
                 Err(InstallError::EventsPending(_)) => return Installed::UntilEvent(done),
-                Err(InstallError::NoMemory(bytes)) => return Installed::NoMemory(done + bytes / 4096),
-                Err(InstallError::Present(bytes) | InstallError::Gone(bytes)) => {
+                Err(InstallError::NoMemory(bytes)) => {
+                    return Installed::NoMemory(done + bytes / 4096);
+                }
+                Err(InstallError::Present(bytes)) => {
                     done += bytes / 4096;
                     self.wake(first.plus(done), 1);
                     done += 1;
                 }
+                // The kernel takes no run that crosses from one mapping to the next, so a run of pages whose
+                // mappings differ goes one by one; a single page that has no place has lost its mapping.
+                Err(InstallError::Gone(0)) if len > 1 => most = 1,
+                Err(InstallError::Gone(bytes)) => return Installed::Gone(done + bytes / 4096),
                 Err(InstallError::NoProcess) => {
                     self.closing = true;
                     return Installed::All;
                 }
                 Err(InstallError::Other(errno)) => {
-                    tracing::error!(errno, pid = self.pid(), page = format_args!("{:#x}", first.address()), "a page could not be installed");
-                    self.wake(first.plus(done), 1);
-                    done += 1;
+                    tracing::error!(
+                        errno,
+                        pid = self.pid(),
+                        page = format_args!("{:#x}", first.address()),
+                        "a page could not be installed"
+                    );
+                    return Installed::Gone(done);
                 }
             }
         }
@@ -48,45 +69,50 @@ impl Pager {
     }
 
     /// Installs zeros over a run of pages that were never written. A single page to be written gets a page of
-    /// its own at once; a run gets the kernel's shared zero page, copied on write without a message.
+    /// its own at once; a run gets the kernel's shared zero page, copied on write without a message. Returns
+    /// false while that cannot be done.
     pub(super) fn install_zeros(&mut self, first: Page, pages: u64, write: bool) -> bool {
         let done = if pages == 1 && write {
             match self.install_copies(first, 1, self.fetches.zero_page()) {
                 Installed::All => 1,
+                Installed::Gone(_) => 0,
                 Installed::UntilEvent(_) | Installed::NoMemory(_) => return false,
             }
         } else {
-            let range = first.address()..first.plus(pages).address();
-            match self.uffd.zero(&range) {
+            match self
+                .uffd
+                .zero(&(first.address()..first.plus(pages).address()))
+            {
                 Ok(()) => pages,
+                Err(InstallError::EventsPending(0) | InstallError::NoMemory(0)) => return false,
                 Err(InstallError::EventsPending(bytes) | InstallError::NoMemory(bytes)) => {
-                    if bytes == 0 {
-                        return false;
-                    }
                     bytes / 4096
                 }
-                Err(InstallError::Present(bytes)) => {
-                    // What was believed untouched is there: from now on the table knows.
-                    self.wake(first.plus(bytes / 4096), 1);
-                    bytes / 4096 + 1
+                // What was believed untouched is there: from now on the table knows.
+                Err(InstallError::Present(bytes)) => bytes / 4096 + 1,
+                // A run across two mappings, or one that ends before its run.
+                Err(InstallError::Gone(0)) if pages > 1 => {
+                    return self.install_zeros(first, 1, write);
                 }
-                Err(InstallError::Gone(bytes)) => {
-                    self.wake(first.plus(bytes / 4096), 1);
-                    bytes / 4096
-                }
+                Err(InstallError::Gone(bytes)) => bytes / 4096,
                 Err(InstallError::NoProcess) => {
                     self.closing = true;
                     return true;
                 }
                 Err(InstallError::Other(errno)) => {
                     tracing::error!(errno, pid = self.pid(), "zeros could not be installed");
-                    self.wake(first, 1);
-                    return true;
+                    0
                 }
             }
         };
+        // Whoever waits for a page that was there, or has no place, looks again.
+        self.wake(first, 1);
         for i in 0..done {
-            if self.table.change(first.plus(i), Entry::filled_with_zeros).is_some() {
+            if self
+                .table
+                .change(first.plus(i), Entry::filled_with_zeros)
+                .is_some()
+            {
                 self.residents.arrived(first.plus(i));
                 self.job.charge(1);
             }
@@ -126,6 +152,8 @@ impl Pager {
 
     /// Has waiters in a range look again.
     pub(super) fn wake(&self, first: Page, pages: u64) {
-        let _ = self.uffd.wake(&(first.address()..first.plus(pages).address()));
+        let _ = self
+            .uffd
+            .wake(&(first.address()..first.plus(pages).address()));
     }
 }

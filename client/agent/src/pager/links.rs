@@ -39,7 +39,17 @@ impl Work {
 
     fn of(id: WorkId) -> Self {
         let (high, low) = ((id.0 >> 8) as u8, id.0 as u8);
-        if id.0 & WRITE == 0 { Self::Read { place: high, index: low } } else { Self::Write { area: high, index: low } }
+        if id.0 & WRITE == 0 {
+            Self::Read {
+                place: high,
+                index: low,
+            }
+        } else {
+            Self::Write {
+                area: high,
+                index: low,
+            }
+        }
     }
 }
 
@@ -89,17 +99,32 @@ impl Links {
         self.links.retain(|link| link.in_flight > 0);
     }
 
-    fn link(&mut self, address: &str, frames: &Arc<RegisteredMemory>) -> Result<&mut Link, LinkError> {
+    fn link(
+        &mut self,
+        address: &str,
+        frames: &Arc<RegisteredMemory>,
+    ) -> Result<&mut Link, LinkError> {
         let at = match self.links.iter().position(|link| link.address == address) {
             Some(at) => at,
             None => {
-                self.links.push(Link { address: address.to_owned(), endpoint: None, retry_at: None, in_flight: 0, dirty: false });
+                self.links.push(Link {
+                    address: address.to_owned(),
+                    endpoint: None,
+                    retry_at: None,
+                    in_flight: 0,
+                    dirty: false,
+                });
                 self.links.len() - 1
             }
         };
         let staging = self.staging.clone();
         let link = &mut self.links[at];
-        if link.endpoint.as_ref().is_some_and(|endpoint| !endpoint.is_connected()) && link.in_flight == 0 {
+        if link
+            .endpoint
+            .as_ref()
+            .is_some_and(|endpoint| !endpoint.is_connected())
+            && link.in_flight == 0
+        {
             link.endpoint = None;
         }
         if link.endpoint.is_none() {
@@ -163,7 +188,11 @@ impl Links {
 
     /// Fewest requests that any connection takes now.
     pub(super) fn credits(&self) -> usize {
-        self.links.iter().filter_map(|link| Some(link.endpoint.as_ref()?.credits())).min().unwrap_or(WINDOW)
+        self.links
+            .iter()
+            .filter_map(|link| Some(link.endpoint.as_ref()?.credits()))
+            .min()
+            .unwrap_or(WINDOW)
     }
 
     /// Whether anything is outstanding.
@@ -173,13 +202,20 @@ impl Links {
 
     /// What to sleep on.
     pub(super) fn wait_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.links.iter().filter(|link| link.in_flight > 0).filter_map(|link| link.endpoint.as_ref()?.wait_fd())
+        self.links
+            .iter()
+            .filter(|link| link.in_flight > 0)
+            .filter_map(|link| link.endpoint.as_ref()?.wait_fd())
     }
 
     /// A request failed: broken connections rest before they are made anew.
     pub(super) fn reconnect_later(&mut self) {
         for link in &mut self.links {
-            if link.endpoint.as_ref().is_some_and(|endpoint| !endpoint.is_connected()) {
+            if link
+                .endpoint
+                .as_ref()
+                .is_some_and(|endpoint| !endpoint.is_connected())
+            {
                 link.retry_at = Some(Instant::now() + RECONNECT_PAUSE);
             }
         }
@@ -187,7 +223,11 @@ impl Links {
 }
 
 impl Link {
-    fn connect(&mut self, frames: &Arc<RegisteredMemory>, staging: Option<&Arc<RegisteredMemory>>) -> Result<(), LinkError> {
+    fn connect(
+        &mut self,
+        frames: &Arc<RegisteredMemory>,
+        staging: Option<&Arc<RegisteredMemory>>,
+    ) -> Result<(), LinkError> {
         if self.retry_at.is_some_and(|at| Instant::now() < at) {
             return Err(LinkError::Unreachable);
         }
@@ -212,7 +252,10 @@ impl Link {
         Ok(())
     }
 
-    fn post(&mut self, post: impl FnOnce(&mut dyn Endpoint) -> Result<(), PostError>) -> Result<(), LinkError> {
+    fn post(
+        &mut self,
+        post: impl FnOnce(&mut dyn Endpoint) -> Result<(), PostError>,
+    ) -> Result<(), LinkError> {
         let endpoint = self.endpoint.as_deref_mut().ok_or(LinkError::Unreachable)?;
         match post(endpoint) {
             Ok(()) => {
@@ -241,9 +284,15 @@ impl Pager {
                 tracing::debug!(%error, "a work request failed");
             }
             match Work::of(completion.id) {
-                Work::Read { place, .. } => self.read_done(usize::from(place), completion.result.is_ok()),
+                Work::Read { place, .. } => {
+                    self.read_done(usize::from(place), completion.result.is_ok())
+                }
                 Work::Write { area, index } => {
-                    self.write_done(usize::from(area), usize::from(index), completion.result.is_ok());
+                    self.write_done(
+                        usize::from(area),
+                        usize::from(index),
+                        completion.result.is_ok(),
+                    );
                 }
             }
         }

@@ -115,7 +115,13 @@ pub struct Pager {
 impl Pager {
     /// The pager of an address space that is not managed yet.
     #[must_use]
-    pub fn new(shared: Shared, job: Arc<Job>, handle: Arc<SpaceHandle>, process: Option<Process>, uffd: Uffd) -> Self {
+    pub fn new(
+        shared: Shared,
+        job: Arc<Job>,
+        handle: Arc<SpaceHandle>,
+        process: Option<Process>,
+        uffd: Uffd,
+    ) -> Self {
         Self {
             shared,
             job,
@@ -197,7 +203,12 @@ impl Pager {
         let mut faults = VecDeque::new();
         for message in messages.drain(..) {
             match message {
-                Message::Fault { address, write, protected, thread } => {
+                Message::Fault {
+                    address,
+                    write,
+                    protected,
+                    thread,
+                } => {
                     faults.push_back(Fault::new(address, write, protected, thread, began));
                 }
                 event => self.follow(event),
@@ -233,11 +244,22 @@ impl Pager {
     fn retry_waiting(&mut self) -> bool {
         let mut worked = false;
         for _ in 0..self.waiting.len() {
-            let Some(fault) = self.waiting.pop_front() else { break };
+            let Some(fault) = self.waiting.pop_front() else {
+                break;
+            };
             let full = self.staging.is_exhausted() && self.job.room() <= 0;
             if full || fault.began.elapsed() > FAULT_DEADLINE {
-                let why = if full { "far memory is full and nothing more fits" } else { "past its deadline" };
-                tracing::error!(page = format_args!("{:#x}", fault.page.address()), pid = self.pid(), why, "a fault ends in SIGBUS");
+                let why = if full {
+                    "far memory is full and nothing more fits"
+                } else {
+                    "past its deadline"
+                };
+                tracing::error!(
+                    page = format_args!("{:#x}", fault.page.address()),
+                    pid = self.pid(),
+                    why,
+                    "a fault ends in SIGBUS"
+                );
                 self.deliver_sigbus(&fault);
                 worked = true;
                 continue;
@@ -279,7 +301,9 @@ impl Pager {
     }
 
     fn is_busy(&self, now: Instant) -> bool {
-        self.last_fault.is_some_and(|last| now.duration_since(last) < BUSY_GAP) || self.take_out.is_some()
+        self.last_fault
+            .is_some_and(|last| now.duration_since(last) < BUSY_GAP)
+            || self.take_out.is_some()
     }
 
     /// Waits for a message, a completion, the helper or a request.
@@ -289,27 +313,43 @@ impl Pager {
         if let Some(control) = control {
             control.agent_sleeps.store(1, Ordering::SeqCst);
         }
-        let helper_done = self.take_out.as_ref().zip(control).is_some_and(|(batch, control)| {
-            control.done.load(Ordering::SeqCst) == batch.command
-        });
+        let helper_done = self
+            .take_out
+            .as_ref()
+            .zip(control)
+            .is_some_and(|(batch, control)| control.done.load(Ordering::SeqCst) == batch.command);
         if !helper_done {
             let short = !self.waiting.is_empty() || self.rest_until.is_some();
             let limit = if short { SHORT_SLEEP } else { MAX_SLEEP };
-            let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: i64::from(limit.subsec_nanos()) };
+            let timeout = rustix::time::Timespec {
+                tv_sec: 0,
+                tv_nsec: i64::from(limit.subsec_nanos()),
+            };
             let mut fds = vec![PollFd::new(&self.handle, PollFlags::IN)];
             // While a batch is being taken out events may not be read, so waiting for them would not wait.
-            let moving = self.take_out.as_ref().is_some_and(|batch| !batch.is_taken(control));
+            let moving = self
+                .take_out
+                .as_ref()
+                .is_some_and(|batch| !batch.is_taken(control));
             if !moving && !self.is_full() {
                 fds.push(PollFd::new(&self.uffd, PollFlags::IN));
             }
             if let Some(helper) = &self.helper {
-                fds.extend(helper.waits().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+                fds.extend(
+                    helper
+                        .waits()
+                        .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)),
+                );
             }
             if let Some(process) = &self.process {
                 fds.push(PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN));
             }
             if self.links.any_in_flight() {
-                fds.extend(self.links.wait_fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+                fds.extend(
+                    self.links
+                        .wait_fds()
+                        .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)),
+                );
             }
             let _ = rustix::event::poll(&mut fds, Some(&timeout));
         }
@@ -325,11 +365,15 @@ impl Pager {
 
     /// Whether the program still runs in this memory: it has neither ended nor replaced itself.
     fn is_alive(&mut self) -> bool {
-        let Some(process) = &self.process else { return self.uffd.is_alive() };
+        let Some(process) = &self.process else {
+            return self.uffd.is_alive();
+        };
         if process.has_exited() {
             return false;
         }
-        let due = self.checked_exec_at.is_none_or(|at| at.elapsed() > EXEC_CHECK);
+        let due = self
+            .checked_exec_at
+            .is_none_or(|at| at.elapsed() > EXEC_CHECK);
         if due {
             self.checked_exec_at = Some(Instant::now());
             if let Some(helper) = self.helper.as_ref().and_then(Helper::pid) {
@@ -341,7 +385,9 @@ impl Pager {
 
     fn publish(&self) {
         let figures = &self.handle.figures;
-        figures.local.store(self.table.local_pages(), Ordering::Relaxed);
+        figures
+            .local
+            .store(self.table.local_pages(), Ordering::Relaxed);
         figures.far.store(self.table.far_pages(), Ordering::Relaxed);
     }
 
@@ -362,6 +408,10 @@ impl Pager {
         self.discard_pages(crate::table::Page(0)..crate::table::Page(u64::MAX >> 12));
         self.publish();
         self.job.remove(self.handle.id);
-        tracing::debug!(space = self.handle.id, pid = self.pid(), "address space closed");
+        tracing::debug!(
+            space = self.handle.id,
+            pid = self.pid(),
+            "address space closed"
+        );
     }
 }

@@ -32,11 +32,17 @@ pub(crate) struct Registered {
 impl Registered {
     pub(super) fn contains(&self, page: Page) -> bool {
         let address = page.address();
-        self.ranges.range(..=address).next_back().is_some_and(|(_, end)| address < *end)
+        self.ranges
+            .range(..=address)
+            .next_back()
+            .is_some_and(|(_, end)| address < *end)
     }
 
     fn covers(&self, range: &Range<u64>) -> bool {
-        self.ranges.range(..=range.start).next_back().is_some_and(|(_, end)| range.end <= *end)
+        self.ranges
+            .range(..=range.start)
+            .next_back()
+            .is_some_and(|(_, end)| range.end <= *end)
     }
 
     pub(super) fn insert(&mut self, range: Range<u64>) {
@@ -79,7 +85,9 @@ impl Pager {
     /// calls have crossed is begun anew: registering what a stale look shows could manage a mapping that is
     /// another by now.
     pub(super) fn rescan(&mut self) {
-        let Some(pid) = self.process.as_ref().map(process::Process::pid) else { return };
+        let Some(pid) = self.process.as_ref().map(process::Process::pid) else {
+            return;
+        };
         if !self.job.is_armed() {
             return;
         }
@@ -88,9 +96,15 @@ impl Pager {
         }
         let mut fresh = Vec::new();
         for _ in 0..LOOKS {
-            let Ok(mappings) = process::mappings(pid) else { return };
+            let Ok(mappings) = process::mappings(pid) else {
+                return;
+            };
             for range in self.worth_managing(&mappings) {
-                if self.uffd.register(&range, !self.shared.kernel.has_move).is_ok() {
+                if self
+                    .uffd
+                    .register(&range, !self.shared.kernel.has_move)
+                    .is_ok()
+                {
                     self.registered.insert(range.clone());
                     fresh.push(range);
                 }
@@ -133,7 +147,9 @@ impl Pager {
 
     /// Takes into the table what was present in ranges just registered.
     fn adopt_present(&mut self, pid: i32, ranges: &[Range<u64>]) {
-        let Ok(pagemap) = Pagemap::open(pid) else { return };
+        let Ok(pagemap) = Pagemap::open(pid) else {
+            return;
+        };
         for range in ranges {
             let (table, residents) = (&mut self.table, &mut self.residents);
             let mut found = 0;
@@ -151,8 +167,14 @@ impl Pager {
 
     /// Manages one region that the program named.
     pub(super) fn manage_region(&mut self, range: Range<u64>) -> bool {
-        let Some(pid) = self.process.as_ref().map(process::Process::pid) else { return false };
-        if self.uffd.register(&range, !self.shared.kernel.has_move).is_err() {
+        let Some(pid) = self.process.as_ref().map(process::Process::pid) else {
+            return false;
+        };
+        if self
+            .uffd
+            .register(&range, !self.shared.kernel.has_move)
+            .is_err()
+        {
             return false;
         }
         self.registered.insert(range.clone());
@@ -162,14 +184,21 @@ impl Pager {
 
     /// Resident pages of anonymous mappings that are not managed: stacks, small mappings, our own.
     fn count_unmanaged(&self, pid: i32, mappings: &[Mapping]) {
-        let Ok(pagemap) = Pagemap::open(pid) else { return };
+        let Ok(pagemap) = Pagemap::open(pid) else {
+            return;
+        };
         let unmanaged = mappings
             .iter()
             .filter(|mapping| mapping.inode == 0 && mapping.permissions[3] == b'p')
-            .filter(|mapping| !self.registered.covers(&mapping.range) && !mapping.name.starts_with("[v"))
+            .filter(|mapping| {
+                !self.registered.covers(&mapping.range) && !mapping.name.starts_with("[v")
+            })
             .map(|mapping| pagemap.count_present(mapping.range.clone()).unwrap_or(0))
             .sum();
-        self.handle.figures.unmanaged.store(unmanaged, Ordering::Relaxed);
+        self.handle
+            .figures
+            .unmanaged
+            .store(unmanaged, Ordering::Relaxed);
     }
 
     fn settle_moves(&mut self) {

@@ -44,7 +44,8 @@ pub(crate) struct TakeOut {
 impl TakeOut {
     /// Whether the moves are over.
     pub(super) fn is_taken(&self, control: Option<&Control>) -> bool {
-        self.method == method::DROP || control.is_none_or(|control| control.taken.load(Ordering::Acquire) == self.command)
+        self.method == method::DROP
+            || control.is_none_or(|control| control.taken.load(Ordering::Acquire) == self.command)
     }
 }
 
@@ -62,16 +63,25 @@ impl Pager {
             return false;
         }
         self.rest_until = None;
-        let Some(area) = self.staging.free_area() else { return false };
+        let Some(area) = self.staging.free_area() else {
+            return false;
+        };
         self.refresh_pinned();
-        let busy = !self.waiting.is_empty() || self.last_fault.is_some_and(|at| at.elapsed() < super::BUSY_GAP);
+        let busy = !self.waiting.is_empty()
+            || self
+                .last_fault
+                .is_some_and(|at| at.elapsed() < super::BUSY_GAP);
         let most = if busy { BUSY_BATCH } else { BATCH_PAGES };
         let (pages, how) = self.choose_victims(most.min(need as usize));
         if pages.is_empty() {
             self.rest_until = Some(Instant::now() + REST);
             return false;
         }
-        if self.shared.kernel.has_move { self.move_out(pages, area, how) } else { self.drop_out(pages, area) }
+        if self.shared.kernel.has_move {
+            self.move_out(pages, area, how)
+        } else {
+            self.drop_out(pages, area)
+        }
     }
 
     /// How many pages should go now: up to the free share, or what the sampler asked for.
@@ -82,22 +92,32 @@ impl Pager {
         }
         let free = (self.job.limits.local_pages / FREE_SHARE).clamp(FREE_LEAST, FREE_MOST) as i64;
         let short = free - self.job.room();
-        (short.max(0) as u64).max(self.shrink).min(self.table.local_pages())
+        (short.max(0) as u64)
+            .max(self.shrink)
+            .min(self.table.local_pages())
     }
 
     fn choose_victims(&mut self, most: usize) -> (Vec<Page>, u32) {
         let mut pages = Vec::with_capacity(most);
         while pages.len() < most {
-            let Some(page) = self.staging.next_shared() else { break };
+            let Some(page) = self.staging.next_shared() else {
+                break;
+            };
             if self.table.change(page, Entry::claim_evict).is_some() {
                 pages.push(page);
             }
         }
-        let how = if pages.is_empty() { method::MOVE } else { method::UNSHARE_AND_MOVE };
+        let how = if pages.is_empty() {
+            method::MOVE
+        } else {
+            method::UNSHARE_AND_MOVE
+        };
         let mut looked_at = self.residents.len();
         while how == method::MOVE && pages.len() < most && looked_at > 0 {
             looked_at -= 1;
-            let Some(page) = self.residents.next_victim() else { break };
+            let Some(page) = self.residents.next_victim() else {
+                break;
+            };
             if self.pinned.contains(&page.0) {
                 self.residents.stayed(page);
             } else if self.table.change(page, Entry::claim_evict).is_some() {
@@ -109,7 +129,9 @@ impl Pager {
     }
 
     fn move_out(&mut self, pages: Vec<Page>, area: usize, how: u32) -> bool {
-        let Some(helper) = &self.helper else { return false };
+        let Some(helper) = &self.helper else {
+            return false;
+        };
         let control = helper.control();
         let epoch = self.gate.epoch();
         let Some(command) = self.gate.take_out(epoch, &control.taken) else {
@@ -118,8 +140,14 @@ impl Pager {
         };
         write_batch(control, &pages, area, how);
         helper.publish(command);
-        self.take_out =
-            Some(TakeOut { command, pages, area, method: how, since: Instant::now(), drops_unread: Vec::new() });
+        self.take_out = Some(TakeOut {
+            command,
+            pages,
+            area,
+            method: how,
+            since: Instant::now(),
+            drops_unread: Vec::new(),
+        });
         true
     }
 
@@ -127,35 +155,56 @@ impl Pager {
     /// raise events like the program's own, and are told apart by this batch's list.
     fn drop_out(&mut self, pages: Vec<Page>, area: usize) -> bool {
         let protected = pages.iter().all(|page| {
-            self.uffd.write_protect(&(page.address()..page.plus(1).address()), true).is_ok()
+            self.uffd
+                .write_protect(&(page.address()..page.plus(1).address()), true)
+                .is_ok()
         });
         let copied = protected && self.copy_to_staging(&pages, area);
         let Some(helper) = self.helper.as_ref().filter(|_| copied) else {
             for page in &pages {
-                let _ = self.uffd.write_protect(&(page.address()..page.plus(1).address()), false);
+                let _ = self
+                    .uffd
+                    .write_protect(&(page.address()..page.plus(1).address()), false);
             }
             self.turn_round(&pages);
             self.rest_until = Some(Instant::now() + REST);
             return false;
         };
-        let command = helper.control().command.load(Ordering::Relaxed).wrapping_add(1);
+        let command = helper
+            .control()
+            .command
+            .load(Ordering::Relaxed)
+            .wrapping_add(1);
         write_batch(helper.control(), &pages, area, method::DROP);
         helper.publish(command);
         let drops_unread = pages.clone();
-        self.take_out = Some(TakeOut { command, pages, area, method: method::DROP, since: Instant::now(), drops_unread });
+        self.take_out = Some(TakeOut {
+            command,
+            pages,
+            area,
+            method: method::DROP,
+            since: Instant::now(),
+            drops_unread,
+        });
         true
     }
 
     /// Copies pages of the program's to staging by `/proc/PID/mem`, which never faults a managed page in.
     fn copy_to_staging(&self, pages: &[Page], area: usize) -> bool {
-        let (Some(process), Some(helper)) = (&self.process, &self.helper) else { return false };
+        let (Some(process), Some(helper)) = (&self.process, &self.helper) else {
+            return false;
+        };
         let mut bytes = [0u8; 4096];
         let memory = std::fs::File::open(format!("/proc/{}/mem", process.pid()));
         let Ok(memory) = memory else { return false };
         pages.iter().enumerate().all(|(index, page)| {
             use std::os::unix::fs::FileExt;
             memory.read_exact_at(&mut bytes, page.address()).is_ok()
-                && helper.shared().memory().write(staging_offset(area, index) as u64, &bytes).is_ok()
+                && helper
+                    .shared()
+                    .memory()
+                    .write(staging_offset(area, index) as u64, &bytes)
+                    .is_ok()
         })
     }
 
@@ -165,23 +214,33 @@ impl Pager {
         if range.end - range.start != 4096 {
             return false;
         }
-        let Some(batch) = &mut self.take_out else { return false };
-        let Some(at) = batch.drops_unread.iter().position(|own| *own == page) else { return false };
+        let Some(batch) = &mut self.take_out else {
+            return false;
+        };
+        let Some(at) = batch.drops_unread.iter().position(|own| *own == page) else {
+            return false;
+        };
         batch.drops_unread.swap_remove(at);
         true
     }
 
     /// Looks after the helper: takes over a batch that is done. Returns whether there was one.
     pub(super) fn poll_helper(&mut self) -> bool {
-        let Some(helper) = &self.helper else { return false };
-        let Some(batch) = &self.take_out else { return false };
+        let Some(helper) = &self.helper else {
+            return false;
+        };
+        let Some(batch) = &self.take_out else {
+            return false;
+        };
         if helper.control().done.load(Ordering::Acquire) != batch.command {
             if helper.is_dead() || batch.since.elapsed() > HELPER_DEADLINE {
                 self.helper_failed();
             }
             return false;
         }
-        let Some(batch) = self.take_out.take() else { return false };
+        let Some(batch) = self.take_out.take() else {
+            return false;
+        };
         let outcomes: Vec<u32> = batch
             .pages
             .iter()
@@ -199,7 +258,10 @@ impl Pager {
         if taken.is_empty() {
             self.rest_until = Some(Instant::now() + REST);
         }
-        self.job.counters.pages_evicted.fetch_add(taken.len() as u64, Ordering::Relaxed);
+        self.job
+            .counters
+            .pages_evicted
+            .fetch_add(taken.len() as u64, Ordering::Relaxed);
         self.shrink = self.shrink.saturating_sub(taken.len() as u64);
         self.residents.evicted(taken.len() as u64);
         self.stage(batch.area, &taken);
@@ -209,7 +271,9 @@ impl Pager {
     /// The kernel kept a page: why decides when it is tried again.
     fn not_taken(&mut self, page: Page, errno: u32, how: u32) {
         if how == method::DROP {
-            let _ = self.uffd.write_protect(&(page.address()..page.plus(1).address()), false);
+            let _ = self
+                .uffd
+                .write_protect(&(page.address()..page.plus(1).address()), false);
         }
         if self.table.change(page, Entry::turned_round).is_none() {
             // Discarded while it was claimed.
@@ -221,7 +285,8 @@ impl Pager {
             libc::EBUSY if how == method::MOVE => self.staging.shared_page(page),
             // Not there any more; an event to come says why. The table forgets it if it was not replaced.
             libc::ENOENT if how != method::DROP => {
-                if let Some((before, _)) = self.table.change(page, |entry| Some(entry.discarded())) {
+                if let Some((before, _)) = self.table.change(page, |entry| Some(entry.discarded()))
+                {
                     self.job.charge(-1);
                     self.release_slot_of(before);
                 }
@@ -244,7 +309,10 @@ impl Pager {
 
     /// The helper is dead or stuck with pages in hand: the program cannot go on.
     fn helper_failed(&mut self) {
-        tracing::error!(pid = self.pid(), "the helper died or hangs with pages in hand; the program is ended");
+        tracing::error!(
+            pid = self.pid(),
+            "the helper died or hangs with pages in hand; the program is ended"
+        );
         if let Some(process) = &self.process {
             process.signal(libc::SIGKILL);
         }
@@ -254,7 +322,10 @@ impl Pager {
     }
 
     fn refresh_pinned(&mut self) {
-        if self.pinned_at.is_some_and(|at| at.elapsed() < PINNED_REFRESH) {
+        if self
+            .pinned_at
+            .is_some_and(|at| at.elapsed() < PINNED_REFRESH)
+        {
             return;
         }
         if let Some(process) = &self.process {
@@ -270,7 +341,10 @@ impl Pager {
         let mut kept = Vec::new();
         while (self.take_out.is_some() || self.staging.is_busy()) && !self.closing {
             if began.elapsed() > deadline {
-                tracing::error!(pid = self.pid(), "far memory did not take pages in time; the program is ended");
+                tracing::error!(
+                    pid = self.pid(),
+                    "far memory did not take pages in time; the program is ended"
+                );
                 if let Some(process) = &self.process {
                     process.signal(libc::SIGKILL);
                 }
@@ -278,7 +352,11 @@ impl Pager {
                 break;
             }
             let mut worked = self.poll_links() | self.poll_helper() | self.post_writes();
-            if self.take_out.as_ref().is_some_and(|batch| batch.method == method::DROP) {
+            if self
+                .take_out
+                .as_ref()
+                .is_some_and(|batch| batch.method == method::DROP)
+            {
                 let mut messages = Vec::new();
                 let _ = self.uffd.read(&mut messages);
                 worked |= !messages.is_empty();
@@ -303,7 +381,9 @@ fn write_batch(control: &Control, pages: &[Page], area: usize, how: u32) {
         batch.pages[index].store(page.address(), Ordering::Relaxed);
         batch.outcomes[index].store(outcome::PENDING, Ordering::Relaxed);
     }
-    batch.count.store(pages.len().min(BATCH_PAGES) as u32, Ordering::Relaxed);
+    batch
+        .count
+        .store(pages.len().min(BATCH_PAGES) as u32, Ordering::Relaxed);
     batch.area.store(area as u32, Ordering::Relaxed);
     batch.method.store(how, Ordering::Relaxed);
 }

@@ -49,8 +49,14 @@ impl Area {
     }
 
     fn staged(&mut self, page: Page) -> Option<&mut Staged> {
-        let in_runs = self.runs.iter_mut().flatten().flat_map(|run| run.pages.iter_mut());
-        in_runs.chain(self.homeless.iter_mut()).find(|staged| staged.page == page && staged.live)
+        let in_runs = self
+            .runs
+            .iter_mut()
+            .flatten()
+            .flat_map(|run| run.pages.iter_mut());
+        in_runs
+            .chain(self.homeless.iter_mut())
+            .find(|staged| staged.page == page && staged.live)
     }
 }
 
@@ -75,7 +81,8 @@ impl Staging {
 
     /// Whether far memory has been full for too long to wait for more of it.
     pub(super) fn is_exhausted(&self) -> bool {
-        self.full_since.is_some_and(|since| since.elapsed() > FULL_DEADLINE)
+        self.full_since
+            .is_some_and(|since| since.elapsed() > FULL_DEADLINE)
     }
 
     pub(super) fn shared_page(&mut self, page: Page) {
@@ -87,7 +94,10 @@ impl Staging {
     }
 
     fn find(&mut self, page: Page) -> Option<(usize, &mut Staged)> {
-        self.areas.iter_mut().enumerate().find_map(|(number, area)| Some((number, area.staged(page)?)))
+        self.areas
+            .iter_mut()
+            .enumerate()
+            .find_map(|(number, area)| Some((number, area.staged(page)?)))
     }
 }
 
@@ -105,14 +115,24 @@ impl Pager {
                 continue; // Discarded or moved meanwhile.
             }
             let offset = staging_offset(area, *index) as u64;
-            let Ok(hash) = memory.hash128(offset, 4096) else { continue };
+            let Ok(hash) = memory.hash128(offset, 4096) else {
+                continue;
+            };
             if hash == self.fetches.zero_hash() && is_zero(&memory, offset) {
                 self.table.change(*page, |entry| entry.evicted_as_zero(age));
                 self.release_slot_of(entry);
-            } else if entry.slot().is_some_and(|slot| self.shared.far.hash(slot) == Some(hash)) {
+            } else if entry
+                .slot()
+                .is_some_and(|slot| self.shared.far.hash(slot) == Some(hash))
+            {
                 self.table.change(*page, |entry| entry.evicted_clean(age));
             } else {
-                changed.push(Staged { index: *index, page: *page, hash, live: true });
+                changed.push(Staged {
+                    index: *index,
+                    page: *page,
+                    hash,
+                    live: true,
+                });
             }
         }
         self.staging.areas[area].homeless = changed;
@@ -126,7 +146,9 @@ impl Pager {
             worked |= self.find_slots(area);
             let runs = self.staging.areas[area].runs.len();
             for number in 0..runs {
-                let unposted = self.staging.areas[area].runs[number].as_ref().is_some_and(|run| !run.posted);
+                let unposted = self.staging.areas[area].runs[number]
+                    .as_ref()
+                    .is_some_and(|run| !run.posted);
                 if unposted {
                     worked |= self.post_run(area, number);
                 }
@@ -140,15 +162,26 @@ impl Pager {
         let mut worked = false;
         while let Some(first) = self.staging.areas[area].homeless.first().copied() {
             let homeless = &self.staging.areas[area].homeless;
-            let neighbours = homeless.iter().zip(first.index..).take_while(|(staged, index)| staged.index == *index).count();
+            let neighbours = homeless
+                .iter()
+                .zip(first.index..)
+                .take_while(|(staged, index)| staged.index == *index)
+                .count();
             let room = self.job.far_room().min(neighbours as u64) as u16;
-            let run = if room == 0 { None } else { self.shared.far.take_run(room) };
+            let run = if room == 0 {
+                None
+            } else {
+                self.shared.far.take_run(room)
+            };
             self.shared.spawner.wanted_far_memory(&self.shared.far);
             let Some(run) = run else {
                 self.far_memory_full(area);
                 return worked;
             };
-            let pages: Vec<Staged> = self.staging.areas[area].homeless.drain(..usize::from(run.len)).collect();
+            let pages: Vec<Staged> = self.staging.areas[area]
+                .homeless
+                .drain(..usize::from(run.len))
+                .collect();
             self.job.charge_far(i64::from(run.len));
             let mut slot = Some(run.first);
             for staged in &pages {
@@ -157,7 +190,12 @@ impl Pager {
                     slot = here.next();
                 }
             }
-            let run = Some(Run { first: first.index, pages, slot: run.first, posted: false });
+            let run = Some(Run {
+                first: first.index,
+                pages,
+                slot: run.first,
+                posted: false,
+            });
             self.staging.full_since = None;
             let runs = &mut self.staging.areas[area].runs;
             match runs.iter_mut().find(|place| place.is_none()) {
@@ -184,21 +222,34 @@ impl Pager {
     }
 
     fn post_run(&mut self, area: usize, number: usize) -> bool {
-        let Some(run) = self.staging.areas[area].runs[number].as_ref() else { return false };
-        let Some(frames) = self.fetches.memory() else { return false };
+        let Some(run) = self.staging.areas[area].runs[number].as_ref() else {
+            return false;
+        };
+        let Some(frames) = self.fetches.memory() else {
+            return false;
+        };
         let from = LocalSlice {
             region: self.links.staging_region(),
             offset: staging_offset(area, run.first) as u64,
             len: run.pages.len() as u32 * 4096,
         };
         let (pages, slot) = (run.pages.len() as u64, run.slot);
-        let work = Work::Write { area: area as u8, index: number as u8 };
-        match self.links.write(&self.shared.far, &frames, work, from, slot) {
+        let work = Work::Write {
+            area: area as u8,
+            index: number as u8,
+        };
+        match self
+            .links
+            .write(&self.shared.far, &frames, work, from, slot)
+        {
             Ok(()) => {
                 if let Some(run) = self.staging.areas[area].runs[number].as_mut() {
                     run.posted = true;
                 }
-                self.job.counters.pages_written_back.fetch_add(pages, Relaxed);
+                self.job
+                    .counters
+                    .pages_written_back
+                    .fetch_add(pages, Relaxed);
                 true
             }
             Err(LinkError::Busy) => false,
@@ -216,7 +267,13 @@ impl Pager {
             self.write_failed(area, number);
             return;
         }
-        let Some(run) = self.staging.areas[area].runs.get_mut(number).and_then(Option::take) else { return };
+        let Some(run) = self.staging.areas[area]
+            .runs
+            .get_mut(number)
+            .and_then(Option::take)
+        else {
+            return;
+        };
         let age = self.residents.age();
         let mut slot = Some(run.slot);
         for staged in run.pages {
@@ -224,11 +281,13 @@ impl Pager {
             slot = here.next();
             let before = self.table.get(staged.page);
             let kept = if staged.live {
-                self.table.change(staged.page, |entry| entry.evicted_to(here, age))
+                self.table
+                    .change(staged.page, |entry| entry.evicted_to(here, age))
             } else {
                 // Turned round: what was written is a copy of what it was; its hash will tell whether it still
                 // is when the page is taken out again.
-                self.table.change(staged.page, |entry| entry.gained_copy(here))
+                self.table
+                    .change(staged.page, |entry| entry.gained_copy(here))
             };
             match kept {
                 Some(_) if staged.live => self.release_slot_of(before),
@@ -244,7 +303,13 @@ impl Pager {
 
     /// A write failed: its slots are given back and its pages look for others, on a node that answers.
     fn write_failed(&mut self, area: usize, number: usize) {
-        let Some(run) = self.staging.areas[area].runs.get_mut(number).and_then(Option::take) else { return };
+        let Some(run) = self.staging.areas[area]
+            .runs
+            .get_mut(number)
+            .and_then(Option::take)
+        else {
+            return;
+        };
         let mut slot = Some(run.slot);
         for _ in &run.pages {
             if let Some(here) = slot {
@@ -253,7 +318,9 @@ impl Pager {
                 slot = here.next();
             }
         }
-        self.staging.areas[area].homeless.extend(run.pages.into_iter().filter(|staged| staged.live));
+        self.staging.areas[area]
+            .homeless
+            .extend(run.pages.into_iter().filter(|staged| staged.live));
         self.tidy_area(area);
         self.rest_until = Some(Instant::now() + FULL_REST);
     }
@@ -267,7 +334,9 @@ impl Pager {
 
     /// A touch of a page that was just taken out: its bytes are in staging, or will be in a moment.
     pub(super) fn answer_from_staging(&mut self, fault: Fault) -> Option<Fault> {
-        let Some((area, staged)) = self.staging.find(fault.page) else { return Some(fault) };
+        let Some((area, staged)) = self.staging.find(fault.page) else {
+            return Some(fault);
+        };
         let staged = *staged;
         if !self.return_home(area, staged) {
             return Some(fault);
@@ -277,12 +346,18 @@ impl Pager {
     }
 
     fn return_home(&mut self, area: usize, staged: Staged) -> bool {
-        let Some(helper) = &self.helper else { return false };
+        let Some(helper) = &self.helper else {
+            return false;
+        };
         let source = helper.shared().address(staging_offset(area, staged.index));
         if self.install_copies(staged.page, 1, source) != Installed::All {
             return false;
         }
-        if self.table.change(staged.page, Entry::turned_round).is_some() {
+        if self
+            .table
+            .change(staged.page, Entry::turned_round)
+            .is_some()
+        {
             self.residents.stayed(staged.page);
             self.job.charge(1);
         }

@@ -19,12 +19,22 @@ impl SharedBlock {
     /// # Errors
     /// The kernel's errno.
     pub fn create(space: u64) -> io::Result<Self> {
-        let options = MemoryOptions { huge_pages: false, lock: false };
+        let options = MemoryOptions {
+            huge_pages: false,
+            lock: false,
+        };
         let (memory, _) = RegisteredMemory::create("farpage-staging", SHARED_BYTES, options)?;
-        let block = Self { memory: Arc::new(memory) };
+        let block = Self {
+            memory: Arc::new(memory),
+        };
         let control = block.control();
-        control.magic.store(farpage_attach::message::MAGIC, std::sync::atomic::Ordering::Relaxed);
-        control.space.store(space, std::sync::atomic::Ordering::Relaxed);
+        control.magic.store(
+            farpage_attach::message::MAGIC,
+            std::sync::atomic::Ordering::Relaxed,
+        );
+        control
+            .space
+            .store(space, std::sync::atomic::Ordering::Relaxed);
         Ok(block)
     }
 
@@ -70,6 +80,12 @@ pub fn futex_wait(word: &std::sync::atomic::AtomicU32, value: u32, timeout: std:
     };
     // SAFETY: FUTEX_WAIT takes the address of a live word and of a live timespec.
     unsafe {
-        libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, value, std::ptr::from_ref(&timeout));
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAIT,
+            value,
+            std::ptr::from_ref(&timeout),
+        );
     }
 }

@@ -35,7 +35,11 @@ impl Process {
         let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
         // SAFETY: a descriptor that the kernel has just made for us.
         let pidfd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-        Ok(Self { pid, pidfd, statm: File::open(format!("/proc/{pid}/statm"))? })
+        Ok(Self {
+            pid,
+            pidfd,
+            statm: File::open(format!("/proc/{pid}/statm"))?,
+        })
     }
 
     /// Its pid.
@@ -47,14 +51,33 @@ impl Process {
     /// Sends it a signal.
     pub fn signal(&self, signal: i32) {
         // SAFETY: integers and a null pointer, which means default info.
-        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.pidfd.as_raw_fd(), signal, 0usize, 0) };
+        unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.pidfd.as_raw_fd(),
+                signal,
+                0usize,
+                0,
+            )
+        };
     }
 
     /// Whether it has exited (it may be a zombie yet).
     #[must_use]
     pub fn has_exited(&self) -> bool {
-        let mut poll = [rustix::event::PollFd::new(&self.pidfd, rustix::event::PollFlags::IN)];
-        rustix::event::poll(&mut poll, Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap_or(0) > 0
+        let mut poll = [rustix::event::PollFd::new(
+            &self.pidfd,
+            rustix::event::PollFlags::IN,
+        )];
+        rustix::event::poll(
+            &mut poll,
+            Some(&rustix::time::Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            }),
+        )
+        .unwrap_or(0)
+            > 0
     }
 
     /// Its sizes now.
@@ -65,12 +88,15 @@ impl Process {
         let mut buffer = [0u8; 128];
         let got = self.statm.read_at(&mut buffer, 0)?;
         let text = std::str::from_utf8(&buffer[..got]).unwrap_or("");
-        let mut fields = text.split_ascii_whitespace().map(|field| field.parse::<u64>().unwrap_or(0));
+        let mut fields = text
+            .split_ascii_whitespace()
+            .map(|field| field.parse::<u64>().unwrap_or(0));
         let (total, resident, shared) = (fields.next(), fields.next(), fields.next());
         match (total, resident, shared) {
-            (Some(total), Some(resident), Some(shared)) => {
-                Ok(Sizes { total, anonymous: resident.saturating_sub(shared) })
-            }
+            (Some(total), Some(resident), Some(shared)) => Ok(Sizes {
+                total,
+                anonymous: resident.saturating_sub(shared),
+            }),
             _ => Err(io::Error::from_raw_os_error(libc::ESRCH)),
         }
     }
@@ -78,17 +104,28 @@ impl Process {
     /// Its name.
     #[must_use]
     pub fn name(&self) -> String {
-        std::fs::read_to_string(format!("/proc/{}/comm", self.pid)).unwrap_or_default().trim_end().to_owned()
+        std::fs::read_to_string(format!("/proc/{}/comm", self.pid))
+            .unwrap_or_default()
+            .trim_end()
+            .to_owned()
     }
 
     /// The pages that the kernel writes when a thread ends, for every thread there is: their thread control
     /// blocks, found through their robust lists.
     #[must_use]
     pub fn thread_control_pages(&self) -> Vec<u64> {
-        let Ok(tasks) = std::fs::read_dir(format!("/proc/{}/task", self.pid)) else { return Vec::new() };
+        let Ok(tasks) = std::fs::read_dir(format!("/proc/{}/task", self.pid)) else {
+            return Vec::new();
+        };
         let mut pages = Vec::new();
         for task in tasks.flatten() {
-            let Some(tid) = task.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+            let Some(tid) = task
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse::<i32>().ok())
+            else {
+                continue;
+            };
             let (mut head, mut len) = (0usize, 0usize);
             // SAFETY: the kernel writes a pointer and a size to two live words.
             let result = unsafe {
@@ -134,7 +171,8 @@ pub fn share_memory(a: i32, b: i32) -> Option<bool> {
 /// could.
 #[must_use]
 pub fn read_present_memory(pid: i32, address: u64, out: &mut [u8]) -> bool {
-    File::open(format!("/proc/{pid}/mem")).is_ok_and(|memory| memory.read_exact_at(out, address).is_ok())
+    File::open(format!("/proc/{pid}/mem"))
+        .is_ok_and(|memory| memory.read_exact_at(out, address).is_ok())
 }
 
 /// Sends a signal to one thread.
@@ -146,16 +184,24 @@ pub fn signal_thread(process: i32, thread: u32, signal: i32) {
 /// Whether a process of this pid runs; a zombie does not.
 #[must_use]
 pub fn is_running(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .is_ok_and(|stat| stat.rsplit(") ").next().is_some_and(|rest| !rest.starts_with(['Z', 'X'])))
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
+        stat.rsplit(") ")
+            .next()
+            .is_some_and(|rest| !rest.starts_with(['Z', 'X']))
+    })
 }
 
 /// The supplementary groups of a process.
 #[must_use]
 pub fn groups(pid: i32) -> Vec<u32> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("Groups:")).unwrap_or("");
-    line.split_ascii_whitespace().filter_map(|group| group.parse().ok()).collect()
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Groups:"))
+        .unwrap_or("");
+    line.split_ascii_whitespace()
+        .filter_map(|group| group.parse().ok())
+        .collect()
 }
 
 /// Ends a process.
@@ -190,7 +236,9 @@ impl Mapping {
     /// Whether this is plain private anonymous memory that may be read and written.
     #[must_use]
     pub fn is_plain(&self) -> bool {
-        &self.permissions == b"rw-p" && self.inode == 0 && (!self.name.starts_with('[') || self.is_nameable())
+        &self.permissions == b"rw-p"
+            && self.inode == 0
+            && (!self.name.starts_with('[') || self.is_nameable())
     }
 
     fn is_nameable(&self) -> bool {
@@ -249,7 +297,10 @@ mod tests {
         let maps = mappings(std::process::id() as i32).unwrap();
         assert!(maps.iter().any(|m| m.name == "[stack]" && !m.is_plain()));
         assert!(maps.iter().any(Mapping::is_plain));
-        assert!(maps.windows(2).all(|pair| pair[0].range.end <= pair[1].range.start));
+        assert!(
+            maps.windows(2)
+                .all(|pair| pair[0].range.end <= pair[1].range.start)
+        );
     }
 
     #[test]

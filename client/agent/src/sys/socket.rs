@@ -22,11 +22,15 @@ pub struct Arrived {
 /// # Errors
 /// The kernel's errno; EPROTO for anything that is not a packet.
 pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Arrived> {
-    let received = raw::receive(socket.as_raw_fd()).map_err(|errno| io::Error::from_raw_os_error(errno.0 as i32))?;
+    let received = raw::receive(socket.as_raw_fd())
+        .map_err(|errno| io::Error::from_raw_os_error(errno.0 as i32))?;
     let fds = received.fds.into_iter().filter(|fd| *fd >= 0);
     // SAFETY: the kernel has just installed these descriptors for us alone.
     let fds = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect();
-    Ok(Arrived { packet: received.packet, fds })
+    Ok(Arrived {
+        packet: received.packet,
+        fds,
+    })
 }
 
 /// Sends a packet of the handshake.
@@ -38,8 +42,12 @@ pub fn send(socket: BorrowedFd<'_>, packet: &Packet, fds: &[BorrowedFd<'_>]) -> 
     for (number, fd) in numbers.iter_mut().zip(fds) {
         *number = fd.as_raw_fd();
     }
-    raw::send(socket.as_raw_fd(), packet, numbers.get(..fds.len()).unwrap_or_default())
-        .map_err(|errno| io::Error::from_raw_os_error(errno.0 as i32))
+    raw::send(
+        socket.as_raw_fd(),
+        packet,
+        numbers.get(..fds.len()).unwrap_or_default(),
+    )
+    .map_err(|errno| io::Error::from_raw_os_error(errno.0 as i32))
 }
 
 /// Who is at the other end: pid, uid, gid as they were when it connected.
@@ -47,7 +55,11 @@ pub fn send(socket: BorrowedFd<'_>, packet: &Packet, fds: &[BorrowedFd<'_>]) -> 
 /// # Errors
 /// The kernel's errno.
 pub fn peer(socket: BorrowedFd<'_>) -> io::Result<(i32, u32, u32)> {
-    let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut credentials = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
     let mut len = size_of::<libc::ucred>() as libc::socklen_t;
     // SAFETY: the kernel writes at most `len` bytes of a ucred into it.
     let result = unsafe {
@@ -68,7 +80,10 @@ pub fn peer(socket: BorrowedFd<'_>) -> io::Result<(i32, u32, u32)> {
 /// # Errors
 /// The kernel's errno.
 pub fn set_deadline(socket: BorrowedFd<'_>, deadline: std::time::Duration) -> io::Result<()> {
-    let time = libc::timeval { tv_sec: deadline.as_secs() as i64, tv_usec: i64::from(deadline.subsec_micros()) };
+    let time = libc::timeval {
+        tv_sec: deadline.as_secs() as i64,
+        tv_usec: i64::from(deadline.subsec_micros()),
+    };
     for option in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
         // SAFETY: the kernel reads a timeval.
         let result = unsafe {

@@ -110,7 +110,8 @@ impl Uffd {
     fn ioctl<T>(&self, request: u64, argument: &mut T) -> io::Result<()> {
         // SAFETY: each caller in this file pairs the request with the structure that the kernel defines for
         // it; all are plain data that outlives the call. A descriptor of another kind answers ENOTTY.
-        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), request, std::ptr::from_mut(argument)) };
+        let result =
+            unsafe { libc::ioctl(self.0.as_raw_fd(), request, std::ptr::from_mut(argument)) };
         check(i64::from(result)).map(drop)
     }
 
@@ -119,7 +120,11 @@ impl Uffd {
     /// # Errors
     /// The kernel's errno: EPERM without `CAP_SYS_PTRACE` where fork events are asked for.
     pub fn enable(&self, features: u64) -> io::Result<u64> {
-        let mut api = k::uffdio_api { api: 0xAA, features, ioctls: 0 };
+        let mut api = k::uffdio_api {
+            api: 0xAA,
+            features,
+            ioctls: 0,
+        };
         self.ioctl(UFFDIO_API, &mut api)?;
         Ok(api.features)
     }
@@ -129,8 +134,17 @@ impl Uffd {
     /// # Errors
     /// EBUSY where another uffd has part of it, EINVAL where the mapping is of another kind or gone.
     pub fn register(&self, range: &Range<u64>, write_protect: bool) -> io::Result<()> {
-        let mode = k::UFFDIO_REGISTER_MODE_MISSING | if write_protect { k::UFFDIO_REGISTER_MODE_WP } else { 0 };
-        let mut request = k::uffdio_register { range: to_range(range), mode: mode as u64, ioctls: 0 };
+        let mode = k::UFFDIO_REGISTER_MODE_MISSING
+            | if write_protect {
+                k::UFFDIO_REGISTER_MODE_WP
+            } else {
+                0
+            };
+        let mut request = k::uffdio_register {
+            range: to_range(range),
+            mode: mode as u64,
+            ioctls: 0,
+        };
         self.ioctl(UFFDIO_REGISTER, &mut request)
     }
 
@@ -154,9 +168,25 @@ impl Uffd {
     ///
     /// # Errors
     /// [`InstallError`]. An unreadable source is `Other(EFAULT)`: the kernel checks it.
-    pub fn copy(&self, to: u64, source: *const u8, len: u64, write_protect: bool) -> Result<(), InstallError> {
-        let mode = if write_protect { u64::from(k::UFFDIO_COPY_MODE_WP) } else { 0 };
-        let mut request = k::uffdio_copy { dst: to, src: source.addr() as u64, len, mode, copy: 0 };
+    pub fn copy(
+        &self,
+        to: u64,
+        source: *const u8,
+        len: u64,
+        write_protect: bool,
+    ) -> Result<(), InstallError> {
+        let mode = if write_protect {
+            u64::from(k::UFFDIO_COPY_MODE_WP)
+        } else {
+            0
+        };
+        let mut request = k::uffdio_copy {
+            dst: to,
+            src: source.addr() as u64,
+            len,
+            mode,
+            copy: 0,
+        };
         match self.ioctl(UFFDIO_COPY, &mut request) {
             Ok(()) => Ok(()),
             Err(error) => Err(install_error(&error, request.copy)),
@@ -168,7 +198,11 @@ impl Uffd {
     /// # Errors
     /// [`InstallError`].
     pub fn zero(&self, range: &Range<u64>) -> Result<(), InstallError> {
-        let mut request = k::uffdio_zeropage { range: to_range(range), mode: 0, zeropage: 0 };
+        let mut request = k::uffdio_zeropage {
+            range: to_range(range),
+            mode: 0,
+            zeropage: 0,
+        };
         match self.ioctl(UFFDIO_ZEROPAGE, &mut request) {
             Ok(()) => Ok(()),
             Err(error) => Err(install_error(&error, request.zeropage)),
@@ -180,7 +214,11 @@ impl Uffd {
     /// # Errors
     /// The kernel's errno, ENOTTY or EINVAL before 6.6.
     pub fn poison(&self, range: &Range<u64>) -> io::Result<()> {
-        let mut request = k::uffdio_poison { range: to_range(range), mode: 0, updated: 0 };
+        let mut request = k::uffdio_poison {
+            range: to_range(range),
+            mode: 0,
+            updated: 0,
+        };
         self.ioctl(UFFDIO_POISON, &mut request)
     }
 
@@ -190,7 +228,13 @@ impl Uffd {
     /// The kernel's errno; EAGAIN while an event is unread.
     pub fn write_protect(&self, range: &Range<u64>, protect: bool) -> io::Result<()> {
         let mode = if protect { MODE_WP } else { 0 };
-        self.ioctl(UFFDIO_WRITEPROTECT, &mut k::uffdio_writeprotect { range: to_range(range), mode })
+        self.ioctl(
+            UFFDIO_WRITEPROTECT,
+            &mut k::uffdio_writeprotect {
+                range: to_range(range),
+                mode,
+            },
+        )
     }
 
     /// Whether an event is on its way or unread: the kernel then refuses every install before it looks at
@@ -239,7 +283,11 @@ fn parse(raw: &[u8]) -> Option<Message> {
             // SAFETY: the kernel has just installed this descriptor for us alone; nobody else owns it.
             Message::Fork(Uffd::from(unsafe { OwnedFd::from_raw_fd(a as u32 as i32) }))
         }
-        k::UFFD_EVENT_REMAP => Message::Remap { from: a, to: b, len: c },
+        k::UFFD_EVENT_REMAP => Message::Remap {
+            from: a,
+            to: b,
+            len: c,
+        },
         k::UFFD_EVENT_REMOVE => Message::Remove(a..b),
         k::UFFD_EVENT_UNMAP => Message::Unmap(a..b),
         _ => return None,
@@ -247,7 +295,10 @@ fn parse(raw: &[u8]) -> Option<Message> {
 }
 
 fn to_range(range: &Range<u64>) -> k::uffdio_range {
-    k::uffdio_range { start: range.start, len: range.end.saturating_sub(range.start) }
+    k::uffdio_range {
+        start: range.start,
+        len: range.end.saturating_sub(range.start),
+    }
 }
 
 fn install_error(error: &io::Error, done: i64) -> InstallError {
@@ -270,7 +321,13 @@ fn install_error(error: &io::Error, done: i64) -> InstallError {
 pub fn new_from_device(device: BorrowedFd<'_>) -> io::Result<Uffd> {
     const USERFAULTFD_IOC_NEW: u64 = 0xaa00;
     // SAFETY: the ioctl takes flags as an integer and returns a descriptor.
-    let result = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+    let result = unsafe {
+        libc::ioctl(
+            device.as_raw_fd(),
+            USERFAULTFD_IOC_NEW,
+            libc::O_CLOEXEC | libc::O_NONBLOCK,
+        )
+    };
     let fd = check(i64::from(result))?;
     // SAFETY: a descriptor that the kernel has just made for us.
     Ok(Uffd::from(unsafe { OwnedFd::from_raw_fd(fd as i32) }))

@@ -13,7 +13,11 @@ compile_error!("farpage-attach speaks to Linux on x86-64 only");
 pub struct Errno(pub u32);
 
 fn check(result: isize) -> Result<usize, Errno> {
-    if (-4095..0).contains(&result) { Err(Errno(result.unsigned_abs() as u32)) } else { Ok(result as usize) }
+    if (-4095..0).contains(&result) {
+        Err(Errno(result.unsigned_abs() as u32))
+    } else {
+        Ok(result as usize)
+    }
 }
 
 /// A system call of up to six arguments.
@@ -69,7 +73,13 @@ pub fn mmap(len: usize, prot: u32, flags: u32, fd: i32) -> Result<usize, Errno> 
 /// The kernel's errno.
 pub fn new_uffd(device: i32) -> Result<i32, Errno> {
     const USERFAULTFD_IOC_NEW: u32 = 0xaa00;
-    call!(k::__NR_ioctl, device as isize, USERFAULTFD_IOC_NEW, k::O_CLOEXEC | k::O_NONBLOCK).map(|fd| fd as i32)
+    call!(
+        k::__NR_ioctl,
+        device as isize,
+        USERFAULTFD_IOC_NEW,
+        k::O_CLOEXEC | k::O_NONBLOCK
+    )
+    .map(|fd| fd as i32)
 }
 
 /// Closes a descriptor.
@@ -90,7 +100,13 @@ pub fn dup_to(from: i32, to: i32) -> Result<(), Errno> {
 /// # Errors
 /// The kernel's errno.
 pub fn dup_above(from: i32, least: i32) -> Result<i32, Errno> {
-    call!(k::__NR_fcntl, from as isize, k::F_DUPFD_CLOEXEC, least as isize).map(|fd| fd as i32)
+    call!(
+        k::__NR_fcntl,
+        from as isize,
+        k::F_DUPFD_CLOEXEC,
+        least as isize
+    )
+    .map(|fd| fd as i32)
 }
 
 /// Closes every descriptor from `first` on.
@@ -164,18 +180,34 @@ pub fn futex_wait(word: &AtomicU32, value: u32, milliseconds: u64) {
         tv_sec: (milliseconds / 1000) as i64,
         tv_nsec: ((milliseconds % 1000) * 1_000_000) as i64,
     };
-    let _ = call!(k::__NR_futex, word.as_ptr(), k::FUTEX_WAIT, value, core::ptr::from_ref(&timeout));
+    let _ = call!(
+        k::__NR_futex,
+        word.as_ptr(),
+        k::FUTEX_WAIT,
+        value,
+        core::ptr::from_ref(&timeout)
+    );
 }
 
 /// Wakes everybody who sleeps on `word`.
 pub fn futex_wake(word: &AtomicU32) {
-    let _ = call!(k::__NR_futex, word.as_ptr(), k::FUTEX_WAKE, i32::MAX as isize);
+    let _ = call!(
+        k::__NR_futex,
+        word.as_ptr(),
+        k::FUTEX_WAKE,
+        i32::MAX as isize
+    );
 }
 
 /// Adds one to an eventfd.
 pub fn signal_event(fd: i32) {
     let one = 1u64;
-    let _ = call!(k::__NR_write, fd as isize, core::ptr::from_ref(&one), 8usize);
+    let _ = call!(
+        k::__NR_write,
+        fd as isize,
+        core::ptr::from_ref(&one),
+        8usize
+    );
 }
 
 /// Reads one word of `/proc/self/pagemap` through an open descriptor.
@@ -184,7 +216,13 @@ pub fn signal_event(fd: i32) {
 /// The kernel's errno.
 pub fn pagemap_word(fd: i32, page_address: usize) -> Result<u64, Errno> {
     let mut word = 0u64;
-    call!(k::__NR_pread64, fd as isize, core::ptr::from_mut(&mut word), 8usize, page_address / 4096 * 8)?;
+    call!(
+        k::__NR_pread64,
+        fd as isize,
+        core::ptr::from_mut(&mut word),
+        8usize,
+        page_address / 4096 * 8
+    )?;
     Ok(word)
 }
 
@@ -193,7 +231,13 @@ pub fn pagemap_word(fd: i32, page_address: usize) -> Result<u64, Errno> {
 /// # Errors
 /// The kernel's errno.
 pub fn open_read(path: &core::ffi::CStr) -> Result<i32, Errno> {
-    call!(k::__NR_openat, k::AT_FDCWD as isize, path.as_ptr(), k::O_RDONLY | k::O_CLOEXEC).map(|fd| fd as i32)
+    call!(
+        k::__NR_openat,
+        k::AT_FDCWD as isize,
+        path.as_ptr(),
+        k::O_RDONLY | k::O_CLOEXEC
+    )
+    .map(|fd| fd as i32)
 }
 
 /// Whether the other end of a socket has closed it.

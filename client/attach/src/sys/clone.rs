@@ -49,5 +49,9 @@ pub unsafe fn start(
             lateout("r11") _,
         );
     }
-    if result < 0 { Err(Errno(result.unsigned_abs() as u32)) } else { Ok(result as i32) }
+    if result < 0 {
+        Err(Errno(result.unsigned_abs() as u32))
+    } else {
+        Ok(result as i32)
+    }
 }

@@ -16,7 +16,11 @@ fn call(number: u32, args: [usize; 6]) -> Result<usize, Errno> {
     // SAFETY: the uses in this file pass ranges that are ours, or that the agent has chosen under its gate,
     // and pointers to live locals.
     let result = unsafe { raw(number, args) };
-    if result < 0 { Err(Errno(result.unsigned_abs() as u32)) } else { Ok(result as usize) }
+    if result < 0 {
+        Err(Errno(result.unsigned_abs() as u32))
+    } else {
+        Ok(result as usize)
+    }
 }
 
 /// Copies out the helper's arguments from where [`write_args`] put them.
@@ -56,11 +60,25 @@ pub fn copy_to_staging(from: usize, to: usize, pages: usize) {
 }
 
 /// `UFFDIO_MOVE`: returns the bytes moved and, unless that is all of them, the errno.
-pub fn move_ioctl(uffd: i32, to: usize, from: usize, len: usize, mode: u64) -> (usize, Option<u32>) {
-    let mut request =
-        k::uffdio_move { dst: to as u64, src: from as u64, len: len as u64, mode, move_: 0 };
+pub fn move_ioctl(
+    uffd: i32,
+    to: usize,
+    from: usize,
+    len: usize,
+    mode: u64,
+) -> (usize, Option<u32>) {
+    let mut request = k::uffdio_move {
+        dst: to as u64,
+        src: from as u64,
+        len: len as u64,
+        mode,
+        move_: 0,
+    };
     let pointer = core::ptr::from_mut(&mut request) as usize;
-    match call(k::__NR_ioctl, [uffd as usize, UFFDIO_MOVE, pointer, 0, 0, 0]) {
+    match call(
+        k::__NR_ioctl,
+        [uffd as usize, UFFDIO_MOVE, pointer, 0, 0, 0],
+    ) {
         Ok(_) => (len, None),
         Err(errno) => (usize::try_from(request.move_).unwrap_or(0), Some(errno.0)),
     }
@@ -68,12 +86,18 @@ pub fn move_ioctl(uffd: i32, to: usize, from: usize, len: usize, mode: u64) -> (
 
 /// Makes pages that a fork left shared exclusive again, with their contents kept.
 pub fn make_exclusive(address: usize, len: usize) {
-    let _ = call(k::__NR_madvise, [address, len, MADV_POPULATE_WRITE, 0, 0, 0]);
+    let _ = call(
+        k::__NR_madvise,
+        [address, len, MADV_POPULATE_WRITE, 0, 0, 0],
+    );
 }
 
 /// Drops pages of the drain range.
 pub fn drop_drained(address: usize, len: usize) {
-    let _ = call(k::__NR_madvise, [address, len, k::MADV_DONTNEED as usize, 0, 0, 0]);
+    let _ = call(
+        k::__NR_madvise,
+        [address, len, k::MADV_DONTNEED as usize, 0, 0, 0],
+    );
 }
 
 /// Drops one page of the program's that the agent holds a copy of. Blocks until the agent has read the event.
@@ -81,7 +105,11 @@ pub fn drop_drained(address: usize, len: usize) {
 /// # Errors
 /// The kernel's errno.
 pub fn drop_page(address: usize) -> Result<(), Errno> {
-    call(k::__NR_madvise, [address, PAGE_BYTES, k::MADV_DONTNEED as usize, 0, 0, 0]).map(drop)
+    call(
+        k::__NR_madvise,
+        [address, PAGE_BYTES, k::MADV_DONTNEED as usize, 0, 0, 0],
+    )
+    .map(drop)
 }
 
 /// Undoes a lock that an `mlockall` of the program's put on a range of ours.

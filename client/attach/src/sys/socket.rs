@@ -53,7 +53,11 @@ const RIGHTS_HEADER: usize = 16;
 fn call(number: u32, args: [usize; 6]) -> Result<usize, Errno> {
     // SAFETY: every use in this file passes pointers to live locals of the layout the kernel expects.
     let result = unsafe { raw(number, args) };
-    if result < 0 { Err(Errno(result.unsigned_abs() as u32)) } else { Ok(result as usize) }
+    if result < 0 {
+        Err(Errno(result.unsigned_abs() as u32))
+    } else {
+        Ok(result as usize)
+    }
 }
 
 /// Connects to the agent's socket: a path, or `@name` in the abstract namespace.
@@ -74,15 +78,28 @@ pub fn connect(path: &[u8]) -> Result<i32, Errno> {
         address[2] = 0;
         len -= 1;
     }
-    let fd = call(k::__NR_socket, [AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, 0, 0, 0])? as i32;
+    let fd = call(
+        k::__NR_socket,
+        [AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, 0, 0, 0],
+    )? as i32;
     let deadline = [DEADLINE_SECONDS, 0i64];
     for option in [SO_RCVTIMEO, SO_SNDTIMEO] {
         let _ = call(
             k::__NR_setsockopt,
-            [fd as usize, SOL_SOCKET as usize, option, deadline.as_ptr() as usize, 16, 0],
+            [
+                fd as usize,
+                SOL_SOCKET as usize,
+                option,
+                deadline.as_ptr() as usize,
+                16,
+                0,
+            ],
         );
     }
-    match call(k::__NR_connect, [fd as usize, address.as_ptr() as usize, len, 0, 0, 0]) {
+    match call(
+        k::__NR_connect,
+        [fd as usize, address.as_ptr() as usize, len, 0, 0, 0],
+    ) {
         Ok(_) => Ok(fd),
         Err(error) => {
             super::calls::close(fd);
@@ -97,8 +114,15 @@ pub fn connect(path: &[u8]) -> Result<i32, Errno> {
 /// The kernel's errno.
 pub fn send(fd: i32, packet: &Packet, fds: &[i32]) -> Result<(), Errno> {
     let bytes = packet.to_bytes();
-    let iov = IoVec { base: bytes.as_ptr() as usize, len: bytes.len() };
-    let mut rights = Rights { level: SOL_SOCKET, kind: SCM_RIGHTS, ..Rights::default() };
+    let iov = IoVec {
+        base: bytes.as_ptr() as usize,
+        len: bytes.len(),
+    };
+    let mut rights = Rights {
+        level: SOL_SOCKET,
+        kind: SCM_RIGHTS,
+        ..Rights::default()
+    };
     let count = fds.len().min(MAX_FDS);
     for (to, from) in rights.fds.iter_mut().zip(fds) {
         *to = *from;
@@ -109,11 +133,26 @@ pub fn send(fd: i32, packet: &Packet, fds: &[i32]) -> Result<(), Errno> {
         name_len: 0,
         iov: core::ptr::from_ref(&iov) as usize,
         iov_len: 1,
-        control: if count == 0 { 0 } else { core::ptr::from_ref(&rights) as usize },
+        control: if count == 0 {
+            0
+        } else {
+            core::ptr::from_ref(&rights) as usize
+        },
         control_len: if count == 0 { 0 } else { (rights.len + 7) & !7 },
         flags: 0,
     };
-    call(k::__NR_sendmsg, [fd as usize, core::ptr::from_ref(&header) as usize, MSG_NOSIGNAL, 0, 0, 0]).map(drop)
+    call(
+        k::__NR_sendmsg,
+        [
+            fd as usize,
+            core::ptr::from_ref(&header) as usize,
+            MSG_NOSIGNAL,
+            0,
+            0,
+            0,
+        ],
+    )
+    .map(drop)
 }
 
 /// A packet received, its descriptors (owned by the caller, -1 where there is none) and any text behind it.
@@ -135,7 +174,10 @@ pub struct Received {
 /// The kernel's errno, EAGAIN past the deadline, EPROTO when it is not a packet of ours or the agent hung up.
 pub fn receive(fd: i32) -> Result<Received, Errno> {
     let mut bytes = [0u8; MAX_PACKET];
-    let iov = IoVec { base: bytes.as_mut_ptr() as usize, len: bytes.len() };
+    let iov = IoVec {
+        base: bytes.as_mut_ptr() as usize,
+        len: bytes.len(),
+    };
     let mut rights = Rights::default();
     let mut header = MsgHdr {
         name: 0,
@@ -146,8 +188,17 @@ pub fn receive(fd: i32) -> Result<Received, Errno> {
         control_len: core::mem::size_of::<Rights>(),
         flags: 0,
     };
-    let got =
-        call(k::__NR_recvmsg, [fd as usize, core::ptr::from_mut(&mut header) as usize, MSG_CMSG_CLOEXEC, 0, 0, 0])?;
+    let got = call(
+        k::__NR_recvmsg,
+        [
+            fd as usize,
+            core::ptr::from_mut(&mut header) as usize,
+            MSG_CMSG_CLOEXEC,
+            0,
+            0,
+            0,
+        ],
+    )?;
     let mut fds = [-1i32; MAX_FDS];
     if header.control_len >= RIGHTS_HEADER && rights.kind == SCM_RIGHTS {
         let count = (rights.len.saturating_sub(RIGHTS_HEADER) / 4).min(MAX_FDS);
@@ -155,11 +206,25 @@ pub fn receive(fd: i32) -> Result<Received, Errno> {
             *to = from;
         }
     }
-    let packet = bytes.get(..got).and_then(Packet::from_bytes).ok_or(Errno(EPROTO))?;
+    let packet = bytes
+        .get(..got)
+        .and_then(Packet::from_bytes)
+        .ok_or(Errno(EPROTO))?;
     let mut text = [0u8; MAX_TEXT];
-    let text_len = (got - PACKET_BYTES).min(packet.text_len as usize).min(text.len());
-    for (to, from) in text.iter_mut().zip(bytes.iter().skip(PACKET_BYTES)).take(text_len) {
+    let text_len = (got - PACKET_BYTES)
+        .min(packet.text_len as usize)
+        .min(text.len());
+    for (to, from) in text
+        .iter_mut()
+        .zip(bytes.iter().skip(PACKET_BYTES))
+        .take(text_len)
+    {
         *to = *from;
     }
-    Ok(Received { packet, fds, text, text_len })
+    Ok(Received {
+        packet,
+        fds,
+        text,
+        text_len,
+    })
 }

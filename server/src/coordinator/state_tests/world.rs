@@ -32,7 +32,10 @@ pub(super) struct FakeNode {
 
 impl FakeNode {
     fn obey(&mut self, order: &NodeOrder) -> bool {
-        let (last, epoch) = (self.last.get(&order.index).copied().unwrap_or(0), order.epoch.get());
+        let (last, epoch) = (
+            self.last.get(&order.index).copied().unwrap_or(0),
+            order.epoch.get(),
+        );
         match order.kind {
             OrderKind::Grant(key) => {
                 if self.granted.get(&order.index) == Some(&(epoch, key)) {
@@ -201,14 +204,23 @@ impl World {
                 self.state.end_lease(now, id);
                 self.told.insert(id, BTreeMap::new());
             }
-            Step::Grant { lease, count, request, lost } => self.grant(lease, count, request, &lost),
+            Step::Grant {
+                lease,
+                count,
+                request,
+                lost,
+            } => self.grant(lease, count, request, &lost),
             Step::Interrupted { lease, count, dies } => self.interrupted(lease, count, dies),
             Step::Release { lease, which } => {
                 let Some(id) = self.lease(lease) else { return };
                 let held: Vec<ExtentId> = self.told[&id].keys().copied().collect();
-                let give: Vec<ExtentId> = which.iter().filter_map(|at| held.get(*at).copied()).collect();
+                let give: Vec<ExtentId> = which
+                    .iter()
+                    .filter_map(|at| held.get(*at).copied())
+                    .collect();
                 if self.state.release(now, id, &give).is_ok() {
-                    give.iter().for_each(|extent| drop(self.told.get_mut(&id).unwrap().remove(extent)));
+                    give.iter()
+                        .for_each(|extent| drop(self.told.get_mut(&id).unwrap().remove(extent)));
                 }
             }
             Step::Revokes { lost } => {
@@ -241,16 +253,32 @@ impl World {
             Step::Start(at) => {
                 if !self.nodes[at].up {
                     let life = self.draw() % 250 + 1;
-                    self.nodes[at] = FakeNode { life, up: true, ..FakeNode::default() };
+                    self.nodes[at] = FakeNode {
+                        life,
+                        up: true,
+                        ..FakeNode::default()
+                    };
                     self.register(at);
                 }
             }
             Step::Restart => {
                 self.commit();
-                let records = self.stored.iter().map(|(key, value)| decode(key, value).unwrap()).collect();
-                let before: Vec<_> = self.leases.iter().map(|id| self.state.list_grants(*id, None)).collect();
+                let records = self
+                    .stored
+                    .iter()
+                    .map(|(key, value)| decode(key, value).unwrap())
+                    .collect();
+                let before: Vec<_> = self
+                    .leases
+                    .iter()
+                    .map(|id| self.state.list_grants(*id, None))
+                    .collect();
                 self.state = State::load(records, TIMING, now);
-                let after: Vec<_> = self.leases.iter().map(|id| self.state.list_grants(*id, None)).collect();
+                let after: Vec<_> = self
+                    .leases
+                    .iter()
+                    .map(|id| self.state.list_grants(*id, None))
+                    .collect();
                 assert_eq!(before, after, "a restart changes no grant");
             }
         }
@@ -296,7 +324,10 @@ impl World {
             return;
         }
         let node = self.registration(at);
-        match self.state.heartbeat(Millis(self.now), &node.id, node.incarnation) {
+        match self
+            .state
+            .heartbeat(Millis(self.now), &node.id, node.incarnation)
+        {
             Ok(()) => {}
             Err(HeartbeatError::Unknown(_)) => self.register(at),
             Err(error) => panic!("{error}"),
@@ -305,21 +336,39 @@ impl World {
 
     fn grant(&mut self, lease: usize, count: u32, request: u64, lost: &[bool]) {
         let now = Millis(self.now);
-        let Some(lease) = self.lease(lease) else { return };
-        let request = GrantRequest { lease, count, fabric: None, request: RequestId::new(request).ok() };
+        let Some(lease) = self.lease(lease) else {
+            return;
+        };
+        let request = GrantRequest {
+            lease,
+            count,
+            fabric: None,
+            request: RequestId::new(request).ok(),
+        };
         let keys: Vec<u64> = (0..count).map(|_| self.draw()).collect();
-        match self.state.plan_grant(&request, true, &keys, &BTreeSet::new()) {
+        match self
+            .state
+            .plan_grant(&request, true, &keys, &BTreeSet::new())
+        {
             Ok(Plan::Ask(orders)) => {
                 assert_eq!(orders.len(), count as usize);
                 self.commit();
-                for (order, lost) in orders.iter().zip(lost.iter().chain(std::iter::repeat(&false))) {
+                for (order, lost) in orders
+                    .iter()
+                    .zip(lost.iter().chain(std::iter::repeat(&false)))
+                {
                     assert!(
-                        self.epochs.last().is_none_or(|last| *last < order.epoch.get()),
+                        self.epochs
+                            .last()
+                            .is_none_or(|last| *last < order.epoch.get()),
                         "epochs only grow"
                     );
                     self.epochs.insert(order.epoch.get());
                     if self.deliver(order) && !lost {
-                        let grant = self.state.grant_confirmed(order.extent, order.epoch, None).unwrap();
+                        let grant = self
+                            .state
+                            .grant_confirmed(order.extent, order.epoch, None)
+                            .unwrap();
                         self.commit();
                         let others = self.told.iter().filter(|(id, _)| **id != lease);
                         // An agent whose lease has ended may not know yet; its key is void, see `check`.
@@ -331,7 +380,10 @@ impl World {
                                 grant.extent
                             );
                         }
-                        self.told.get_mut(&lease).unwrap().insert(grant.extent, grant);
+                        self.told
+                            .get_mut(&lease)
+                            .unwrap()
+                            .insert(grant.extent, grant);
                     } else {
                         self.state.grant_failed(now, order.extent, order.epoch);
                     }
@@ -339,7 +391,10 @@ impl World {
             }
             Ok(Plan::Repeat(grants)) => {
                 for grant in grants {
-                    self.told.get_mut(&lease).unwrap().insert(grant.extent, grant);
+                    self.told
+                        .get_mut(&lease)
+                        .unwrap()
+                        .insert(grant.extent, grant);
                 }
             }
             Err(GrantError::Exhausted { free_extents, .. }) => assert!(free_extents < count),
@@ -349,30 +404,48 @@ impl World {
     }
 
     fn interrupted(&mut self, lease: usize, count: u32, dies: bool) {
-        let Some(lease) = self.lease(lease) else { return };
-        let request = GrantRequest { lease, count, fabric: None, request: None };
+        let Some(lease) = self.lease(lease) else {
+            return;
+        };
+        let request = GrantRequest {
+            lease,
+            count,
+            fabric: None,
+            request: None,
+        };
         let keys: Vec<u64> = (0..count).map(|_| self.draw()).collect();
-        let plan = self.state.plan_grant(&request, true, &keys, &BTreeSet::new());
+        let plan = self
+            .state
+            .plan_grant(&request, true, &keys, &BTreeSet::new());
         self.commit();
         let Ok(Plan::Ask(orders)) = plan else { return };
-        self.epochs.extend(orders.iter().map(|order| order.epoch.get()));
+        self.epochs
+            .extend(orders.iter().map(|order| order.epoch.get()));
         if dies {
             for order in &orders {
                 self.deliver(order);
             }
             self.step(Step::Restart);
         } else {
-            self.step(Step::Close(self.leases.iter().position(|id| *id == lease).unwrap()));
+            self.step(Step::Close(
+                self.leases.iter().position(|id| *id == lease).unwrap(),
+            ));
             // The revocations may reach their nodes before the grants do.
             if count > 1 {
-                self.step(Step::Revokes { lost: vec![false; 8] });
+                self.step(Step::Revokes {
+                    lost: vec![false; 8],
+                });
             }
             for order in &orders {
                 self.deliver(order);
             }
         }
         for order in orders {
-            assert_eq!(self.state.grant_confirmed(order.extent, order.epoch, None), None, "nobody is told");
+            assert_eq!(
+                self.state.grant_confirmed(order.extent, order.epoch, None),
+                None,
+                "nobody is told"
+            );
         }
     }
 
@@ -403,17 +476,31 @@ impl World {
         }
 
         let totals = state.totals();
-        let free: u64 = state.nodes.0.values().map(|node| node.free.len() as u64 * EXTENT).sum();
-        assert_eq!(totals.used + totals.pending + free, totals.capacity, "capacity adds up");
+        let free: u64 = state
+            .nodes
+            .0
+            .values()
+            .map(|node| node.free.len() as u64 * EXTENT)
+            .sum();
+        assert_eq!(
+            totals.used + totals.pending + free,
+            totals.capacity,
+            "capacity adds up"
+        );
 
         // Against the nodes' own view: what the coordinator thinks free is closed and scrubbed there.
         for (at, fake) in self.nodes.iter().enumerate() {
-            let Some(node) = state.nodes.0.get(&NodeId::new(format!("n{at}")).unwrap()) else { continue };
+            let Some(node) = state.nodes.0.get(&NodeId::new(format!("n{at}")).unwrap()) else {
+                continue;
+            };
             if node.record.incarnation.get() != fake.life {
                 continue;
             }
             for index in &node.free {
-                assert!(!fake.granted.contains_key(index), "n{at}/{index} is free here and granted there");
+                assert!(
+                    !fake.granted.contains_key(index),
+                    "n{at}/{index} is free here and granted there"
+                );
             }
             for (index, (epoch, key)) in &fake.granted {
                 let extent = &state.extents[&node.extent_id(*index)];

@@ -28,25 +28,45 @@ pub(super) struct FileStore {
 impl FileStore {
     /// Opens the file, or creates it, for this user alone: there are access keys in it.
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
-        let failed = |cause: String| StoreError::Io { path: path.to_owned(), cause };
-        let created = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+        let failed = |cause: String| StoreError::Io {
+            path: path.to_owned(),
+            cause,
+        };
+        let created = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path);
         if let Err(error) = created
             && error.kind() != io::ErrorKind::AlreadyExists
         {
             return Err(failed(error.to_string()));
         }
         // An empty file becomes a new database.
-        let database =
-            Builder::new().set_cache_size(CACHE_BYTES).create(path).map_err(|error| match error {
-                DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
+        let database = Builder::new()
+            .set_cache_size(CACHE_BYTES)
+            .create(path)
+            .map_err(|error| match error {
+                DatabaseError::DatabaseAlreadyOpen => StoreError::InUse {
+                    path: path.to_owned(),
+                },
                 other => failed(other.to_string()),
             })?;
-        let store = Self { database, path: path.to_owned() };
-        let found = store.check_format().map_err(|error| failed(error.to_string()))?;
+        let store = Self {
+            database,
+            path: path.to_owned(),
+        };
+        let found = store
+            .check_format()
+            .map_err(|error| failed(error.to_string()))?;
         if found == FORMAT {
             Ok(store)
         } else {
-            Err(StoreError::Format { path: path.to_owned(), found, known: FORMAT })
+            Err(StoreError::Format {
+                path: path.to_owned(),
+                found,
+                known: FORMAT,
+            })
         }
     }
 
@@ -93,7 +113,10 @@ impl FileStore {
     }
 
     fn failed(&self, error: &redb::Error) -> StoreError {
-        StoreError::Io { path: self.path.clone(), cause: error.to_string() }
+        StoreError::Io {
+            path: self.path.clone(),
+            cause: error.to_string(),
+        }
     }
 }
 
