@@ -34,6 +34,7 @@ const UNEXPLAINED_PAGES: u64 = 128;
 /// Runs until `ended` says so.
 pub fn run(spaces: &Arc<Spaces>, ended: &dyn Fn() -> bool) {
     crate::sys::process::raise_priority(0, crate::sys::process::FIRST);
+    crate::sys::process::run_at_once();
     let mut watched: HashMap<u64, Watched> = HashMap::new();
     while !ended() {
         let mut tick = LONGEST_TICK;
@@ -88,6 +89,7 @@ fn sample(
             .filter(|room| *room > 0)
         else {
             job.arm();
+            tracing::debug!(measured, limit, margin, "memory is put under management");
             for handle in handles {
                 handle.ask_rescan();
             }
@@ -96,6 +98,7 @@ fn sample(
         return Duration::from_micros(headroom / GROWTH_PAGES_PER_US)
             .clamp(SHORTEST_TICK, LONGEST_TICK);
     }
+    tracing::trace!(measured, managed, floor, room = job.room(), grown, "sample");
     hold_back(job, handles, margin);
     if grown { SHORTEST_TICK } else { ARMED_TICK }
 }

@@ -69,6 +69,10 @@ pub fn serve(
     ready: impl FnOnce(),
 ) -> Result<(), AgentError> {
     let (kernel, device) = Kernel::probe()?;
+    crate::sys::process::raise_session_priority(
+        std::process::id().cast_signed(),
+        crate::sys::process::FIRST,
+    );
     let far = Arc::new(FarMemory::default());
     let mut plane = ControlPlane::join(config.coordinator, config.id, config.fabric)?;
     plane.first_extents(&far)?;

@@ -62,6 +62,7 @@ impl Helper {
 
     pub(crate) fn set_process(&mut self, process: Process) {
         crate::sys::process::raise_priority(process.pid(), crate::sys::process::FIRST);
+        crate::sys::process::raise_session_priority(process.pid(), crate::sys::process::FIRST);
         self.process = Some(process);
     }
 

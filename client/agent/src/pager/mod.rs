@@ -61,6 +61,9 @@ const BUSY_GAP: Duration = Duration::from_micros(200);
 /// The longest sleep: a bound for anything whose wake-up might be missed.
 const MAX_SLEEP: Duration = Duration::from_millis(100);
 
+/// How long the moves of a batch are waited for before everything else is looked at again.
+const MOVES_WAIT: Duration = Duration::from_micros(500);
+
 /// Between two looks whether the program has replaced itself by another.
 const EXEC_CHECK: Duration = Duration::from_millis(20);
 
@@ -105,6 +108,7 @@ pub struct Pager {
     shrink: u64,
     last_fault: Option<Instant>,
     messages: Vec<Message>,
+    arrived: Vec<Fault>,
     completions: Vec<Completion>,
     closing: bool,
     /// When victims were last found to be unmovable throughout: eviction rests a little.
@@ -144,6 +148,7 @@ impl Pager {
             shrink: 0,
             last_fault: None,
             messages: Vec::new(),
+            arrived: Vec::new(),
             completions: Vec::new(),
             closing: false,
             rest_until: None,
@@ -163,6 +168,9 @@ impl Pager {
         while !self.closing {
             if self.turn() {
                 idle_since = None;
+                continue;
+            }
+            if self.wait_for_moves() {
                 continue;
             }
             let now = Instant::now();
@@ -191,7 +199,7 @@ impl Pager {
     /// Reads the uffd, if the gate allows it, and handles what it says: events before faults, since the read
     /// has released the program already and a fault must find the table as the events left it.
     fn read_messages(&mut self) -> bool {
-        if self.is_full() || !self.may_read_events() {
+        if !self.may_read_events() {
             return false;
         }
         let mut messages = std::mem::take(&mut self.messages);
@@ -200,7 +208,7 @@ impl Pager {
             self.closing = true;
         }
         let began = Instant::now();
-        let mut faults = VecDeque::new();
+        let mut faults = std::mem::take(&mut self.arrived);
         for message in messages.drain(..) {
             match message {
                 Message::Fault {
@@ -209,16 +217,19 @@ impl Pager {
                     protected,
                     thread,
                 } => {
-                    faults.push_back(Fault::new(address, write, protected, thread, began));
+                    faults.push(Fault::new(address, write, protected, thread, began));
                 }
                 event => self.follow(event),
             }
         }
         self.messages = messages;
-        for fault in faults {
+        for fault in faults.drain(..) {
             self.last_fault = Some(began);
             self.answer_or_keep(fault);
         }
+        self.arrived = faults;
+        // Where the fabric answers at once (shared memory), so is the fault.
+        self.poll_links();
         self.publish();
         matches!(read, Ok(count) if count > 0)
     }
@@ -295,9 +306,19 @@ impl Pager {
         worked
     }
 
-    /// Whether faults wait that only an eviction can help: then no more are read.
-    fn is_full(&self) -> bool {
-        !self.waiting.is_empty() && self.job.room() <= 0
+    /// While pages are being moved no event may be read, so there is little to look for: the helper gets the
+    /// processor. Returns whether that was so.
+    fn wait_for_moves(&self) -> bool {
+        let (Some(helper), Some(batch)) = (&self.helper, &self.take_out) else {
+            return false;
+        };
+        let control = helper.control();
+        let taken = control.taken.load(Ordering::Acquire);
+        if batch.is_taken(Some(control)) || taken == batch.command {
+            return false;
+        }
+        crate::sys::control::futex_wait(&control.taken, taken, MOVES_WAIT);
+        true
     }
 
     fn is_busy(&self, now: Instant) -> bool {
@@ -319,7 +340,9 @@ impl Pager {
             .zip(control)
             .is_some_and(|(batch, control)| control.done.load(Ordering::SeqCst) == batch.command);
         if !helper_done {
-            let short = !self.waiting.is_empty() || self.rest_until.is_some();
+            let short = !self.waiting.is_empty()
+                || self.fetches.any_to_install()
+                || self.rest_until.is_some();
             let limit = if short { SHORT_SLEEP } else { MAX_SLEEP };
             let timeout = rustix::time::Timespec {
                 tv_sec: 0,
@@ -331,7 +354,7 @@ impl Pager {
                 .take_out
                 .as_ref()
                 .is_some_and(|batch| !batch.is_taken(control));
-            if !moving && !self.is_full() {
+            if !moving {
                 fds.push(PollFd::new(&self.uffd, PollFlags::IN));
             }
             if let Some(helper) = &self.helper {

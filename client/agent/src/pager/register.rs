@@ -117,6 +117,12 @@ impl Pager {
             self.read_messages();
         }
         self.adopt_present(pid, &fresh);
+        tracing::debug!(
+            space = self.handle.id,
+            ?fresh,
+            local = self.table.local_pages(),
+            "looked at the mappings"
+        );
     }
 
     fn worth_managing(&self, mappings: &[Mapping]) -> Vec<Range<u64>> {

@@ -213,10 +213,22 @@ pub fn kill(pid: i32) {
 /// The precedence of pagers and helpers: everybody waits for them.
 pub const FIRST: i32 = -19;
 
-/// Gives a thread of ours, or a process, precedence over ordinary ones, as far as we may.
+/// Gives a thread of ours (0: the caller), or a process, precedence over ordinary ones, as far as we may.
 pub fn raise_priority(pid: i32, nice: i32) {
     // SAFETY: integers only.
     unsafe { libc::setpriority(libc::PRIO_PROCESS, pid as libc::id_t, nice) };
+}
+
+/// Gives a whole session precedence: with automatic task groups a thread's own counts within its session only.
+pub fn raise_session_priority(pid: i32, nice: i32) {
+    let _ = std::fs::write(format!("/proc/{pid}/autogroup"), nice.to_string());
+}
+
+/// Lets the calling thread run as soon as it wakes, if we may; for one that sleeps nearly always.
+pub fn run_at_once() {
+    let parameters = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the kernel reads a sched_param.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &parameters) };
 }
 
 /// A mapping of a process, as `/proc/PID/maps` shows it.
