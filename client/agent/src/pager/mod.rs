@@ -105,6 +105,9 @@ pub struct Pager {
     /// Pages that the kernel writes at thread exit: never taken out.
     pinned: HashSet<u64>,
     pinned_at: Option<Instant>,
+    processors: usize,
+    /// Whether a processor is free for looking for the next fault rather than sleeping until it comes.
+    may_spin: bool,
     shrink: u64,
     last_fault: Option<Instant>,
     messages: Vec<Message>,
@@ -145,6 +148,8 @@ impl Pager {
             staging: Staging::default(),
             pinned: HashSet::new(),
             pinned_at: None,
+            processors: std::thread::available_parallelism().map_or(1, usize::from),
+            may_spin: false,
             shrink: 0,
             last_fault: None,
             messages: Vec::new(),
@@ -175,7 +180,7 @@ impl Pager {
             }
             let now = Instant::now();
             let since = *idle_since.get_or_insert(now);
-            if self.is_busy(now) && now.duration_since(since) < SPIN {
+            if self.may_spin && self.is_busy(now) && now.duration_since(since) < SPIN {
                 std::hint::spin_loop();
                 continue;
             }

@@ -110,14 +110,14 @@ impl Process {
             .to_owned()
     }
 
-    /// The pages that the kernel writes when a thread ends, for every thread there is: their thread control
-    /// blocks, found through their robust lists.
+    /// How many threads there are, and the pages that the kernel writes when one of them ends: their thread
+    /// control blocks, found through their robust lists.
     #[must_use]
-    pub fn thread_control_pages(&self) -> Vec<u64> {
+    pub fn threads(&self) -> (usize, Vec<u64>) {
         let Ok(tasks) = std::fs::read_dir(format!("/proc/{}/task", self.pid)) else {
-            return Vec::new();
+            return (0, Vec::new());
         };
-        let mut pages = Vec::new();
+        let (mut threads, mut pages) = (0, Vec::new());
         for task in tasks.flatten() {
             let Some(tid) = task
                 .file_name()
@@ -126,6 +126,7 @@ impl Process {
             else {
                 continue;
             };
+            threads += 1;
             let (mut head, mut len) = (0usize, 0usize);
             // SAFETY: the kernel writes a pointer and a size to two live words.
             let result = unsafe {
@@ -144,7 +145,7 @@ impl Process {
         }
         pages.sort_unstable();
         pages.dedup();
-        pages
+        (threads, pages)
     }
 }
 
