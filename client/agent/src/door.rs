@@ -276,7 +276,10 @@ impl Door {
                         reason: error.to_string(),
                     },
                 },
-                (JobRequest::Started { .. }, Some(_)) => JobReply::Noted,
+                (JobRequest::Started { pid }, Some(job)) => {
+                    job.started(pid);
+                    JobReply::Noted
+                }
                 (JobRequest::Finish, Some(job)) => {
                     finished = true;
                     JobReply::Account(Box::new(job.account(&self.fabric)))

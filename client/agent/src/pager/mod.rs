@@ -45,7 +45,7 @@ pub(crate) use fetch::Fetches;
 pub(crate) use helper::Helper;
 pub(crate) use links::Links;
 pub(crate) use register::Registered;
-pub(crate) use take_out::TakeOut;
+pub(crate) use take_out::{FREE_LEAST, TakeOut};
 pub(crate) use write_back::Staging;
 
 /// How long a fault may wait for whatever it needs (its node, a free frame, a slot for a victim) before its
@@ -60,6 +60,9 @@ const BUSY_GAP: Duration = Duration::from_micros(200);
 
 /// The longest sleep: a bound for anything whose wake-up might be missed.
 const MAX_SLEEP: Duration = Duration::from_millis(100);
+
+/// How long threads may wait for room while nothing can be taken out.
+const STARVED_DEADLINE: Duration = Duration::from_secs(3);
 
 /// How long the moves of a batch are waited for before everything else is looked at again.
 const MOVES_WAIT: Duration = Duration::from_micros(500);
@@ -117,6 +120,8 @@ pub struct Pager {
     /// When victims were last found to be unmovable throughout: eviction rests a little.
     rest_until: Option<Instant>,
     checked_exec_at: Option<Instant>,
+    /// Since when threads wait for room while this count of evictions stands still.
+    starved: Option<(Instant, u64)>,
 }
 
 impl Pager {
@@ -158,6 +163,7 @@ impl Pager {
             closing: false,
             rest_until: None,
             checked_exec_at: None,
+            starved: None,
         }
     }
 
@@ -285,7 +291,33 @@ impl Pager {
                 None => worked = true,
             }
         }
-        worked | self.install_arrived()
+        worked |= self.install_arrived();
+        self.check_starved();
+        worked
+    }
+
+    /// Threads wait for room, and nothing has been taken out for long: what is resident cannot be. That is the
+    /// user's to know, not a wait without end.
+    fn check_starved(&mut self) {
+        let needs_room =
+            (!self.waiting.is_empty() || self.fetches.any_to_install()) && self.job.room() <= 0;
+        let evicted = self.job.counters.pages_evicted.load(Ordering::Relaxed);
+        match self.starved {
+            Some((at, before)) if needs_room && before == evicted => {
+                if at.elapsed() > STARVED_DEADLINE && !self.staging.is_full() {
+                    let stuck = self.job.unmanaged() * 4096 >> 20;
+                    let limit = self.job.limits.local_pages * 4096 >> 20;
+                    self.job.fail(format!(
+                        "nothing of it can be taken out any more to make room: of {limit} MiB allowed, {stuck} MiB are \
+                         stacks, small or locked mappings and processes that are not managed, and the rest is locked \
+                         or pinned; give --local more"
+                    ));
+                    self.closing = true;
+                }
+            }
+            _ if needs_room => self.starved = Some((Instant::now(), evicted)),
+            _ => self.starved = None,
+        }
     }
 
     fn serve_requests(&mut self) -> bool {

@@ -13,7 +13,7 @@ use crate::table::Page;
 /// Frames kept free, as a share of the limit, and its bounds: so much may be installed before an eviction must
 /// have finished.
 const FREE_SHARE: u64 = 32;
-const FREE_LEAST: u64 = 64;
+pub(crate) const FREE_LEAST: u64 = 64;
 const FREE_MOST: u64 = 1024;
 
 /// Pages of a batch while faults come: short, since events are not read meanwhile.
