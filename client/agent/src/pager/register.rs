@@ -207,9 +207,19 @@ impl Pager {
             .store(unmanaged, Ordering::Relaxed);
     }
 
+    /// Waits until events may be read: until no page is being moved. Drops (kernels without `UFFDIO_MOVE`) are
+    /// not waited for, since they end only once their own events are read.
     fn settle_moves(&mut self) {
         let began = Instant::now();
-        while self.take_out.is_some() && !self.closing && began.elapsed() < SETTLE_MOVES {
+        while !self.closing && began.elapsed() < SETTLE_MOVES {
+            let control = self.helper.as_ref().map(super::Helper::control);
+            if self
+                .take_out
+                .as_ref()
+                .is_none_or(|batch| batch.is_taken(control))
+            {
+                return;
+            }
             if !self.poll_helper() {
                 std::thread::yield_now();
             }
