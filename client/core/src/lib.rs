@@ -16,3 +16,6 @@ pub mod page_cell;
 pub mod prefetch;
 pub mod residents;
 pub mod table;
+
+#[cfg(all(test, loom))]
+mod loom_models;
