@@ -16,8 +16,8 @@ use crate::far::{finish, spawn_child, under_farpage};
 use crate::report::{Measurement, Report};
 use crate::{BenchError, Options};
 
-const LOCAL: &str = "4G";
-const FAR: &str = "1G";
+const LOCAL: &str = "2G";
+const FAR: &str = "2G";
 /// The work of the run by which the size for [`Options::seconds`] is found.
 const PROBE_SIZE: usize = 20;
 
@@ -34,7 +34,7 @@ const PROGRAMS: &[Program] = &[
         name: "sort",
         binary: "sort",
         write_input: numbers,
-        words: |input| words(&["sort", "-g", "-S", "2G", "-o", "/dev/null", input]),
+        words: |input| words(&["sort", "-g", "-S", "1G", "-o", "/dev/null", input]),
     },
     Program {
         name: "python",

@@ -67,6 +67,7 @@ pub struct Job {
     local_peak: AtomicU64,
     unmanaged_peak: AtomicU64,
     armed: AtomicBool,
+    regions_only: AtomicBool,
     spaces: Mutex<Vec<Arc<SpaceHandle>>>,
 }
 
@@ -87,6 +88,7 @@ impl Job {
             local_peak: AtomicU64::new(0),
             unmanaged_peak: AtomicU64::new(0),
             armed: AtomicBool::new(false),
+            regions_only: AtomicBool::new(false),
             spaces: Mutex::new(Vec::new()),
         }
     }
@@ -167,6 +169,19 @@ impl Job {
     /// Begins managing memory; returns whether this call was the first.
     pub fn arm(&self) -> bool {
         !self.armed.swap(true, Ordering::AcqRel)
+    }
+
+    /// Whether it is a library's: its limit holds for the regions named to it, not for the program's memory, and
+    /// the program outlives it.
+    #[must_use]
+    pub fn is_for_regions(&self) -> bool {
+        self.regions_only.load(Ordering::Acquire)
+    }
+
+    /// Makes it a library's.
+    pub fn for_regions(&self) {
+        self.regions_only.store(true, Ordering::Release);
+        self.arm();
     }
 
     /// A process joined.

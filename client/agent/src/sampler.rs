@@ -61,6 +61,12 @@ fn sample(
     watched: &mut HashMap<u64, Watched>,
 ) -> Duration {
     let managed = job.managed();
+    if job.is_for_regions() {
+        // What the rest of the program uses is not this job's business.
+        job.note_sample(managed, 0);
+        hold_back(job, handles, margin(job.limits.local_pages));
+        return ARMED_TICK;
+    }
     let (mut measured, mut floor, mut grown) = (0, 0, false);
     for handle in handles {
         let Some((before, now)) = measure(handle, watched) else {
@@ -79,9 +85,7 @@ fn sample(
     }
     job.note_sample(measured, measured.saturating_sub(managed).max(floor));
     let limit = job.limits.local_pages;
-    let margin = (limit / MARGIN_SHARE)
-        .clamp(MARGIN_LEAST_PAGES, MARGIN_MOST_PAGES)
-        .min(limit / 2);
+    let margin = margin(limit);
     if !job.is_armed() {
         let Some(headroom) = (limit - margin)
             .checked_sub(measured)
@@ -98,6 +102,13 @@ fn sample(
     }
     hold_back(job, handles, margin);
     if grown { SHORTEST_TICK } else { ARMED_TICK }
+}
+
+/// How far below a limit of so many pages management begins.
+fn margin(limit: u64) -> u64 {
+    (limit / MARGIN_SHARE)
+        .clamp(MARGIN_LEAST_PAGES, MARGIN_MOST_PAGES)
+        .min(limit / 2)
 }
 
 fn measure(handle: &SpaceHandle, watched: &mut HashMap<u64, Watched>) -> Option<(Sizes, Sizes)> {
