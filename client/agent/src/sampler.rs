@@ -28,6 +28,13 @@ const MARGIN_SHARE: u64 = 8;
 const MARGIN_LEAST_PAGES: u64 = 512;
 const MARGIN_MOST_PAGES: u64 = 6144;
 
+/// Allocations held back go on when so much room is free again: half of what eviction keeps free (`FREE_SHARE` and
+/// its bounds in `pager/take_out.rs`). With more, eviction would stop before it is reached, and every allocation
+/// would wait to its own time limit.
+const RELEASE_SHARE: u64 = 64;
+const RELEASE_LEAST_PAGES: u64 = 32;
+const RELEASE_MOST_PAGES: u64 = 512;
+
 /// Resident pages that no table explains, beyond which the mappings are looked at again.
 const UNEXPLAINED_PAGES: u64 = 128;
 
@@ -64,7 +71,7 @@ fn sample(
     if job.is_for_regions() {
         // What the rest of the program uses is not this job's business.
         job.note_sample(managed, 0);
-        hold_back(job, handles, margin(job.limits.local_pages));
+        hold_back(job, handles);
         return ARMED_TICK;
     }
     let (mut measured, mut floor, mut grown) = (0, 0, false);
@@ -85,9 +92,8 @@ fn sample(
     }
     job.note_sample(measured, measured.saturating_sub(managed).max(floor));
     let limit = job.limits.local_pages;
-    let margin = margin(limit);
     if !job.is_armed() {
-        let Some(headroom) = (limit - margin)
+        let Some(headroom) = (limit - margin(limit))
             .checked_sub(measured)
             .filter(|room| *room > 0)
         else {
@@ -100,7 +106,7 @@ fn sample(
         return Duration::from_micros(headroom / GROWTH_PAGES_PER_US)
             .clamp(SHORTEST_TICK, LONGEST_TICK);
     }
-    hold_back(job, handles, margin);
+    hold_back(job, handles);
     if grown { SHORTEST_TICK } else { ARMED_TICK }
 }
 
@@ -132,10 +138,12 @@ fn measure(handle: &SpaceHandle, watched: &mut HashMap<u64, Watched>) -> Option<
 }
 
 /// Makes allocations wait while the job is over its limit, and spreads what must go over its address spaces.
-fn hold_back(job: &Job, handles: &[Arc<SpaceHandle>], margin: u64) {
+fn hold_back(job: &Job, handles: &[Arc<SpaceHandle>]) {
     let room = job.room();
     let holding = room <= 0;
-    let release = room >= (margin / 4) as i64;
+    let enough =
+        (job.limits.local_pages / RELEASE_SHARE).clamp(RELEASE_LEAST_PAGES, RELEASE_MOST_PAGES);
+    let release = room >= enough as i64;
     for handle in handles {
         if holding || release {
             handle.hold(holding);
