@@ -46,8 +46,8 @@ impl Error {
         move |error| Self::System(what, error)
     }
 
-    pub(crate) fn attach(error: AttachError, socket: &str) -> Self {
-        let errno = |errno: farpage_attach::sys::Errno| {
+    pub(crate) fn attach(error: &AttachError, socket: &str) -> Self {
+        let errno = |errno: &farpage_attach::sys::Errno| {
             io::Error::from_raw_os_error(i32::try_from(errno.0).unwrap_or(0))
         };
         match error {
@@ -56,7 +56,7 @@ impl Error {
                 error: errno(error),
             },
             AttachError::Refused(text, len) => {
-                let text = text.get(..len).unwrap_or_default();
+                let text = text.get(..*len).unwrap_or_default();
                 Self::Refused(String::from_utf8_lossy(text).into_owned())
             }
             AttachError::Handshake(error) => Self::System("talking to the agent", errno(error)),
@@ -79,7 +79,7 @@ impl Agent {
     /// [`Error::NoAgent`] where nobody does.
     pub fn connect(socket: &str) -> Result<Self, Error> {
         let connected = farpage_attach::sys::socket::connect(socket.as_bytes())
-            .map_err(|errno| Error::attach(AttachError::Unreachable(errno), socket))?;
+            .map_err(|errno| Error::attach(&AttachError::Unreachable(errno), socket))?;
         // Each region has a connection of its own; this one was to see that somebody answers.
         drop(crate::sys::owned(connected));
         Ok(Self {

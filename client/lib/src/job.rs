@@ -24,7 +24,7 @@ pub(crate) struct Job {
 impl Job {
     /// Opens a job of these limits.
     pub(crate) fn open(socket: &str, local_bytes: u64, far_bytes: u64) -> Result<Self, Error> {
-        let failed = |error| Error::attach(error, socket);
+        let failed = |error: AttachError| Error::attach(&error, socket);
         let fd = farpage_attach::sys::socket::connect(socket.as_bytes())
             .map_err(|errno| failed(AttachError::Unreachable(errno)))?;
         let fd = crate::sys::owned(fd);

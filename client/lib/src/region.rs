@@ -4,14 +4,13 @@ use std::ops::{Deref, DerefMut, Range};
 
 use farpage_attach::attach::{AttachError, Attached, attach};
 use farpage_attach::message::{Packet, kind, tag};
-use farpage_attach::sys::{Errno, socket};
+use farpage_attach::sys::socket;
 
 use crate::agent::Error;
 use crate::job::Job;
 use crate::sys::Mapping;
 
 const PAGE: usize = 4096;
-const EPROTO: u32 = 71;
 
 /// What the program knows about how it will use a part of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,7 +109,7 @@ impl Managed {
         let far_bytes = mapping.as_slice().len() as u64;
         let job = Job::open(agent, local_bytes as u64, far_bytes)?;
         let attached = attach(agent.as_bytes(), kind::LIBRARY, job.token, 0, true)
-            .map_err(|error| Error::attach(error, agent))?;
+            .map_err(|error| Error::attach(&error, agent))?;
         let managed = Self { attached, job };
         let mut region = Packet::new(tag::REGION);
         region.holding = mapping.as_slice().as_ptr().addr() as u64;
@@ -119,19 +118,23 @@ impl Managed {
             Ok(()) => Ok(managed),
             Err(error) => {
                 managed.leave();
-                Err(Error::attach(error, agent))
+                Err(error)
             }
         }
     }
 
-    fn ask(&self, request: &Packet) -> Result<(), AttachError> {
+    fn ask(&self, request: &Packet) -> Result<(), Error> {
         let fd = self.attached.socket;
-        socket::send(fd, request, &[]).map_err(AttachError::Handshake)?;
-        let reply = socket::receive(fd).map_err(AttachError::Handshake)?;
+        let failed = |errno| Error::attach(&AttachError::Handshake(errno), "");
+        socket::send(fd, request, &[]).map_err(failed)?;
+        let reply = socket::receive(fd).map_err(failed)?;
         match reply.packet.tag {
             tag::DONE => Ok(()),
-            tag::REFUSAL => Err(AttachError::Refused(reply.text, reply.text_len)),
-            _ => Err(AttachError::Handshake(Errno(EPROTO))),
+            tag::REFUSAL => Err(Error::attach(
+                &AttachError::Refused(reply.text, reply.text_len),
+                "",
+            )),
+            _ => Err(Error::Malformed),
         }
     }
 
