@@ -16,7 +16,7 @@ use crate::run::summary::Summary;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SessionError {
     #[error(
-        "no agent answers at {}: {source}; start one (farpage agent --socket {}), or leave out --agent to have \
+        "no agent at {}: {source}; start one (farpage agent --socket {}), or leave out --agent to have \
          everything brought up for this run",
         .socket.display(), .socket.display()
     )]
