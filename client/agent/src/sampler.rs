@@ -28,6 +28,12 @@ const MARGIN_SHARE: u64 = 8;
 const MARGIN_LEAST_PAGES: u64 = 512;
 const MARGIN_MOST_PAGES: u64 = 6144;
 
+/// Held allocations go on when this much is free: well within what pagers keep free by themselves
+/// (`pager::take_out`), or a program would be held for ever at a limit where they have nothing more to do.
+const RELEASE_SHARE: u64 = 64;
+const RELEASE_LEAST_PAGES: u64 = 32;
+const RELEASE_MOST_PAGES: u64 = 512;
+
 /// Resident pages that no table explains, beyond which the mappings are looked at again.
 const UNEXPLAINED_PAGES: u64 = 128;
 
@@ -96,7 +102,7 @@ fn sample(
         return Duration::from_micros(headroom / GROWTH_PAGES_PER_US)
             .clamp(SHORTEST_TICK, LONGEST_TICK);
     }
-    hold_back(job, handles, margin);
+    hold_back(job, handles);
     if grown { SHORTEST_TICK } else { ARMED_TICK }
 }
 
@@ -121,10 +127,12 @@ fn measure(handle: &SpaceHandle, watched: &mut HashMap<u64, Watched>) -> Option<
 }
 
 /// Makes allocations wait while the job is over its limit, and spreads what must go over its address spaces.
-fn hold_back(job: &Job, handles: &[Arc<SpaceHandle>], margin: u64) {
+fn hold_back(job: &Job, handles: &[Arc<SpaceHandle>]) {
     let room = job.room();
     let holding = room <= 0;
-    let release = room >= (margin / 4) as i64;
+    let enough =
+        (job.limits.local_pages / RELEASE_SHARE).clamp(RELEASE_LEAST_PAGES, RELEASE_MOST_PAGES);
+    let release = room >= enough as i64;
     for handle in handles {
         if holding || release {
             handle.hold(holding);
