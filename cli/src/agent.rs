@@ -34,7 +34,7 @@ pub(crate) enum AgentError {
 /// Serves until a signal, or the end of the lifeline, ends it.
 pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
     crate::doctor::userfaultfd_is_usable()?;
-    daemon::log_to_standard_error();
+    daemon::start_logging();
     if args.fabric == Some(Fabric::Rdma) {
         return Err(AgentError::NoRdma);
     }

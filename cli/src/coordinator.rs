@@ -23,7 +23,7 @@ pub(crate) enum CoordinatorError {
 
 /// Serves until a signal ends it.
 pub(crate) fn command(args: &CoordinatorArgs) -> Result<(), CoordinatorError> {
-    daemon::log_to_standard_error();
+    daemon::start_logging();
     let StateStore::File(path) = &args.state else {
         return Err(CoordinatorError::NoEtcd);
     };

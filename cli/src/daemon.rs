@@ -1,6 +1,6 @@
 //! What the daemons have in common: logs, signals, names, the word that they are ready.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,16 +9,31 @@ use tokio::signal::unix::{SignalKind, signal};
 /// What is logged unless `FARPAGE_LOG` says otherwise.
 const DEFAULT_LOG: &str = "warn";
 
-/// Logs to standard error, as much as `FARPAGE_LOG` asks for (`debug`, `farpage_agent=trace`, ...).
-pub(crate) fn log_to_standard_error() {
+/// Logs as much as `FARPAGE_LOG` asks for (`debug`, `farpage_agent=trace`, ...), to standard error or to the end of the
+/// file that `FARPAGE_LOG_FILE` names: the parts that `run` brings up have no standard error that anybody sees.
+pub(crate) fn start_logging() {
     let filter = std::env::var("FARPAGE_LOG").unwrap_or_else(|_| DEFAULT_LOG.to_owned());
     let filter = tracing_subscriber::EnvFilter::try_new(filter)
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(DEFAULT_LOG));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter);
+    let file = std::env::var_os("FARPAGE_LOG_FILE").and_then(|path| {
+        std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(path)
+            .ok()
+    });
     // A second call finds a subscriber set already, which is as good.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .try_init();
+    let _ = match file {
+        Some(file) => builder
+            .with_writer(std::sync::Mutex::new(file))
+            .with_ansi(false)
+            .try_init(),
+        None => {
+            let ansi = io::stderr().is_terminal();
+            builder.with_writer(io::stderr).with_ansi(ansi).try_init()
+        }
+    };
 }
 
 /// Writes a word to standard output at once; a closed one is no reason to fail.

@@ -20,7 +20,7 @@ pub(crate) enum FarMemoryError {
 
 /// Serves until the lifeline ends it.
 pub(crate) fn command(args: &FarMemoryArgs) -> Result<(), FarMemoryError> {
-    daemon::log_to_standard_error();
+    daemon::start_logging();
     let name = args.socket.trim_start_matches('@');
     let extent = farpage_proto::limits::DEFAULT_EXTENT_BYTES;
     let capacity = args.capacity.bytes().next_multiple_of(extent);

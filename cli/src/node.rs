@@ -55,7 +55,7 @@ pub(crate) fn command(args: &NodeArgs) -> Result<(), NodeError> {
 
 fn serve(options: &NodeOptions<'_>) -> Result<(), NodeError> {
     let args = options.args;
-    daemon::log_to_standard_error();
+    daemon::start_logging();
     let coordinator = EndpointUrl::parse_field("--coordinator", &args.coordinator)?;
     let mut config = NodeConfig::new(
         NodeId::new(options.id.clone())?,

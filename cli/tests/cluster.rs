@@ -19,10 +19,10 @@ use std::time::{Duration, Instant};
 use common::cluster::{Cluster, GROUP, PATIENCE, PYTHON, Program, as_user, wait};
 use common::{alone, eventually, is_over, marked, skip, sys, without_far_memory};
 
-/// 22 MB of data in a program of some 36 MB: a quarter of its peak may stay.
-const PIECES: u32 = 7_500;
-const LOCAL: &str = "9M";
-const LOCAL_BYTES: u64 = 9 << 20;
+/// 27 MB of data in a program of some 40 MB: a quarter of its peak may stay.
+const PIECES: u32 = 9_000;
+const LOCAL: &str = "10M";
+const LOCAL_BYTES: u64 = 10 << 20;
 
 /// Fits into [`LOCAL`] whatever happens to far memory.
 const SMALL: u32 = 10;
@@ -182,15 +182,15 @@ fn full_nodes_end_what_does_not_fit_and_nothing_else() {
         return;
     }
     let _alone = alone();
-    // Less than either program needs beside its 20M here. The first stays within it, the second does not.
+    // Less than either program needs beside its 24M here. The first stays within it, the second does not.
     let mut cluster = Cluster::start("tcp", &["16M", "16M"]);
     let native = cluster.run_native(PIECES).complete(1);
-    let mut fits = cluster.run_program("20M", PIECES, "fits");
+    let mut fits = cluster.run_program("24M", PIECES, "fits");
     fits.built();
     assert_eq!(fits.check(), native[0]);
 
     let began = Instant::now();
-    let too_large = cluster.run_program("20M", 4 * PIECES, "too_large");
+    let too_large = cluster.run_program("24M", 4 * PIECES, "too_large");
     let (status, errors) = too_large.end();
     assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}: {errors}");
     assert!(began.elapsed() < PATIENCE);
@@ -441,7 +441,7 @@ fn embedded(mark: &str, script: &str) -> Command {
     command.args([
         "run",
         "--local",
-        LOCAL,
+        "16M",
         "--far",
         "256M",
         "--summary",

@@ -93,7 +93,12 @@ pub(crate) fn command(args: &RunArgs) -> ExitCode {
     };
     match session.finish(ended) {
         Ok(summary) => sink.write(&summary),
-        Err(error) => complain(&error),
+        Err(error) => {
+            complain(&error);
+            if error.ended_the_program() {
+                return ExitCode::FAILURE;
+            }
+        }
     }
     ended.pass_on()
 }

@@ -26,6 +26,8 @@ pub(crate) enum SessionError {
     },
     #[error("{0}")]
     Agent(#[from] ClientError),
+    #[error("the program was ended: {0}")]
+    Ended(String),
     #[error("--agent: the path is not valid UTF-8; use another")]
     Socket,
     #[error("no far memory for this program: {0}")]
@@ -36,6 +38,13 @@ pub(crate) enum SessionError {
     Helper(#[from] HelperError),
     #[error("--fabric rdma: this build has no rdma transport; use --fabric tcp or shm")]
     NoRdma,
+}
+
+impl SessionError {
+    /// Whether the program's end is our doing, so that its status says nothing.
+    pub(crate) fn ended_the_program(&self) -> bool {
+        matches!(self, Self::Ended(_))
+    }
 }
 
 /// Far memory, up for one program. Dropping it takes everything down that it brought up.
@@ -110,6 +119,9 @@ impl Session {
     /// as processes do that the program has left behind, and not longer.
     pub(crate) fn finish(self, ended: Ended) -> Result<Summary, SessionError> {
         let account = self.job.finish()?;
+        if let Some(reason) = account.failure {
+            return Err(SessionError::Ended(reason));
+        }
         if let Some(agent) = self.agent
             && account.processes_left > 0
         {
@@ -128,6 +140,7 @@ impl Session {
             local_peak_bytes: account.local_peak_bytes,
             far_peak_bytes: account.far_peak_bytes,
             far_slots_in_use_at_exit: account.far_slots_in_use_at_exit,
+            processes_left: account.processes_left,
             fabric: if account.fabric == "any" {
                 self.fabric.to_owned()
             } else {

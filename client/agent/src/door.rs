@@ -307,7 +307,10 @@ impl Door {
                         reason: error.to_string(),
                     },
                 },
-                (JobRequest::Started { .. }, Some(_)) => JobReply::Noted,
+                (JobRequest::Started { pid }, Some(job)) => {
+                    job.started(pid);
+                    JobReply::Noted
+                }
                 (JobRequest::Finish, Some(job)) => {
                     *finished = true;
                     let fabrics = self.shared.far.fabrics();

@@ -1,7 +1,7 @@
 //! A job: the process tree of one `farpage run`, its limits, and what was counted for it.
 
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::latency::Latencies;
@@ -67,6 +67,8 @@ pub struct Job {
     local_peak: AtomicU64,
     unmanaged_peak: AtomicU64,
     armed: AtomicBool,
+    root: AtomicI32,
+    failure: OnceLock<String>,
     spaces: Mutex<Vec<Arc<SpaceHandle>>>,
 }
 
@@ -87,6 +89,8 @@ impl Job {
             local_peak: AtomicU64::new(0),
             unmanaged_peak: AtomicU64::new(0),
             armed: AtomicBool::new(false),
+            root: AtomicI32::new(0),
+            failure: OnceLock::new(),
             spaces: Mutex::new(Vec::new()),
         }
     }
@@ -101,6 +105,12 @@ impl Job {
     #[must_use]
     pub fn resident(&self) -> i64 {
         self.managed.load(Ordering::Relaxed) + self.unmanaged.load(Ordering::Relaxed) as i64
+    }
+
+    /// Resident pages that no table knows of.
+    #[must_use]
+    pub fn unmanaged(&self) -> u64 {
+        self.unmanaged.load(Ordering::Relaxed)
     }
 
     /// Resident pages that tables know of.
@@ -136,7 +146,9 @@ impl Job {
     /// The sampler's measurement of the tree.
     pub fn note_sample(&self, measured: u64, unmanaged: u64) {
         self.unmanaged.store(unmanaged, Ordering::Relaxed);
-        self.unmanaged_peak.fetch_max(unmanaged, Ordering::Relaxed);
+        if self.is_armed() {
+            self.unmanaged_peak.fetch_max(unmanaged, Ordering::Relaxed);
+        }
         self.local_peak.fetch_max(measured, Ordering::Relaxed);
     }
 
@@ -152,7 +164,7 @@ impl Job {
         self.far_peak.load(Ordering::Relaxed)
     }
 
-    /// Most resident pages that no table knew of.
+    /// Most resident pages that no table knew of while memory was managed.
     #[must_use]
     pub fn unmanaged_peak(&self) -> u64 {
         self.unmanaged_peak.load(Ordering::Relaxed)
@@ -167,6 +179,30 @@ impl Job {
     /// Begins managing memory; returns whether this call was the first.
     pub fn arm(&self) -> bool {
         !self.armed.swap(true, Ordering::AcqRel)
+    }
+
+    /// The pid of the first program; the tree is its.
+    #[must_use]
+    pub fn root(&self) -> Option<i32> {
+        Some(self.root.load(Ordering::Relaxed)).filter(|pid| *pid > 0)
+    }
+
+    /// The first program runs under this pid.
+    pub fn started(&self, pid: i32) {
+        self.root.store(pid, Ordering::Relaxed);
+    }
+
+    /// The job cannot go on: its processes are ended, and its user is told why. The first reason counts.
+    pub fn fail(&self, reason: String) {
+        tracing::error!(
+            job = format_args!("{:x}", self.token),
+            reason,
+            "a job is ended"
+        );
+        let _ = self.failure.set(reason);
+        for pid in self.spaces().iter().filter_map(|handle| handle.pid()) {
+            crate::sys::process::kill(pid);
+        }
     }
 
     /// A process joined.
@@ -217,6 +253,7 @@ impl Job {
             processes: count(&counters.processes),
             processes_unmanaged: count(&counters.processes_unmanaged),
             unmanaged_bytes: self.unmanaged_peak() * 4096,
+            failure: self.failure.get().cloned(),
             processes_left: self.spaces().len() as u64,
             fabric: fabric.to_owned(),
         }

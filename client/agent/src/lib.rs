@@ -28,5 +28,6 @@ pub mod serve;
 pub mod spaces;
 pub mod sys;
 pub mod table;
+pub mod tree;
 
 pub use serve::{AgentConfig, AgentError, serve};

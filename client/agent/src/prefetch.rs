@@ -16,6 +16,8 @@ const STREAMS: usize = 16;
 struct Stream {
     next: Page,
     window: u64,
+    /// Pages that the last fault brought, itself included.
+    covered: u64,
     last_used: u64,
 }
 
@@ -36,6 +38,19 @@ pub struct Window {
 }
 
 impl Prefetcher {
+    /// What a fault at `page` has brought or found on its way reaches up to `end`: there the stream goes on.
+    pub fn reached(&mut self, page: Page, end: Page) {
+        let clock = self.clock;
+        if let Some(stream) = self
+            .streams
+            .iter_mut()
+            .find(|stream| stream.last_used == clock)
+        {
+            stream.next = end.max(page.plus(1));
+            stream.covered = stream.next.0 - page.0;
+        }
+    }
+
     /// A fault at `page`: how many pages to bring.
     pub fn fault(&mut self, page: Page) -> Window {
         self.clock += 1;
@@ -44,9 +59,10 @@ impl Prefetcher {
             page.0 >= stream.next.0 && page.0 - stream.next.0 <= stream.window / 4
         };
         if let Some(stream) = self.streams.iter_mut().find(near) {
-            let hits = stream.window - 1;
+            let hits = stream.covered - 1;
             stream.window = (stream.window * 2).clamp(FIRST_WINDOW, MAX_WINDOW);
             stream.next = page.plus(stream.window);
+            stream.covered = stream.window;
             stream.last_used = clock;
             return Window {
                 pages: stream.window,
@@ -56,6 +72,7 @@ impl Prefetcher {
         let fresh = Stream {
             next: page.plus(1),
             window: 1,
+            covered: 1,
             last_used: clock,
         };
         if self.streams.len() < STREAMS {
@@ -84,6 +101,19 @@ mod tests {
             faults += 1;
         }
         assert!(faults < 10_000 / MAX_WINDOW + 10, "{faults} faults");
+    }
+
+    #[test]
+    fn a_stream_read_ahead_goes_on_where_its_frames_end() {
+        let mut prefetcher = Prefetcher::default();
+        let (mut page, mut ahead) = (Page(0), 1);
+        for _ in 0..20 {
+            let window = prefetcher.fault(page);
+            prefetcher.reached(page, page.plus(ahead));
+            page = page.plus(ahead);
+            ahead = window.pages;
+        }
+        assert_eq!(prefetcher.fault(page).pages, MAX_WINDOW);
     }
 
     #[test]

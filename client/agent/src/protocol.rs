@@ -82,6 +82,8 @@ pub struct Account {
     pub processes_unmanaged: u64,
     /// Most resident memory that was not managed, bytes.
     pub unmanaged_bytes: u64,
+    /// Why the agent ended the job's processes, if it did.
+    pub failure: Option<String>,
     /// Processes that live on.
     pub processes_left: u64,
     /// The fabric in use.

@@ -13,6 +13,7 @@ use crate::job::Job;
 use crate::mailbox::{Request, SpaceHandle};
 use crate::spaces::Spaces;
 use crate::sys::process::{Process, Sizes};
+use crate::tree::Tree;
 
 /// Pages that one program can make resident in a microsecond at the very most: huge pages on two threads,
 /// 13 GB/s measured.
@@ -28,11 +29,9 @@ const MARGIN_SHARE: u64 = 8;
 const MARGIN_LEAST_PAGES: u64 = 512;
 const MARGIN_MOST_PAGES: u64 = 6144;
 
-/// Held allocations go on when this much is free: well within what pagers keep free by themselves
-/// (`pager::take_out`), or a program would be held for ever at a limit where they have nothing more to do.
-const RELEASE_SHARE: u64 = 64;
-const RELEASE_LEAST_PAGES: u64 = 32;
-const RELEASE_MOST_PAGES: u64 = 512;
+/// Room at which held allocations go on. Less than pagers keep free on any job, or the wait would have no end.
+const RELEASE_PAGES: i64 = 32;
+const _: () = assert!(RELEASE_PAGES < crate::pager::FREE_LEAST as i64);
 
 /// Resident pages that no table explains, beyond which the mappings are looked at again.
 const UNEXPLAINED_PAGES: u64 = 128;
@@ -40,16 +39,24 @@ const UNEXPLAINED_PAGES: u64 = 128;
 /// Runs until `ended` says so.
 pub fn run(spaces: &Arc<Spaces>, ended: &dyn Fn() -> bool) {
     crate::sys::process::raise_priority(0, crate::sys::process::FIRST);
+    crate::sys::process::run_at_once();
     let mut watched: HashMap<u64, Watched> = HashMap::new();
+    let mut trees: HashMap<u64, Tree> = HashMap::new();
     while !ended() {
         let mut tick = LONGEST_TICK;
         let mut live = Vec::new();
         for job in spaces.jobs() {
             let handles = job.spaces();
             live.extend(handles.iter().map(|handle| handle.id));
-            tick = tick.min(sample(&job, &handles, &mut watched));
+            tick = tick.min(sample(
+                &job,
+                &handles,
+                &mut watched,
+                trees.entry(job.token).or_default(),
+            ));
         }
         watched.retain(|id, _| live.contains(id));
+        trees.retain(|token, _| spaces.job(*token).is_some());
         std::thread::sleep(tick);
     }
 }
@@ -59,28 +66,40 @@ pub fn run(spaces: &Arc<Spaces>, ended: &dyn Fn() -> bool) {
 struct Watched {
     process: Process,
     sizes: Sizes,
+    /// Pages without an explanation when the mappings were last looked at: looking again would find none either.
+    accepted: u64,
 }
 
 fn sample(
     job: &Arc<Job>,
     handles: &[Arc<SpaceHandle>],
     watched: &mut HashMap<u64, Watched>,
+    tree: &mut Tree,
 ) -> Duration {
     let managed = job.managed();
-    let (mut measured, mut floor, mut grown) = (0, 0, false);
+    let strangers = tree.unmanaged_pages(job);
+    let (mut measured, mut floor, mut grown) = (strangers, strangers, false);
     for handle in handles {
-        let Some((before, now)) = measure(handle, watched) else {
+        let Some(seen) = watch(handle, watched) else {
             continue;
         };
+        let (before, accepted) = (seen.sizes, seen.accepted);
+        let Ok(now) = seen.process.sizes() else {
+            continue;
+        };
+        seen.sizes = now;
         measured += now.anonymous;
         floor += handle.figures.unmanaged.load(Ordering::Relaxed);
         let local = handle.figures.local.load(Ordering::Relaxed);
         let known = local + handle.figures.unmanaged.load(Ordering::Relaxed);
         let unexplained = now.anonymous.saturating_sub(known);
-        let changed = before.total != now.total || unexplained > UNEXPLAINED_PAGES;
+        let changed = before.total != now.total || unexplained > accepted + UNEXPLAINED_PAGES;
         grown |= changed;
         if changed && job.is_armed() {
             handle.ask_rescan();
+            seen.accepted = unexplained;
+        } else {
+            seen.accepted = accepted.min(unexplained);
         }
     }
     job.note_sample(measured, measured.saturating_sub(managed).max(floor));
@@ -94,6 +113,7 @@ fn sample(
             .filter(|room| *room > 0)
         else {
             job.arm();
+            tracing::debug!(measured, limit, margin, "memory is put under management");
             for handle in handles {
                 handle.ask_rescan();
             }
@@ -102,37 +122,36 @@ fn sample(
         return Duration::from_micros(headroom / GROWTH_PAGES_PER_US)
             .clamp(SHORTEST_TICK, LONGEST_TICK);
     }
+    tracing::trace!(measured, managed, floor, room = job.room(), grown, "sample");
     hold_back(job, handles);
     if grown { SHORTEST_TICK } else { ARMED_TICK }
 }
 
-fn measure(handle: &SpaceHandle, watched: &mut HashMap<u64, Watched>) -> Option<(Sizes, Sizes)> {
+fn watch<'a>(
+    handle: &SpaceHandle,
+    watched: &'a mut HashMap<u64, Watched>,
+) -> Option<&'a mut Watched> {
     let pid = handle.pid()?;
     if watched
         .get(&handle.id)
         .is_none_or(|seen| seen.process.pid() != pid)
     {
         let process = Process::open(pid).ok()?;
-        watched.insert(
-            handle.id,
-            Watched {
-                process,
-                sizes: Sizes::default(),
-            },
-        );
+        let fresh = Watched {
+            process,
+            sizes: Sizes::default(),
+            accepted: 0,
+        };
+        watched.insert(handle.id, fresh);
     }
-    let seen = watched.get_mut(&handle.id)?;
-    let now = seen.process.sizes().ok()?;
-    Some((std::mem::replace(&mut seen.sizes, now), now))
+    watched.get_mut(&handle.id)
 }
 
 /// Makes allocations wait while the job is over its limit, and spreads what must go over its address spaces.
 fn hold_back(job: &Job, handles: &[Arc<SpaceHandle>]) {
     let room = job.room();
     let holding = room <= 0;
-    let enough =
-        (job.limits.local_pages / RELEASE_SHARE).clamp(RELEASE_LEAST_PAGES, RELEASE_MOST_PAGES);
-    let release = room >= enough as i64;
+    let release = room >= RELEASE_PAGES;
     for handle in handles {
         if holding || release {
             handle.hold(holding);

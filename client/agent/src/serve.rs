@@ -75,6 +75,10 @@ pub fn serve(
     ready: impl FnOnce(),
 ) -> Result<(), AgentError> {
     let (kernel, device) = Kernel::probe()?;
+    crate::sys::process::raise_session_priority(
+        std::process::id().cast_signed(),
+        crate::sys::process::FIRST,
+    );
     let far = Arc::new(FarMemory::default());
     // The door first: a second agent for the same socket must not take a lease.
     let (listener, _socket_file) = open_door(&config)?;

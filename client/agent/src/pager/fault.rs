@@ -94,6 +94,7 @@ impl Pager {
         }
         match self.install_zeros(fault.page, run, fault.write) {
             true => {
+                self.prefetcher.reached(fault.page, fault.page.plus(run));
                 self.answered(&fault);
                 None
             }

@@ -20,6 +20,8 @@ use crate::table::Page;
 
 /// Fetches under way or kept ahead at once in one address space.
 const MAX_FETCHES: usize = 16;
+/// Threads that wait for one fetch without the record having to grow.
+const USUAL_WAITERS: usize = 8;
 /// How often a page whose bytes fail their check is read again before it counts as lost.
 const MAX_RETRIES: u8 = 3;
 
@@ -28,8 +30,10 @@ const ZERO_FRAME: usize = MAX_FETCHES * MAX_WINDOW as usize * 4096;
 
 const _: () = assert!(MAX_WINDOW <= 64, "a fetch keeps one bit per page");
 
+/// One fetch's record. Records are kept and used again, so that a fault allocates nothing.
 #[derive(Debug)]
 struct Fetch {
+    active: bool,
     first: Page,
     slots: Vec<Slot>,
     /// Pages that were discarded or otherwise taken from this fetch.
@@ -47,6 +51,31 @@ struct Fetch {
 }
 
 impl Fetch {
+    fn unused() -> Self {
+        Self {
+            active: false,
+            first: Page(0),
+            slots: Vec::with_capacity(MAX_WINDOW as usize),
+            dropped: 0,
+            outstanding: 0,
+            posted: 0,
+            failed: false,
+            checked: false,
+            retries: 0,
+            wanted: false,
+            waiters: Vec::with_capacity(USUAL_WAITERS),
+        }
+    }
+
+    /// Begins anew, for pages from `first` on.
+    fn begin(&mut self, first: Page) {
+        self.slots.clear();
+        self.waiters.clear();
+        (self.active, self.first) = (true, first);
+        (self.dropped, self.outstanding, self.posted, self.retries) = (0, 0, 0, 0);
+        (self.failed, self.checked, self.wanted) = (false, false, false);
+    }
+
     fn index_of(&self, page: Page) -> Option<usize> {
         let index = page.0.checked_sub(self.first.0)? as usize;
         (index < self.slots.len() && self.dropped >> index & 1 == 0).then_some(index)
@@ -62,7 +91,7 @@ impl Fetch {
 pub(crate) struct Fetches {
     frames: Option<Arc<RegisteredMemory>>,
     zero_hash: u128,
-    places: [Option<Fetch>; MAX_FETCHES],
+    places: [Fetch; MAX_FETCHES],
     /// Places read ahead, oldest first: the first to go when a frame is needed.
     ahead: VecDeque<usize>,
 }
@@ -84,7 +113,7 @@ impl Default for Fetches {
                 .and_then(|frames| frames.hash128(ZERO_FRAME as u64, 4096).ok())
                 .unwrap_or(0),
             frames,
-            places: std::array::from_fn(|_| None),
+            places: std::array::from_fn(|_| Fetch::unused()),
             ahead: VecDeque::new(),
         }
     }
@@ -115,16 +144,21 @@ impl Fetches {
         self.frames.clone()
     }
 
+    /// Whether something has arrived for a thread that waits.
+    pub(super) fn any_to_install(&self) -> bool {
+        self.places
+            .iter()
+            .any(|fetch| fetch.active && fetch.wanted && fetch.is_complete())
+    }
+
     fn find(&self, page: Page) -> Option<usize> {
-        self.places.iter().position(|place| {
-            place
-                .as_ref()
-                .is_some_and(|fetch| fetch.index_of(page).is_some())
-        })
+        self.places
+            .iter()
+            .position(|fetch| fetch.active && fetch.index_of(page).is_some())
     }
 
     fn get(&mut self, place: usize) -> Option<&mut Fetch> {
-        self.places.get_mut(place)?.as_mut()
+        self.places.get_mut(place).filter(|fetch| fetch.active)
     }
 }
 
@@ -148,6 +182,8 @@ impl Pager {
             .fetch_add(window.hits, Relaxed);
         let room = (self.job.room() as u64 / 4).max(1);
         let pages = self.claim_run(place, fault.page, window.pages.min(room));
+        self.prefetcher.reached(fault.page, fault.page.plus(pages));
+        tracing::trace!(page = fault.page.0, ?window, pages, room, "fetch");
         if let Some(fetch) = self.fetches.get(place) {
             fetch.wanted = true;
             fetch.waiters.push(fault);
@@ -185,12 +221,12 @@ impl Pager {
                 .counters
                 .prefetch_hits
                 .fetch_add(window.hits, Relaxed);
-            let end = self
-                .fetches
-                .get(place)
-                .map(|fetch| fetch.first.plus(fetch.slots.len() as u64));
+            let fetch = &self.fetches.places[place];
+            let end = fetch.first.plus(fetch.slots.len() as u64);
+            self.prefetcher.reached(fault.page, end);
+            tracing::trace!(page = fault.page.0, ?window, end = end.0, "was read ahead");
             self.try_install(place);
-            if let Some(end) = end.filter(|_| window.pages > 1) {
+            if window.pages > 1 {
                 self.read_ahead(end, window.pages);
             }
         } else {
@@ -218,44 +254,33 @@ impl Pager {
 
     /// A place for a fetch; one that was read ahead and not asked for gives way.
     fn free_place(&mut self) -> Option<usize> {
-        if let Some(place) = self.fetches.places.iter().position(Option::is_none) {
+        if let Some(place) = self.fetches.places.iter().position(|fetch| !fetch.active) {
             return Some(place);
         }
-        let oldest = self.fetches.ahead.iter().copied().find(|place| {
-            self.fetches.places[*place]
-                .as_ref()
-                .is_some_and(|fetch| fetch.outstanding == 0)
-        })?;
+        let oldest = self
+            .fetches
+            .ahead
+            .iter()
+            .copied()
+            .find(|place| self.fetches.places[*place].outstanding == 0)?;
         self.drop_fetch(oldest);
         Some(oldest)
     }
 
     /// Claims neighbouring far pages from `first` on for a fetch at `place`. Returns how many.
     fn claim_run(&mut self, place: usize, first: Page, most: u64) -> u64 {
-        let mut slots = Vec::with_capacity(most as usize);
-        while (slots.len() as u64) < most.min(MAX_WINDOW) {
+        let fetch = &mut self.fetches.places[place];
+        fetch.begin(first);
+        while (fetch.slots.len() as u64) < most.min(MAX_WINDOW) {
             match self
                 .table
-                .change(first.plus(slots.len() as u64), Entry::claim_fetch)
+                .change(first.plus(fetch.slots.len() as u64), Entry::claim_fetch)
             {
-                Some((_, claimed)) => slots.extend(claimed.slot()),
+                Some((_, claimed)) => fetch.slots.extend(claimed.slot()),
                 None => break,
             }
         }
-        let pages = slots.len() as u64;
-        self.fetches.places[place] = Some(Fetch {
-            first,
-            slots,
-            dropped: 0,
-            outstanding: 0,
-            posted: 0,
-            failed: false,
-            checked: false,
-            retries: 0,
-            wanted: false,
-            waiters: Vec::new(),
-        });
-        pages
+        fetch.slots.len() as u64
     }
 
     /// Posts the reads of a fetch, one for each run of neighbouring slots, as far as the window allows.
@@ -347,10 +372,11 @@ impl Pager {
         if !fetch.checked && !self.check_hashes(place) {
             return self.retry_fetch(place);
         }
-        let Some(fetch) = self.fetches.get(place) else {
+        let Some(fetch) = self.fetches.places.get(place) else {
             return false;
         };
-        if !fetch.wanted {
+        // Never more than there is room for; the frames keep it until eviction has made some.
+        if !fetch.wanted || self.job.room() < fetch.slots.len() as i64 {
             return false;
         }
         while let Some((index, len)) = self.next_run(place) {
@@ -376,17 +402,16 @@ impl Pager {
                 }
             }
         }
-        if let Some(fetch) = self.fetches.places.get_mut(place).and_then(Option::take) {
-            for fault in &fetch.waiters {
-                self.answered(fault);
-            }
+        self.fetches.places[place].active = false;
+        for fault in &self.fetches.places[place].waiters {
+            self.answered(fault);
         }
         true
     }
 
     /// The next run of pages of a fetch that are still to be installed.
     fn next_run(&mut self, place: usize) -> Option<(usize, usize)> {
-        let fetch = self.fetches.places[place].as_ref()?;
+        let fetch = &self.fetches.places[place];
         let still = |index: usize| {
             let page = fetch.first.plus(index as u64);
             let entry = self.table.get(page);
@@ -402,10 +427,7 @@ impl Pager {
     }
 
     fn arrived_home(&mut self, place: usize, index: usize, pages: usize) {
-        let Some(fetch) = self.fetches.places[place].as_ref() else {
-            return;
-        };
-        let first = fetch.first.plus(index as u64);
+        let first = self.fetches.places[place].first.plus(index as u64);
         for i in 0..pages as u64 {
             if let Some((before, _)) = self.table.change(first.plus(i), Entry::fetched) {
                 let resident = self.table.local_pages();
@@ -421,9 +443,7 @@ impl Pager {
         let Some(frames) = self.fetches.memory() else {
             return false;
         };
-        let Some(fetch) = self.fetches.places[place].as_mut() else {
-            return false;
-        };
+        let fetch = &mut self.fetches.places[place];
         let good = (0..fetch.slots.len()).all(|index| {
             fetch.dropped >> index & 1 == 1
                 || frames.hash128(frame_offset(place, index), 4096).ok()
@@ -489,9 +509,8 @@ impl Pager {
     /// Gives a fetch up: its pages are far again.
     fn drop_fetch(&mut self, place: usize) {
         self.fetches.ahead.retain(|ahead| *ahead != place);
-        let Some(fetch) = self.fetches.places[place].take() else {
-            return;
-        };
+        let fetch = &mut self.fetches.places[place];
+        fetch.active = false;
         for index in (0..fetch.slots.len()).filter(|index| fetch.dropped >> index & 1 == 0) {
             self.table
                 .change(fetch.first.plus(index as u64), Entry::fetch_dropped);

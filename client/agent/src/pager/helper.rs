@@ -39,7 +39,6 @@ impl Helper {
         control
             .dead_man_seconds
             .store(DEAD_MAN_SECONDS, Ordering::Relaxed);
-        control.spin.store(SPIN_ROUNDS, Ordering::Relaxed);
         let helper = Self {
             shared: offer.shared,
             event: offer.event,
@@ -62,11 +61,18 @@ impl Helper {
 
     pub(crate) fn set_process(&mut self, process: Process) {
         crate::sys::process::raise_priority(process.pid(), crate::sys::process::FIRST);
+        crate::sys::process::raise_session_priority(process.pid(), crate::sys::process::FIRST);
         self.process = Some(process);
     }
 
     pub(super) fn pid(&self) -> Option<i32> {
         self.process.as_ref().map(Process::pid)
+    }
+
+    /// Whether it looks for the next batch a while before it sleeps.
+    pub(super) fn set_spinning(&self, spinning: bool) {
+        let rounds = if spinning { SPIN_ROUNDS } else { 0 };
+        self.control().spin.store(rounds, Ordering::Relaxed);
     }
 
     pub(super) fn is_ready(&self) -> bool {

@@ -45,7 +45,7 @@ pub(crate) use fetch::Fetches;
 pub(crate) use helper::Helper;
 pub(crate) use links::Links;
 pub(crate) use register::Registered;
-pub(crate) use take_out::TakeOut;
+pub(crate) use take_out::{FREE_LEAST, TakeOut};
 pub(crate) use write_back::Staging;
 
 /// How long a fault may wait for whatever it needs (its node, a free frame, a slot for a victim) before its
@@ -60,6 +60,12 @@ const BUSY_GAP: Duration = Duration::from_micros(200);
 
 /// The longest sleep: a bound for anything whose wake-up might be missed.
 const MAX_SLEEP: Duration = Duration::from_millis(100);
+
+/// How long threads may wait for room while nothing can be taken out.
+const STARVED_DEADLINE: Duration = Duration::from_secs(3);
+
+/// How long the moves of a batch are waited for before everything else is looked at again.
+const MOVES_WAIT: Duration = Duration::from_micros(500);
 
 /// Between two looks whether the program has replaced itself by another.
 const EXEC_CHECK: Duration = Duration::from_millis(20);
@@ -102,14 +108,20 @@ pub struct Pager {
     /// Pages that the kernel writes at thread exit: never taken out.
     pinned: HashSet<u64>,
     pinned_at: Option<Instant>,
+    processors: usize,
+    /// Whether a processor is free for looking for the next fault rather than sleeping until it comes.
+    may_spin: bool,
     shrink: u64,
     last_fault: Option<Instant>,
     messages: Vec<Message>,
+    arrived: Vec<Fault>,
     completions: Vec<Completion>,
     closing: bool,
     /// When victims were last found to be unmovable throughout: eviction rests a little.
     rest_until: Option<Instant>,
     checked_exec_at: Option<Instant>,
+    /// Since when threads wait for room while this count of evictions stands still.
+    starved: Option<(Instant, u64)>,
 }
 
 impl Pager {
@@ -141,13 +153,17 @@ impl Pager {
             staging: Staging::default(),
             pinned: HashSet::new(),
             pinned_at: None,
+            processors: std::thread::available_parallelism().map_or(1, usize::from),
+            may_spin: false,
             shrink: 0,
             last_fault: None,
             messages: Vec::new(),
+            arrived: Vec::new(),
             completions: Vec::new(),
             closing: false,
             rest_until: None,
             checked_exec_at: None,
+            starved: None,
         }
     }
 
@@ -165,9 +181,12 @@ impl Pager {
                 idle_since = None;
                 continue;
             }
+            if self.wait_for_moves() {
+                continue;
+            }
             let now = Instant::now();
             let since = *idle_since.get_or_insert(now);
-            if self.is_busy(now) && now.duration_since(since) < SPIN {
+            if self.may_spin && self.is_busy(now) && now.duration_since(since) < SPIN {
                 std::hint::spin_loop();
                 continue;
             }
@@ -191,7 +210,7 @@ impl Pager {
     /// Reads the uffd, if the gate allows it, and handles what it says: events before faults, since the read
     /// has released the program already and a fault must find the table as the events left it.
     fn read_messages(&mut self) -> bool {
-        if self.is_full() || !self.may_read_events() {
+        if !self.may_read_events() {
             return false;
         }
         let mut messages = std::mem::take(&mut self.messages);
@@ -200,7 +219,7 @@ impl Pager {
             self.closing = true;
         }
         let began = Instant::now();
-        let mut faults = VecDeque::new();
+        let mut faults = std::mem::take(&mut self.arrived);
         for message in messages.drain(..) {
             match message {
                 Message::Fault {
@@ -209,16 +228,19 @@ impl Pager {
                     protected,
                     thread,
                 } => {
-                    faults.push_back(Fault::new(address, write, protected, thread, began));
+                    faults.push(Fault::new(address, write, protected, thread, began));
                 }
                 event => self.follow(event),
             }
         }
         self.messages = messages;
-        for fault in faults {
+        for fault in faults.drain(..) {
             self.last_fault = Some(began);
             self.answer_or_keep(fault);
         }
+        self.arrived = faults;
+        // Where the fabric answers at once (shared memory), so is the fault.
+        self.poll_links();
         self.publish();
         matches!(read, Ok(count) if count > 0)
     }
@@ -269,7 +291,33 @@ impl Pager {
                 None => worked = true,
             }
         }
-        worked | self.install_arrived()
+        worked |= self.install_arrived();
+        self.check_starved();
+        worked
+    }
+
+    /// Threads wait for room, and nothing has been taken out for long: what is resident cannot be. That is the
+    /// user's to know, not a wait without end.
+    fn check_starved(&mut self) {
+        let needs_room =
+            (!self.waiting.is_empty() || self.fetches.any_to_install()) && self.job.room() <= 0;
+        let evicted = self.job.counters.pages_evicted.load(Ordering::Relaxed);
+        match self.starved {
+            Some((at, before)) if needs_room && before == evicted => {
+                if at.elapsed() > STARVED_DEADLINE && !self.staging.is_full() {
+                    let stuck = self.job.unmanaged() * 4096 >> 20;
+                    let limit = self.job.limits.local_pages * 4096 >> 20;
+                    self.job.fail(format!(
+                        "nothing of it can be taken out any more to make room: of {limit} MiB allowed, {stuck} MiB are \
+                         stacks, small or locked mappings and processes that are not managed, and the rest is locked \
+                         or pinned; give --local more"
+                    ));
+                    self.closing = true;
+                }
+            }
+            _ if needs_room => self.starved = Some((Instant::now(), evicted)),
+            _ => self.starved = None,
+        }
     }
 
     fn serve_requests(&mut self) -> bool {
@@ -295,9 +343,19 @@ impl Pager {
         worked
     }
 
-    /// Whether faults wait that only an eviction can help: then no more are read.
-    fn is_full(&self) -> bool {
-        !self.waiting.is_empty() && self.job.room() <= 0
+    /// While pages are being moved no event may be read, so there is little to look for: the helper gets the
+    /// processor. Returns whether that was so.
+    fn wait_for_moves(&self) -> bool {
+        let (Some(helper), Some(batch)) = (&self.helper, &self.take_out) else {
+            return false;
+        };
+        let control = helper.control();
+        let taken = control.taken.load(Ordering::Acquire);
+        if batch.is_taken(Some(control)) || taken == batch.command {
+            return false;
+        }
+        crate::sys::control::futex_wait(&control.taken, taken, MOVES_WAIT);
+        true
     }
 
     fn is_busy(&self, now: Instant) -> bool {
@@ -319,7 +377,9 @@ impl Pager {
             .zip(control)
             .is_some_and(|(batch, control)| control.done.load(Ordering::SeqCst) == batch.command);
         if !helper_done {
-            let short = !self.waiting.is_empty() || self.rest_until.is_some();
+            let short = !self.waiting.is_empty()
+                || self.fetches.any_to_install()
+                || self.rest_until.is_some();
             let limit = if short { SHORT_SLEEP } else { MAX_SLEEP };
             let timeout = rustix::time::Timespec {
                 tv_sec: 0,
@@ -331,7 +391,7 @@ impl Pager {
                 .take_out
                 .as_ref()
                 .is_some_and(|batch| !batch.is_taken(control));
-            if !moving && !self.is_full() {
+            if !moving {
                 fds.push(PollFd::new(&self.uffd, PollFlags::IN));
             }
             if let Some(helper) = &self.helper {

@@ -117,6 +117,12 @@ impl Pager {
             self.read_messages();
         }
         self.adopt_present(pid, &fresh);
+        tracing::debug!(
+            space = self.handle.id,
+            ?fresh,
+            local = self.table.local_pages(),
+            "looked at the mappings"
+        );
     }
 
     fn worth_managing(&self, mappings: &[Mapping]) -> Vec<Range<u64>> {
@@ -182,14 +188,14 @@ impl Pager {
         true
     }
 
-    /// Resident pages of anonymous mappings that are not managed: stacks, small mappings, our own.
+    /// Resident anonymous pages that are not managed: stacks, small mappings, written pages of private files, our own.
     fn count_unmanaged(&self, pid: i32, mappings: &[Mapping]) {
         let Ok(pagemap) = Pagemap::open(pid) else {
             return;
         };
         let unmanaged = mappings
             .iter()
-            .filter(|mapping| mapping.inode == 0 && mapping.permissions[3] == b'p')
+            .filter(|mapping| mapping.permissions[3] == b'p')
             .filter(|mapping| {
                 !self.registered.covers(&mapping.range) && !mapping.name.starts_with("[v")
             })

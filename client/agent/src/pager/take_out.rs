@@ -13,7 +13,7 @@ use crate::table::Page;
 /// Frames kept free, as a share of the limit, and its bounds: so much may be installed before an eviction must
 /// have finished.
 const FREE_SHARE: u64 = 32;
-const FREE_LEAST: u64 = 64;
+pub(crate) const FREE_LEAST: u64 = 64;
 const FREE_MOST: u64 = 1024;
 
 /// Pages of a batch while faults come: short, since events are not read meanwhile.
@@ -321,6 +321,8 @@ impl Pager {
         self.closing = true;
     }
 
+    /// Lists the program's threads: what the kernel writes at their end stays, and whether there are processors
+    /// enough for pager and helper to look for work rather than sleep follows from their number.
     fn refresh_pinned(&mut self) {
         if self
             .pinned_at
@@ -329,7 +331,13 @@ impl Pager {
             return;
         }
         if let Some(process) = &self.process {
-            self.pinned = process.thread_control_pages().into_iter().collect();
+            let (threads, pages) = process.threads();
+            self.pinned = pages.into_iter().collect();
+            let spare = self.processors.saturating_sub(threads);
+            self.may_spin = spare > 0;
+            if let Some(helper) = &self.helper {
+                helper.set_spinning(spare > 1);
+            }
         }
         self.pinned_at = Some(Instant::now());
     }

@@ -79,6 +79,11 @@ impl Staging {
         self.areas.iter().any(|area| !area.is_empty())
     }
 
+    /// Whether no slot could be had lately.
+    pub(super) fn is_full(&self) -> bool {
+        self.full_since.is_some()
+    }
+
     /// Whether far memory has been full for too long to wait for more of it.
     pub(super) fn is_exhausted(&self) -> bool {
         self.full_since

@@ -7,6 +7,8 @@ use std::os::unix::fs::FileExt;
 
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
+/// A page of a file, or shared: not anonymous memory of this process.
+const FILE: u64 = 1 << 61;
 /// Words read at once: the map of 2 MiB of address space.
 const WINDOW: usize = 512;
 
@@ -23,7 +25,8 @@ impl Pagemap {
         File::open(format!("/proc/{pid}/pagemap")).map(Self)
     }
 
-    /// Calls `found` with the number of every page in `range` (addresses) that is present or in kernel swap.
+    /// Calls `found` with the number of every page in `range` (addresses) that is present or in kernel swap, and
+    /// anonymous.
     ///
     /// # Errors
     /// The kernel's errno.
@@ -39,7 +42,7 @@ impl Pagemap {
             }
             for word in buffer[..got].chunks_exact(8) {
                 let word = u64::from_ne_bytes(word.try_into().unwrap_or_default());
-                if word & (PRESENT | SWAPPED) != 0 {
+                if word & (PRESENT | SWAPPED) != 0 && word & FILE == 0 {
                     found(page);
                 }
                 page += 1;
@@ -48,7 +51,7 @@ impl Pagemap {
         Ok(())
     }
 
-    /// How many pages of `range` are present.
+    /// How many anonymous pages of `range` are present.
     ///
     /// # Errors
     /// The kernel's errno.

@@ -110,14 +110,14 @@ impl Process {
             .to_owned()
     }
 
-    /// The pages that the kernel writes when a thread ends, for every thread there is: their thread control
-    /// blocks, found through their robust lists.
+    /// How many threads there are, and the pages that the kernel writes when one of them ends: their thread
+    /// control blocks, found through their robust lists.
     #[must_use]
-    pub fn thread_control_pages(&self) -> Vec<u64> {
+    pub fn threads(&self) -> (usize, Vec<u64>) {
         let Ok(tasks) = std::fs::read_dir(format!("/proc/{}/task", self.pid)) else {
-            return Vec::new();
+            return (0, Vec::new());
         };
-        let mut pages = Vec::new();
+        let (mut threads, mut pages) = (0, Vec::new());
         for task in tasks.flatten() {
             let Some(tid) = task
                 .file_name()
@@ -126,6 +126,7 @@ impl Process {
             else {
                 continue;
             };
+            threads += 1;
             let (mut head, mut len) = (0usize, 0usize);
             // SAFETY: the kernel writes a pointer and a size to two live words.
             let result = unsafe {
@@ -144,7 +145,7 @@ impl Process {
         }
         pages.sort_unstable();
         pages.dedup();
-        pages
+        (threads, pages)
     }
 }
 
@@ -200,10 +201,22 @@ pub fn kill(pid: i32) {
 /// The precedence of pagers and helpers: everybody waits for them.
 pub const FIRST: i32 = -19;
 
-/// Gives a thread of ours, or a process, precedence over ordinary ones, as far as we may.
+/// Gives a thread of ours (0: the caller), or a process, precedence over ordinary ones, as far as we may.
 pub fn raise_priority(pid: i32, nice: i32) {
     // SAFETY: integers only.
     unsafe { libc::setpriority(libc::PRIO_PROCESS, pid as libc::id_t, nice) };
+}
+
+/// Gives a whole session precedence: with automatic task groups a thread's own counts within its session only.
+pub fn raise_session_priority(pid: i32, nice: i32) {
+    let _ = std::fs::write(format!("/proc/{pid}/autogroup"), nice.to_string());
+}
+
+/// Lets the calling thread run as soon as it wakes, if we may; for one that sleeps nearly always.
+pub fn run_at_once() {
+    let parameters = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the kernel reads a sched_param.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &parameters) };
 }
 
 /// A mapping of a process, as `/proc/PID/maps` shows it.

@@ -1,0 +1,133 @@
+//! The process tree of a job as `/proc` shows it: who is in it without having come to the door.
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
+
+use crate::job::Job;
+use crate::sys::process::{Process, is_running, share_memory};
+
+/// Between two looks at a tree.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// How long a process may take to come to the door after it was first seen: its loader brings the shim in.
+const ARRIVAL: Duration = Duration::from_millis(500);
+/// Most processes of one tree that are looked at.
+const MAX_PROCESSES: usize = 4096;
+/// The name of our own helpers.
+const HELPER: &str = "farpage-helper";
+
+/// What is known of one job's tree.
+#[derive(Debug, Default)]
+pub struct Tree {
+    looked_at: Option<Instant>,
+    strangers: HashMap<i32, Stranger>,
+}
+
+#[derive(Debug)]
+struct Stranger {
+    process: Process,
+    since: Instant,
+    counted: bool,
+}
+
+impl Tree {
+    /// Resident anonymous pages of processes that are in the job's tree but not managed. Counts each such process
+    /// once it has had time to attach.
+    pub fn unmanaged_pages(&mut self, job: &Job) -> u64 {
+        if self.looked_at.is_none_or(|at| at.elapsed() > LOOK_INTERVAL) {
+            self.looked_at = Some(Instant::now());
+            self.look(job);
+        }
+        self.strangers
+            .values()
+            .filter(|stranger| stranger.counted)
+            .filter_map(|stranger| stranger.process.sizes().ok())
+            .map(|sizes| sizes.anonymous)
+            .sum()
+    }
+
+    fn look(&mut self, job: &Job) {
+        let Some(root) = job.root() else { return };
+        let attached: HashSet<i32> = job
+            .spaces()
+            .iter()
+            .filter_map(|handle| handle.pid())
+            .collect();
+        let members = descendants(root);
+        self.strangers
+            .retain(|pid, _| members.contains(pid) && !attached.contains(pid) && is_running(*pid));
+        for pid in members {
+            if attached.contains(&pid) || !is_running(pid) {
+                continue;
+            }
+            if let Some(stranger) = self.strangers.get_mut(&pid) {
+                if !stranger.counted && stranger.since.elapsed() > ARRIVAL {
+                    // A vfork child borrows its parent's memory, and a helper is ours.
+                    let borrowed = attached
+                        .iter()
+                        .any(|other| share_memory(pid, *other) == Some(true));
+                    if !borrowed && stranger.process.name() != HELPER {
+                        stranger.counted = true;
+                        job.counters
+                            .processes_unmanaged
+                            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        tracing::warn!(
+                            pid,
+                            name = stranger.process.name(),
+                            "a process of the tree is not managed"
+                        );
+                    }
+                }
+            } else if let Ok(process) = Process::open(pid) {
+                self.strangers.insert(
+                    pid,
+                    Stranger {
+                        process,
+                        since: Instant::now(),
+                        counted: false,
+                    },
+                );
+            }
+        }
+    }
+}
+
+/// A process and all that descend from it, as far as their parents still live.
+fn descendants(root: i32) -> Vec<i32> {
+    let mut found = vec![root];
+    let mut next = 0;
+    while next < found.len() && found.len() < MAX_PROCESSES {
+        let pid = found[next];
+        next += 1;
+        let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+            continue;
+        };
+        for task in tasks.flatten() {
+            let children =
+                std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            found.extend(
+                children
+                    .split_ascii_whitespace()
+                    .filter_map(|child| child.parse::<i32>().ok()),
+            );
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_is_found() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("5")
+            .spawn()
+            .unwrap();
+        let found = descendants(std::process::id().cast_signed());
+        let pid = child.id().cast_signed();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(found.contains(&pid), "{found:?}");
+    }
+}
