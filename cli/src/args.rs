@@ -214,7 +214,7 @@ pub(crate) struct AgentArgs {
     /// Where programs connect
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: PathBuf,
-    /// The group whose members may connect
+    /// The group whose members may connect, by name or number
     #[arg(long, value_name = "GROUP", default_value = "farpage")]
     pub(crate) group: String,
     /// How pages travel [default: whatever a node offers, one that crosses hosts first]

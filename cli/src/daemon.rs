@@ -1,6 +1,6 @@
 //! What the daemons have in common: logs, signals, names, the word that they are ready.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -29,7 +29,10 @@ pub(crate) fn start_logging() {
             .with_writer(std::sync::Mutex::new(file))
             .with_ansi(false)
             .try_init(),
-        None => builder.with_writer(io::stderr).try_init(),
+        None => {
+            let ansi = io::stderr().is_terminal();
+            builder.with_writer(io::stderr).with_ansi(ansi).try_init()
+        }
     };
 }
 

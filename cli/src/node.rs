@@ -72,9 +72,13 @@ fn serve(options: &NodeOptions<'_>) -> Result<(), NodeError> {
         }
         Fabric::Tcp => {
             let listen = args.listen.as_deref().ok_or(NodeError::NoListen)?;
-            config.tcp = Some(TcpListen {
-                listen: HostPort::parse("--listen", listen)?,
+            let listen = HostPort::parse("--listen", listen)?;
+            // The coordinator reaches the node's own gRPC where others reach its memory, at a port that it is told.
+            config.control = EndpointUrl::Tcp(HostPort {
+                host: listen.host.clone(),
+                port: 0,
             });
+            config.tcp = Some(TcpListen { listen });
         }
         Fabric::Rdma => return Err(NodeError::NoRdma),
     }

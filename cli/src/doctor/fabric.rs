@@ -5,11 +5,6 @@ use crate::doctor::report::Report;
 /// Where the kernel lists its RDMA devices.
 const DEVICES: &str = "/sys/class/infiniband";
 
-/// True if the kernel knows any RDMA device.
-pub(crate) fn has_rdma_device() -> bool {
-    !devices().is_empty()
-}
-
 /// The devices, each with the state of its first port.
 fn devices() -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(DEVICES) else {

@@ -16,7 +16,7 @@ use crate::run::summary::Summary;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SessionError {
     #[error(
-        "no agent answers at {}: {source}; start one (farpage agent --socket {}), or leave out --agent to have \
+        "no agent at {}: {source}; start one (farpage agent --socket {}), or leave out --agent to have \
          everything brought up for this run",
         .socket.display(), .socket.display()
     )]
@@ -140,6 +140,7 @@ impl Session {
             local_peak_bytes: account.local_peak_bytes,
             far_peak_bytes: account.far_peak_bytes,
             far_slots_in_use_at_exit: account.far_slots_in_use_at_exit,
+            processes_left: account.processes_left,
             fabric: if account.fabric == "any" {
                 self.fabric.to_owned()
             } else {

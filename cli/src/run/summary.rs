@@ -39,8 +39,10 @@ pub(crate) struct Summary {
     pub(crate) local_peak_bytes: u64,
     /// The most that lay on memory nodes at a time.
     pub(crate) far_peak_bytes: u64,
-    /// Slots on memory nodes still held after the end. Anything but zero is a leak.
+    /// Slots on memory nodes still held after the end. Anything but zero is a leak, unless processes are left.
     pub(crate) far_slots_in_use_at_exit: u64,
+    /// Processes of the program that outlive it.
+    pub(crate) processes_left: u64,
     /// How pages travelled.
     pub(crate) fabric: String,
     /// Processes of the program that were managed.
@@ -103,8 +105,14 @@ impl fmt::Display for Summary {
             )?;
         }
         writeln!(f)?;
-        if self.far_slots_in_use_at_exit > 0 {
-            let slots = self.far_slots_in_use_at_exit;
+        let slots = self.far_slots_in_use_at_exit;
+        if self.processes_left > 0 {
+            writeln!(
+                f,
+                "  left running  {} of its processes, with {slots} far pages",
+                self.processes_left
+            )?;
+        } else if slots > 0 {
             writeln!(
                 f,
                 "  leak          {slots} far pages were still held at the end: please report this"

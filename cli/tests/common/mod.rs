@@ -10,6 +10,7 @@
 )]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod cluster;
 pub mod pty;
 pub mod runs;
 pub mod sys;

@@ -113,3 +113,17 @@ pub fn take_terminal() -> io::Result<()> {
 pub fn number(file: &impl AsRawFd) -> i32 {
     file.as_raw_fd()
 }
+
+/// In a child about to exec: becomes this user, with these groups and no others.
+pub fn become_user(uid: u32, groups: &[u32]) -> io::Result<()> {
+    // SAFETY: the slice outlives the call; the others take numbers.
+    unsafe {
+        if libc::setgroups(groups.len(), groups.as_ptr()) == -1
+            || libc::setresgid(uid, uid, uid) == -1
+            || libc::setresuid(uid, uid, uid) == -1
+        {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}

@@ -16,8 +16,14 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// No agent there, or it went away.
-    #[error("no agent answers: {0}")]
+    #[error("the agent does not answer: {0}")]
     Unreachable(#[from] io::Error),
+    /// The socket's permissions keep us out.
+    #[error(
+        "the agent at {0} does not serve this user; ask for membership in the group of that socket (ls -l {0}), and \
+         log in anew"
+    )]
+    NotAdmitted(String),
     /// The agent said no.
     #[error("the agent refused: {0}")]
     Refused(String),
@@ -97,7 +103,13 @@ pub fn status(path: &str) -> Result<Vec<ProcessFigures>, ClientError> {
 
 fn hello(path: &str, kind: u32) -> Result<OwnedFd, ClientError> {
     let error = |errno: farpage_attach::sys::Errno| io::Error::from_raw_os_error(errno.0 as i32);
-    let fd = farpage_attach::sys::socket::connect(path.as_bytes()).map_err(error)?;
+    let fd = farpage_attach::sys::socket::connect(path.as_bytes()).map_err(|errno| {
+        let error = error(errno);
+        match error.kind() {
+            io::ErrorKind::PermissionDenied => ClientError::NotAdmitted(path.to_owned()),
+            _ => ClientError::Unreachable(error),
+        }
+    })?;
     let socket = crate::sys::socket::owned(fd);
     crate::sys::socket::set_deadline(std::os::fd::AsFd::as_fd(&socket), ANSWER_DEADLINE)?;
     let mut packet = Packet::new(tag::HELLO);

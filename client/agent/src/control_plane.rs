@@ -6,44 +6,53 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use farpage_proto::lease::check_grants;
+use farpage_proto::client::{CallError, Coordinator, OpenedLease};
+use farpage_proto::lease::{GrantRequest, LeaseRequest};
+use farpage_proto::report::AgentReport;
 use farpage_proto::transport::{ConnectError, EndpointUrl, connect};
-use farpage_proto::v1::coordinator_client::CoordinatorClient;
-use farpage_proto::{FabricKind, FieldError, v1};
-use tonic::transport::Channel;
+use farpage_proto::{
+    AgentId, ExtentId, FabricKind, FieldError, HostName, RequestId, Tenant, limits, v1,
+};
 
 use crate::far::{FarMemory, Grant};
 use crate::protocol::ProcessFigures;
 use crate::spaces::Spaces;
 
-/// How long any one call may take.
+/// How long any one call may take, except a grant.
 const CALL_DEADLINE: Duration = Duration::from_secs(5);
-/// Between two reports, and between two looks for extents to give back.
-const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a grant may take: the coordinator waits three times for 2 s where nodes hang.
+const GRANT_DEADLINE: Duration = Duration::from_secs(8);
+/// Between two renewals of the lease, reports, and looks for extents to give back. A renewal tells which nodes are
+/// silent or have lost what they held, so it comes more often than the lease alone would need.
+const TURN_INTERVAL: Duration = Duration::from_secs(1);
+/// Longest sleep in between: what an end of the agent waits for.
+const TICK: Duration = Duration::from_millis(250);
 /// Free slots kept when unused extents are given back, so that a program that breathes does not churn grants.
 const SPARE_SLOTS: u64 = 16_384;
 /// Extents asked for at once.
 const GRANT_COUNT: u32 = 2;
 /// The pause after a call that failed.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// The same complaint is logged again after this long.
+const COMPLAINT_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Why there is no far memory at the start.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
     /// The coordinator cannot be reached.
-    #[error(transparent)]
+    #[error("no coordinator: {0}")]
     Connect(#[from] ConnectError),
-    /// It answered with an error.
-    #[error("the coordinator at {url} refused: {status}")]
-    Refused {
+    /// It answered with an error, or not at all.
+    #[error("the coordinator at {url}: {error}")]
+    Call {
         /// Where it is.
         url: EndpointUrl,
-        /// What it said.
-        status: Box<tonic::Status>,
+        /// What became of the call.
+        error: CallError,
     },
-    /// It answered nonsense.
-    #[error("the coordinator's answer is malformed: {0}; are both of the same version?")]
-    Malformed(#[from] FieldError),
+    /// Our own name will not do.
+    #[error("this agent's name will not do: {0}; choose another with --id")]
+    Name(FieldError),
     /// No runtime.
     #[error("cannot start the control plane's thread: {0}")]
     Runtime(#[from] std::io::Error),
@@ -54,12 +63,15 @@ pub enum ControlError {
 pub struct ControlPlane {
     runtime: tokio::runtime::Runtime,
     url: EndpointUrl,
-    agent_id: String,
+    request: LeaseRequest,
     fabric: Option<FabricKind>,
-    client: CoordinatorClient<Channel>,
-    lease: u64,
-    ttl: Duration,
-    renewed: Instant,
+    coordinator: Coordinator,
+    /// The same connection with the longer deadline.
+    grants: Coordinator,
+    lease: OpenedLease,
+    /// The number of the grant request under way: kept until it is answered, so that a lost answer loses no extent.
+    grant_number: u64,
+    complaint: Option<(String, Instant)>,
 }
 
 impl ControlPlane {
@@ -72,85 +84,97 @@ impl ControlPlane {
         agent_id: String,
         fabric: Option<FabricKind>,
     ) -> Result<Self, ControlError> {
+        let request = LeaseRequest {
+            agent: AgentId::new(agent_id).map_err(ControlError::Name)?,
+            host: host_name(),
+            tenant: Tenant::new("").map_err(ControlError::Name)?,
+        };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
         let channel = runtime.block_on(connect(&url, CALL_DEADLINE))?;
-        let mut client = CoordinatorClient::new(channel);
-        let (lease, ttl) = runtime
-            .block_on(open_lease(&mut client, &agent_id))
-            .map_err(|status| ControlError::Refused {
+        let coordinator = Coordinator::over(channel.clone(), CALL_DEADLINE);
+        let lease = runtime
+            .block_on(coordinator.open_lease(request.clone()))
+            .map_err(|error| ControlError::Call {
                 url: url.clone(),
-                status: Box::new(status),
+                error,
             })?;
         Ok(Self {
             runtime,
             url,
-            agent_id,
+            request,
             fabric,
-            client,
+            coordinator,
+            grants: Coordinator::over(channel, GRANT_DEADLINE),
             lease,
-            ttl,
-            renewed: Instant::now(),
+            grant_number: 1,
+            complaint: None,
         })
     }
 
-    /// Asks for the first extents, so that the first eviction finds slots.
+    /// Asks for the first extents, so that the first eviction finds slots. A cluster that has none to give now may
+    /// have some later; programs that fit do not need any.
     ///
     /// # Errors
-    /// [`ControlError::Refused`] when the cluster is full.
+    /// [`ControlError::Call`] when the coordinator refuses, or does not answer.
     pub fn first_extents(&mut self, far: &FarMemory) -> Result<(), ControlError> {
         match self.grant(far) {
-            Ok(()) => Ok(()),
-            Err(status) => Err(ControlError::Refused {
+            Err(error @ CallError::Exhausted(_)) => {
+                self.complain("no far memory yet", &error);
+                Ok(())
+            }
+            Err(error) => Err(ControlError::Call {
                 url: self.url.clone(),
-                status: Box::new(status),
+                error,
             }),
+            Ok(()) => Ok(()),
         }
     }
 
     /// Keeps the lease and the supply of extents until `ended` says so; then gives everything back.
     pub fn run(mut self, far: &Arc<FarMemory>, spaces: &Arc<Spaces>, ended: &dyn Fn() -> bool) {
-        let mut reported = Instant::now();
+        let mut turned = Instant::now();
         while !ended() {
-            let wanted = spaces.wait_for_want(self.ttl.min(REPORT_INTERVAL) / 4);
+            let wanted = spaces.wait_for_want(TICK);
             if (wanted || far.is_low() && far.used() > 0)
-                && let Err(status) = self.grant(far)
+                && let Err(error) = self.grant(far)
             {
-                tracing::warn!(%status, "no further extent of far memory");
+                self.complain("no further extent of far memory", &error);
                 std::thread::sleep(RETRY_PAUSE);
             }
-            if self.renewed.elapsed() > self.ttl / 4 {
+            if turned.elapsed() > TURN_INTERVAL.min(self.lease.ttl / 4) {
+                turned = Instant::now();
                 self.renew(far);
-            }
-            if reported.elapsed() > REPORT_INTERVAL {
-                reported = Instant::now();
                 self.give_back(far);
                 self.report(spaces);
             }
         }
-        let request = v1::CloseLeaseRequest {
-            lease_id: self.lease,
-        };
-        let _ = self.runtime.block_on(async {
-            tokio::time::timeout(CALL_DEADLINE, self.client.close_lease(request)).await
-        });
+        let _ = self
+            .runtime
+            .block_on(self.coordinator.close_lease(self.lease.id));
     }
 
-    fn grant(&mut self, far: &FarMemory) -> Result<(), tonic::Status> {
-        let request = v1::GrantExtentsRequest {
-            lease_id: self.lease,
-            count: GRANT_COUNT,
-            fabric: FabricKind::to_wire(self.fabric),
-            request_id: 0,
+    fn grant(&mut self, far: &FarMemory) -> Result<(), CallError> {
+        match self.grant_of(far, GRANT_COUNT) {
+            // The last extent of a cluster is as good as any other.
+            Err(CallError::Exhausted(_)) => self.grant_of(far, 1),
+            result => result,
+        }
+    }
+
+    fn grant_of(&mut self, far: &FarMemory, count: u32) -> Result<(), CallError> {
+        let request = GrantRequest {
+            lease: self.lease.id,
+            count,
+            fabric: self.fabric,
+            request: RequestId::new(self.grant_number).ok(),
         };
-        let client = &mut self.client;
-        let reply = self
-            .runtime
-            .block_on(async { with_deadline(client.grant_extents(request)).await })?;
-        let grants = check_grants(reply.grants)
-            .map_err(|error| tonic::Status::internal(error.to_string()))?;
-        for grant in grants {
+        let result = self.runtime.block_on(self.grants.grant_extents(request));
+        if !matches!(result, Err(CallError::Unavailable(_))) {
+            self.grant_number += 1;
+        }
+        for grant in result? {
             let grant = Grant {
                 id: u64::from(grant.extent.0),
                 address: grant.address.to_string(),
@@ -169,61 +193,57 @@ impl ControlPlane {
     }
 
     fn renew(&mut self, far: &FarMemory) {
-        let (client, lease) = (&mut self.client, self.lease);
-        let request = v1::RenewLeaseRequest { lease_id: lease };
         match self
             .runtime
-            .block_on(async { with_deadline(client.renew_lease(request)).await })
+            .block_on(self.coordinator.renew_lease(self.lease.id))
         {
-            Ok(reply) => {
-                self.renewed = Instant::now();
-                let lost: Vec<u64> = reply.lost_extents.iter().map(|id| u64::from(*id)).collect();
-                if !lost.is_empty() {
-                    far.lose(&lost);
-                }
+            Ok(renewal) => {
+                self.lease.ttl = renewal.ttl;
+                let ids = |extents: Vec<ExtentId>| -> Vec<u64> {
+                    extents.into_iter().map(|id| u64::from(id.0)).collect()
+                };
+                far.heard_of_nodes(&ids(renewal.lost), &ids(renewal.unreachable));
             }
-            Err(status) if status.code() == tonic::Code::NotFound => {
-                tracing::error!("the lease has ended: what it held is revoked");
+            Err(error @ CallError::Gone(_)) => {
+                self.complain("the lease has ended, and what lay under it is lost", &error);
                 far.lose_all();
-                let client = &mut self.client;
-                if let Ok((lease, ttl)) = self.runtime.block_on(open_lease(client, &self.agent_id))
+                match self
+                    .runtime
+                    .block_on(self.coordinator.open_lease(self.request.clone()))
                 {
-                    (self.lease, self.ttl, self.renewed) = (lease, ttl, Instant::now());
+                    Ok(lease) => self.lease = lease,
+                    Err(error) => self.complain("no new lease", &error),
                 }
             }
-            Err(status) => {
-                tracing::warn!(%status, "the coordinator does not answer; programs run on with what is granted");
-                std::thread::sleep(RETRY_PAUSE);
-            }
+            Err(error) => self.complain("programs run on with what is granted", &error),
         }
     }
 
     fn give_back(&mut self, far: &FarMemory) {
-        let retired = far.retire(SPARE_SLOTS);
-        if retired.is_empty() {
-            return;
-        }
-        let extent_ids = retired
+        let extents: Vec<ExtentId> = far
+            .retire(SPARE_SLOTS)
             .iter()
-            .filter_map(|grant| u32::try_from(grant.id).ok())
+            .filter_map(|grant| u32::try_from(grant.id).ok().map(ExtentId))
             .collect();
-        let request = v1::ReleaseExtentsRequest {
-            lease_id: self.lease,
-            extent_ids,
-        };
-        let client = &mut self.client;
-        if let Err(status) = self
-            .runtime
-            .block_on(async { with_deadline(client.release_extents(request)).await })
-        {
-            tracing::warn!(%status, "extents could not be given back; they go with the lease");
+        for batch in extents.chunks(limits::MAX_RELEASE_COUNT) {
+            let released = self
+                .coordinator
+                .release_extents(self.lease.id, batch.to_vec());
+            if let Err(error) = self.runtime.block_on(released) {
+                self.complain(
+                    "extents could not be given back; they go with the lease",
+                    &error,
+                );
+            }
         }
     }
 
     fn report(&mut self, spaces: &Spaces) {
         let processes = figures(spaces)
             .into_iter()
-            .take(farpage_proto::limits::MAX_PROCESSES)
+            // A forked child that has not shown itself yet has no pid to report.
+            .filter(|figures| figures.pid > 0)
+            .take(limits::MAX_PROCESSES)
             .map(|figures| v1::ProcessReport {
                 pid: figures.pid.unsigned_abs(),
                 comm: figures.name,
@@ -240,47 +260,37 @@ impl ControlPlane {
             processes,
             totals: std::collections::HashMap::new(),
         };
-        let request = v1::ReportAgentRequest {
-            lease_id: self.lease,
-            report: Some(report),
+        let taken = match AgentReport::try_from(report) {
+            Ok(report) => self
+                .runtime
+                .block_on(self.coordinator.report(self.lease.id, report)),
+            Err(error) => Err(error.into()),
         };
-        let client = &mut self.client;
-        if let Err(status) = self
-            .runtime
-            .block_on(async { with_deadline(client.report_agent(request)).await })
-        {
-            tracing::debug!(%status, "a report was not taken");
+        if let Err(error) = taken {
+            tracing::debug!(%error, "a report was not taken");
+        }
+    }
+
+    /// Logs a failure, and the same one again only after a while.
+    fn complain(&mut self, what: &str, error: &CallError) {
+        let complaint = format!("{what}: {error}");
+        let again = self
+            .complaint
+            .as_ref()
+            .is_some_and(|(last, at)| *last == complaint && at.elapsed() < COMPLAINT_INTERVAL);
+        if !again {
+            tracing::warn!("{complaint}");
+            self.complaint = Some((complaint, Instant::now()));
         }
     }
 }
 
-async fn open_lease(
-    client: &mut CoordinatorClient<Channel>,
-    agent_id: &str,
-) -> Result<(u64, Duration), tonic::Status> {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname")
-        .unwrap_or_default()
-        .trim()
-        .to_owned();
-    let request = v1::OpenLeaseRequest {
-        agent_id: agent_id.to_owned(),
-        host,
-        tenant: String::new(),
-    };
-    let reply = with_deadline(client.open_lease(request)).await?;
-    Ok((
-        reply.lease_id,
-        Duration::from_millis(u64::from(reply.ttl_ms)),
-    ))
-}
-
-async fn with_deadline<T>(
-    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
-) -> Result<T, tonic::Status> {
-    match tokio::time::timeout(CALL_DEADLINE, call).await {
-        Ok(reply) => reply.map(tonic::Response::into_inner),
-        Err(_) => Err(tonic::Status::deadline_exceeded("no answer in time")),
-    }
+/// This host's name as the cluster may know it; one that it could not is replaced.
+fn host_name() -> HostName {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    HostName::new(name.trim())
+        .or_else(|_| HostName::new("unnamed"))
+        .unwrap_or_else(|_| unreachable!("a plain word is a host name"))
 }
 
 /// Figures of every address space, for reports and for `farpage status`.

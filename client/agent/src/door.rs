@@ -1,7 +1,9 @@
 //! The door: the agent's Unix socket, where programs attach and launchers open jobs.
 
+use std::fs::Permissions;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -43,11 +45,12 @@ pub struct Admission {
 }
 
 impl Admission {
-    fn admits(self, pid: i32, uid: u32, gid: u32) -> bool {
+    fn admits(self, peer: &OwnedFd, uid: u32, gid: u32) -> bool {
         uid == 0
             || uid == self.own_uid
             || self.group.is_some_and(|group| {
-                gid == group || crate::sys::process::groups(pid).contains(&group)
+                gid == group
+                    || socket::peer_groups(peer.as_fd()).is_ok_and(|groups| groups.contains(&group))
             })
     }
 }
@@ -67,11 +70,12 @@ pub struct Door {
     pub peers: AtomicUsize,
 }
 
-/// Opens the agent's socket: a path, or `@name` in the abstract namespace.
+/// Opens the agent's socket: a path, or `@name` in the abstract namespace. A path may be connected to by its owner and
+/// by `group`; an abstract name by anybody. Whoever connects is looked at again by [`Admission`].
 ///
 /// # Errors
 /// The kernel's errno; an existing path that nobody listens on is replaced.
-pub fn open(path: &str) -> io::Result<OwnedFd> {
+pub fn open(path: &str, group: Option<u32>) -> io::Result<OwnedFd> {
     let address = match path.strip_prefix('@') {
         Some(name) => SocketAddrUnix::new_abstract_name(name.as_bytes())?,
         None => SocketAddrUnix::new(path)?,
@@ -94,6 +98,13 @@ pub fn open(path: &str) -> io::Result<OwnedFd> {
         }
         std::fs::remove_file(path)?;
         bind(&fd, &address)?;
+    }
+    if !path.starts_with('@') {
+        // Nobody can connect before `listen`, so there is no moment with other permissions.
+        let mode = if group.is_some() { 0o660 } else { 0o600 };
+        std::os::unix::fs::chown(path, None, group)
+            .and_then(|()| std::fs::set_permissions(path, Permissions::from_mode(mode)))
+            .inspect_err(|_| drop(std::fs::remove_file(path)))?;
     }
     listen(&fd, BACKLOG)?;
     Ok(fd)
@@ -133,7 +144,7 @@ impl Door {
         if hello.tag != tag::HELLO {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        if !self.admission.admits(pid, uid, gid) {
+        if !self.admission.admits(peer, uid, gid) {
             return refuse(
                 peer,
                 "this agent serves its own user and the members of its group; ask for membership",
@@ -306,13 +317,34 @@ impl Door {
         }
     }
 
-    /// A launcher's connection: a job's life.
+    /// A launcher's connection: a job's life. However the connection ends, the job ends with it.
     fn serve_launcher(&self, peer: &OwnedFd, uid: u32) -> io::Result<()> {
         socket::set_deadline(peer.as_fd(), Duration::ZERO)?;
         let mut job: Option<Arc<Job>> = None;
         let mut finished = false;
+        let result = self.talk_to_launcher(peer, uid, &mut job, &mut finished);
+        if let Some(job) = job {
+            let kill = !finished && !job.is_for_regions();
+            if kill {
+                tracing::warn!(
+                    job = format_args!("{:x}", job.token),
+                    "the launcher is gone; its programs are ended"
+                );
+            }
+            self.shared.spawner.end_job(&job, kill);
+        }
+        result
+    }
+
+    fn talk_to_launcher(
+        &self,
+        peer: &OwnedFd,
+        uid: u32,
+        job: &mut Option<Arc<Job>>,
+        finished: &mut bool,
+    ) -> io::Result<()> {
         while let Some(request) = receive_json::<JobRequest>(peer)? {
-            let reply = match (request, &job) {
+            let reply = match (request, job.as_ref()) {
                 (
                     JobRequest::Open {
                         local_bytes,
@@ -323,7 +355,7 @@ impl Door {
                 ) => match self.shared.spawner.open_job(uid, local_bytes, far_bytes) {
                     Ok(new) => {
                         let token = format!("{:x}", new.token);
-                        job = Some(new);
+                        *job = Some(new);
                         JobReply::Opened { token }
                     }
                     Err(error) => JobReply::Refused {
@@ -335,24 +367,20 @@ impl Door {
                     JobReply::Noted
                 }
                 (JobRequest::Finish, Some(job)) => {
-                    finished = true;
-                    JobReply::Account(Box::new(job.account(&self.fabric)))
+                    *finished = true;
+                    let fabrics = self.shared.far.fabrics();
+                    let fabric = if fabrics.is_empty() {
+                        &self.fabric
+                    } else {
+                        &fabrics
+                    };
+                    JobReply::Account(Box::new(job.account(fabric)))
                 }
                 _ => JobReply::Refused {
                     reason: "out of turn".into(),
                 },
             };
             send_json(peer, &reply)?;
-        }
-        if let Some(job) = job {
-            let kill = !finished && !job.is_for_regions();
-            if kill {
-                tracing::warn!(
-                    job = format_args!("{:x}", job.token),
-                    "the launcher is gone; its programs are ended"
-                );
-            }
-            self.shared.spawner.end_job(&job, kill);
         }
         Ok(())
     }

@@ -4,7 +4,6 @@
 //! released. So a slot's bytes are fixed from the write that fills it to its release, its hash can be checked
 //! on every fetch, and a fork shares it by counting one reference more.
 
-use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -56,11 +55,31 @@ pub struct Extent {
     free: Mutex<FreeSlots>,
 }
 
+/// What is known of an extent's node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Condition {
+    /// It answers, as far as is known.
+    Usable,
+    /// It is silent: nothing new goes there, what is there may come back.
+    Unreachable,
+    /// It came back empty. The lease still names the extent.
+    Lost,
+    /// The lease has ended, and the extent may be another's by now.
+    Revoked,
+}
+
+impl Condition {
+    fn is_lost(self) -> bool {
+        matches!(self, Self::Lost | Self::Revoked)
+    }
+}
+
 #[derive(Debug)]
 struct FreeSlots {
     bits: Vec<u64>,
     count: u64,
     cursor: usize,
+    condition: Condition,
 }
 
 impl FreeSlots {
@@ -75,6 +94,7 @@ impl FreeSlots {
             bits,
             count: slots as u64,
             cursor: 0,
+            condition: Condition::Usable,
         }
     }
 
@@ -123,9 +143,9 @@ pub struct SlotRun {
 #[derive(Debug, Default)]
 pub struct FarMemory {
     extents: RwLock<Vec<Option<Arc<Extent>>>>,
+    /// Free slots of usable extents. Changes under the lock of the extent that it changes for.
     free: AtomicU64,
     used: AtomicU64,
-    lost: RwLock<HashSet<u32>>,
 }
 
 impl FarMemory {
@@ -159,19 +179,30 @@ impl FarMemory {
         Some(number32)
     }
 
-    /// Gives up extents of which no slot is in use, keeping `spare_slots` free ones. Returns their grants.
+    /// Gives up extents of which no slot is in use, keeping `spare_slots` free ones. Returns the grants that the
+    /// lease still names.
     pub fn retire(&self, spare_slots: u64) -> Vec<Grant> {
         let mut extents = self.extents.write().unwrap_or_else(PoisonError::into_inner);
         let mut retired = Vec::new();
         for place in extents.iter_mut() {
             let Some(extent) = place else { continue };
             let slots = extent.slots.len() as u64;
-            let unused = lock(&extent.free).count == slots;
-            if unused && self.free.load(Ordering::Relaxed).saturating_sub(slots) >= spare_slots {
-                self.free.fetch_sub(slots, Ordering::Relaxed);
-                retired.push(extent.grant.clone());
-                *place = None;
+            let free = lock(&extent.free);
+            if free.count != slots {
+                continue;
             }
+            if free.condition == Condition::Usable {
+                if self.free.load(Ordering::Relaxed).saturating_sub(slots) < spare_slots {
+                    continue;
+                }
+                self.free.fetch_sub(slots, Ordering::Relaxed);
+            }
+            // A revoked extent may have been granted anew, to this very agent: it must not be given back twice.
+            if free.condition != Condition::Revoked {
+                retired.push(extent.grant.clone());
+            }
+            drop(free);
+            *place = None;
         }
         retired
     }
@@ -183,49 +214,75 @@ impl FarMemory {
         extents.get(number as usize)?.clone()
     }
 
-    /// Marks every extent of these grants as lost: their contents are gone for good.
-    pub fn lose(&self, grant_ids: &[u64]) {
-        let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
-        let mut lost = self.lost.write().unwrap_or_else(PoisonError::into_inner);
-        lost.extend(
-            extents
-                .iter()
-                .flatten()
-                .filter(|e| grant_ids.contains(&e.grant.id))
-                .map(|e| e.number),
-        );
+    /// Takes over what the coordinator says of the nodes: the grants whose contents are gone, and those whose node
+    /// is silent. All others can be used.
+    pub fn heard_of_nodes(&self, lost: &[u64], unreachable: &[u64]) {
+        self.set_conditions(|id, now| match now {
+            Condition::Lost | Condition::Revoked => now,
+            _ if lost.contains(&id) => Condition::Lost,
+            _ if unreachable.contains(&id) => Condition::Unreachable,
+            _ => Condition::Usable,
+        });
     }
 
     /// Marks every extent held as lost: the lease under which they were granted has ended.
     pub fn lose_all(&self) {
+        self.set_conditions(|_, _| Condition::Revoked);
+    }
+
+    fn set_conditions(&self, decide: impl Fn(u64, Condition) -> Condition) {
         let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
-        let mut lost = self.lost.write().unwrap_or_else(PoisonError::into_inner);
-        lost.extend(extents.iter().flatten().map(|extent| extent.number));
+        for extent in extents.iter().flatten() {
+            let mut free = lock(&extent.free);
+            let (before, now) = (free.condition, decide(extent.grant.id, free.condition));
+            free.condition = now;
+            match (before == Condition::Usable, now == Condition::Usable) {
+                (true, false) => {
+                    self.free.fetch_sub(free.count, Ordering::Relaxed);
+                }
+                (false, true) => {
+                    self.free.fetch_add(free.count, Ordering::Relaxed);
+                }
+                _ => {}
+            }
+        }
     }
 
     /// Whether a slot's extent is lost.
     #[must_use]
     pub fn is_lost(&self, slot: Slot) -> bool {
-        let lost = self.lost.read().unwrap_or_else(PoisonError::into_inner);
-        !lost.is_empty() && lost.contains(&slot.extent())
+        self.record(slot, |extent, _| lock(&extent.free).condition.is_lost())
+            .unwrap_or(false)
+    }
+
+    /// By which fabrics the extents held are reached: `tcp`, `shm`, both joined by a plus; empty without extents.
+    #[must_use]
+    pub fn fabrics(&self) -> String {
+        let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
+        let kinds: std::collections::BTreeSet<&str> = extents
+            .iter()
+            .flatten()
+            .filter_map(|extent| Some(extent.grant.address.split_once(':')?.0))
+            .collect();
+        kinds.into_iter().collect::<Vec<_>>().join("+")
     }
 
     /// Takes a run of up to `most` slots that are free, each with one reference.
     pub fn take_run(&self, most: u16) -> Option<SlotRun> {
         let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
-        let lost = self.lost.read().unwrap_or_else(PoisonError::into_inner);
-        for extent in extents
-            .iter()
-            .flatten()
-            .filter(|extent| !lost.contains(&extent.number))
-        {
-            let Some((start, len)) = lock(&extent.free).take_run(usize::from(most)) else {
+        for extent in extents.iter().flatten() {
+            let mut free = lock(&extent.free);
+            if free.condition != Condition::Usable {
+                continue;
+            }
+            let Some((start, len)) = free.take_run(usize::from(most)) else {
                 continue;
             };
+            self.free.fetch_sub(len as u64, Ordering::Relaxed);
+            drop(free);
             for record in &extent.slots[start..start + len] {
                 record.references.store(1, Ordering::Relaxed);
             }
-            self.free.fetch_sub(len as u64, Ordering::Relaxed);
             self.used.fetch_add(len as u64, Ordering::Relaxed);
             let first = Slot::new(extent.number, u16::try_from(start).ok()?)?;
             return Some(SlotRun {
@@ -257,12 +314,15 @@ impl FarMemory {
                 .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
             let last = before == Ok(1);
             if last {
-                lock(&extent.free).give_back(usize::from(slot.page()));
+                let mut free = lock(&extent.free);
+                free.give_back(usize::from(slot.page()));
+                if free.condition == Condition::Usable {
+                    self.free.fetch_add(1, Ordering::Relaxed);
+                }
             }
             last
         });
         if freed == Some(true) {
-            self.free.fetch_add(1, Ordering::Relaxed);
             self.used.fetch_sub(1, Ordering::Relaxed);
             return true;
         }
@@ -317,7 +377,7 @@ impl FarMemory {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// Slots free in the extents held.
+    /// Slots free in the extents held whose nodes answer.
     #[must_use]
     pub fn free(&self) -> u64 {
         self.free.load(Ordering::Relaxed)
@@ -386,5 +446,47 @@ mod tests {
         assert!(far.release(run.first));
         assert_eq!(far.retire(0).len(), 1);
         assert_eq!(far.free(), 0);
+    }
+
+    #[test]
+    fn silent_and_lost_extents_give_no_slots_and_do_not_count_as_free() {
+        let far = far(2, 64);
+        let held = far.take_run(1).unwrap().first;
+        far.heard_of_nodes(&[], &[0]);
+        assert_eq!(far.free(), 64);
+        assert!(!far.is_lost(held));
+        assert_eq!(far.take_run(1).unwrap().first.extent(), 1);
+        far.heard_of_nodes(&[], &[]);
+        assert_eq!(far.free(), 63 + 63);
+        far.heard_of_nodes(&[0], &[]);
+        assert!(far.is_lost(held));
+        assert!(far.release(held));
+        assert_eq!(far.free(), 63);
+        // Nothing names it any more: the lease is told.
+        assert_eq!(
+            far.retire(1000).iter().map(|g| g.id).collect::<Vec<_>>(),
+            [0]
+        );
+    }
+
+    #[test]
+    fn what_a_lease_held_is_not_given_back_under_the_next() {
+        let far = far(1, 64);
+        let held = far.take_run(1).unwrap().first;
+        far.lose_all();
+        assert!(far.is_lost(held) && far.free() == 0);
+        assert!(far.release(held));
+        assert!(far.retire(0).is_empty());
+        // The next extent of the same number within the agent is a fresh one.
+        let number = far.add(Grant {
+            id: 0,
+            address: "tcp:h:1".into(),
+            index: 0,
+            key: 2,
+            bytes: 64 * PAGE,
+        });
+        assert_eq!(number, Some(held.extent()));
+        assert!(!far.is_lost(held));
+        assert_eq!((far.free(), far.fabrics().as_str()), (64, "tcp"));
     }
 }

@@ -45,8 +45,14 @@ pub enum AgentError {
     /// No coordinator, or no memory.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// Another agent has the socket.
+    #[error("another agent listens on {socket}; stop it, or choose another --socket")]
+    Taken {
+        /// Where.
+        socket: String,
+    },
     /// The socket cannot be opened.
-    #[error("cannot listen on {socket}: {error}; is another agent running there?")]
+    #[error("cannot listen on {socket}: {error}; check that its folder exists and may be written")]
     Door {
         /// Where.
         socket: String,
@@ -74,12 +80,10 @@ pub fn serve(
         crate::sys::process::FIRST,
     );
     let far = Arc::new(FarMemory::default());
+    // The door first: a second agent for the same socket must not take a lease.
+    let (listener, _socket_file) = open_door(&config)?;
     let mut plane = ControlPlane::join(config.coordinator, config.id, config.fabric)?;
     plane.first_extents(&far)?;
-    let listener = crate::door::open(&config.socket).map_err(|error| AgentError::Door {
-        socket: config.socket.clone(),
-        error,
-    })?;
     let spaces = Arc::new(Spaces::default());
     let door = Arc::new(Door {
         shared: Shared {
@@ -111,10 +115,27 @@ pub fn serve(
     ready();
     wait_for_end(stop, config.exit_on_eof.as_ref(), &spaces);
     let _ = control.join();
-    if !config.socket.starts_with('@') {
-        let _ = std::fs::remove_file(&config.socket);
-    }
     Ok(())
+}
+
+/// The socket's place in the file system, given up with the agent. An abstract name needs no giving up.
+struct SocketFile(String);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if !self.0.starts_with('@') {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+}
+
+fn open_door(config: &AgentConfig) -> Result<(OwnedFd, SocketFile), AgentError> {
+    let socket = config.socket.clone();
+    match crate::door::open(&socket, config.group) {
+        Ok(listener) => Ok((listener, SocketFile(socket))),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(AgentError::Taken { socket }),
+        Err(error) => Err(AgentError::Door { socket, error }),
+    }
 }
 
 /// Waits for `stop`; or for the launcher to be gone and the last program with it.

@@ -192,19 +192,6 @@ pub fn is_running(pid: i32) -> bool {
     })
 }
 
-/// The supplementary groups of a process.
-#[must_use]
-pub fn groups(pid: i32) -> Vec<u32> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("Groups:"))
-        .unwrap_or("");
-    line.split_ascii_whitespace()
-        .filter_map(|group| group.parse().ok())
-        .collect()
-}
-
 /// Ends a process.
 pub fn kill(pid: i32) {
     // SAFETY: integers only.

@@ -75,6 +75,39 @@ pub fn peer(socket: BorrowedFd<'_>) -> io::Result<(i32, u32, u32)> {
     Ok((credentials.pid, credentials.uid, credentials.gid))
 }
 
+/// The supplementary groups of whoever is at the other end, as they were when it connected. Asked of the socket, not of
+/// `/proc`: the process may have become another since.
+///
+/// # Errors
+/// The kernel's errno.
+pub fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
+    let mut groups = vec![0u32; 64];
+    loop {
+        let mut len = (groups.len() * size_of::<u32>()) as libc::socklen_t;
+        // SAFETY: the kernel writes at most `len` bytes of group numbers into the vector, and how many to `len`.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &mut len,
+            )
+        };
+        let needed = len as usize / size_of::<u32>();
+        match check(i64::from(result)) {
+            Ok(_) => {
+                groups.truncate(needed);
+                return Ok(groups);
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ERANGE) && needed > groups.len() => {
+                groups.resize(needed, 0);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
 /// Waits at most this long in any one receive or send.
 ///
 /// # Errors
