@@ -135,7 +135,7 @@ fn frame_offset(place: usize, index: usize) -> u64 {
 impl Pager {
     /// A fault on a far page: reads it with the window that its stream has earned, and the next window ahead.
     pub(super) fn start_fetch(&mut self, fault: Fault) -> Option<Fault> {
-        if self.job.room() <= 0 {
+        if self.room() <= 0 {
             return Some(fault);
         }
         let Some(place) = self.free_place() else {
@@ -146,7 +146,7 @@ impl Pager {
             .counters
             .prefetch_hits
             .fetch_add(window.hits, Relaxed);
-        let room = (self.job.room() as u64 / 4).max(1);
+        let room = (self.room() as u64 / 4).max(1);
         let pages = self.claim_run(place, fault.page, window.pages.min(room));
         if let Some(fetch) = self.fetches.get(place) {
             fetch.wanted = true;

@@ -109,6 +109,8 @@ pub struct Pager {
     closing: bool,
     /// When victims were last found to be unmovable throughout: eviction rests a little.
     rest_until: Option<Instant>,
+    /// Whether the last look for victims found none at all.
+    no_victims: bool,
     checked_exec_at: Option<Instant>,
 }
 
@@ -147,6 +149,7 @@ impl Pager {
             completions: Vec::new(),
             closing: false,
             rest_until: None,
+            no_victims: false,
             checked_exec_at: None,
         }
     }
@@ -191,7 +194,7 @@ impl Pager {
     /// Reads the uffd, if the gate allows it, and handles what it says: events before faults, since the read
     /// has released the program already and a fault must find the table as the events left it.
     fn read_messages(&mut self) -> bool {
-        if self.is_full() || !self.may_read_events() {
+        if !self.may_read_events() {
             return false;
         }
         let mut messages = std::mem::take(&mut self.messages);
@@ -295,11 +298,6 @@ impl Pager {
         worked
     }
 
-    /// Whether faults wait that only an eviction can help: then no more are read.
-    fn is_full(&self) -> bool {
-        !self.waiting.is_empty() && self.job.room() <= 0
-    }
-
     fn is_busy(&self, now: Instant) -> bool {
         self.last_fault
             .is_some_and(|last| now.duration_since(last) < BUSY_GAP)
@@ -331,7 +329,7 @@ impl Pager {
                 .take_out
                 .as_ref()
                 .is_some_and(|batch| !batch.is_taken(control));
-            if !moving && !self.is_full() {
+            if !moving {
                 fds.push(PollFd::new(&self.uffd, PollFlags::IN));
             }
             if let Some(helper) = &self.helper {
