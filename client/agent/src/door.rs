@@ -144,7 +144,11 @@ impl Door {
         if hello.tag != tag::HELLO {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        if !self.admission.admits(peer, uid, gid) {
+        // Who knows a job's token was given it by a process that was admitted, and may since have become another
+        // user.
+        let joins = matches!(hello.kind, kind::START | kind::FORK)
+            && self.shared.spawner.job(hello.job).is_some();
+        if !joins && !self.admission.admits(peer, uid, gid) {
             return refuse(
                 peer,
                 "this agent serves its own user and the members of its group; ask for membership",
