@@ -308,8 +308,8 @@ impl Pager {
         match self.starved {
             Some((at, before)) if needs_room && before == evicted => {
                 if at.elapsed() > STARVED_DEADLINE && !self.staging.is_full() {
-                    let stuck = self.job.unmanaged() * 4096 >> 20;
-                    let limit = self.job.limits.local_pages * 4096 >> 20;
+                    let stuck = (self.job.unmanaged() * 4096) >> 20;
+                    let limit = (self.job.limits.local_pages * 4096) >> 20;
                     self.job.fail(format!(
                         "nothing of it can be taken out any more to make room: of {limit} MiB allowed, {stuck} MiB are \
                          stacks, small or locked mappings and processes that are not managed, and the rest is locked \
