@@ -10,6 +10,8 @@ use crate::protocol::Account;
 
 /// How long an account waits for address spaces whose process has ended.
 const ACCOUNT_DEADLINE: Duration = Duration::from_secs(5);
+/// How long it takes until what is resident when management begins is in the tables.
+const ADOPTION: Duration = Duration::from_millis(100);
 const ACCOUNT_POLL: Duration = Duration::from_millis(1);
 
 /// What one run asked for.
@@ -67,6 +69,7 @@ pub struct Job {
     local_peak: AtomicU64,
     unmanaged_peak: AtomicU64,
     armed: AtomicBool,
+    armed_at: OnceLock<Instant>,
     root: AtomicI32,
     failure: OnceLock<String>,
     regions_only: AtomicBool,
@@ -90,6 +93,7 @@ impl Job {
             local_peak: AtomicU64::new(0),
             unmanaged_peak: AtomicU64::new(0),
             armed: AtomicBool::new(false),
+            armed_at: OnceLock::new(),
             root: AtomicI32::new(0),
             failure: OnceLock::new(),
             regions_only: AtomicBool::new(false),
@@ -148,7 +152,8 @@ impl Job {
     /// The sampler's measurement of the tree.
     pub fn note_sample(&self, measured: u64, unmanaged: u64) {
         self.unmanaged.store(unmanaged, Ordering::Relaxed);
-        if self.is_armed() {
+        // At first nothing is in any table yet.
+        if self.armed_at.get().is_some_and(|at| at.elapsed() > ADOPTION) {
             self.unmanaged_peak.fetch_max(unmanaged, Ordering::Relaxed);
         }
         self.local_peak.fetch_max(measured, Ordering::Relaxed);
@@ -180,6 +185,7 @@ impl Job {
 
     /// Begins managing memory; returns whether this call was the first.
     pub fn arm(&self) -> bool {
+        let _ = self.armed_at.set(Instant::now());
         !self.armed.swap(true, Ordering::AcqRel)
     }
 
