@@ -41,8 +41,10 @@ impl Awake {
                 .as_ref()
                 .map(|group| fs::write(group.join("cgroup.procs"), child.id().to_string()));
             awake.spinners.push(child);
-            if joined.is_some_and(|joined| joined.is_err()) {
-                awake.group = None;
+            if joined.is_some_and(|joined| joined.is_err())
+                && let Some(group) = awake.group.take()
+            {
+                let _ = fs::remove_dir(group);
             }
         }
         Ok(awake)
