@@ -109,6 +109,10 @@ mod tests {
         for i in 0..64 {
             residents.refaulted(Page(i), 0, 64);
         }
+        // Below its share probation is left alone.
+        for i in 0..64 / (PROBATION_SHARE as u64 - 1) {
+            residents.arrived(Page(9000 + i));
+        }
         for i in 1000..2000 {
             residents.arrived(Page(i));
             residents.arrived(Page(i + 5000));
