@@ -56,7 +56,8 @@ pub enum ChildError {
 
 /// Does what `words` say: `random PAGES TOUCHES`, `walk PAGES` (both on memory that was filled before, so that
 /// it lies far if little may stay), the same with `bare-` before and a socket's path behind (on memory never
-/// touched, whose uffd is sent there), `peer ADDRESS` or `timed CMD ARGS...`.
+/// touched, whose uffd is sent there), `spin CPU`,
+/// `peer ADDRESS` or `timed CMD ARGS...`.
 ///
 /// # Errors
 /// [`ChildError`].
@@ -82,6 +83,7 @@ pub fn command(words: &[String]) -> Result<(), ChildError> {
             drop(answering);
             print(&walk)
         }
+        ["spin", cpu] => Ok(crate::awake::spin(number(cpu)?)?),
         ["peer", address] => Ok(peer(address)?),
         ["timed", program, ref args @ ..] => print(&timed(program, args)?),
         _ => Err(ChildError::Usage),

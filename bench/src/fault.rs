@@ -50,8 +50,10 @@ struct Pair {
 /// [`BenchError`] where nothing can be measured.
 pub fn run(options: &Options) -> Result<Report, BenchError> {
     let (mut awake, mut idle) = (Figures::default(), Figures::default());
+    let mut caveat = None;
     for _ in 0..options.turns.max(1) {
-        let spinners = Awake::keep().map_err(BenchError::system("keeping the CPUs awake"))?;
+        let spinners = Awake::keep(options)?;
+        caveat = spinners.caveat();
         turn(options, &mut awake)?;
         drop(spinners);
         turn(options, &mut idle)?;
@@ -67,6 +69,7 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
          class kept each CPU awake; compare within one regime"
             .into(),
     );
+    report.notes.extend(caveat);
     if options.fabric == "tcp" {
         report.notes.push(
             "the baseline over tcp is the sum of two medians (or of two 99th percentiles) measured one after \

@@ -153,7 +153,11 @@ impl Job {
     pub fn note_sample(&self, measured: u64, unmanaged: u64) {
         self.unmanaged.store(unmanaged, Ordering::Relaxed);
         // At first nothing is in any table yet.
-        if self.armed_at.get().is_some_and(|at| at.elapsed() > ADOPTION) {
+        if self
+            .armed_at
+            .get()
+            .is_some_and(|at| at.elapsed() > ADOPTION)
+        {
             self.unmanaged_peak.fetch_max(unmanaged, Ordering::Relaxed);
         }
         self.local_peak.fetch_max(measured, Ordering::Relaxed);

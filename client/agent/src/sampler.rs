@@ -39,7 +39,7 @@ const UNEXPLAINED_PAGES: u64 = 128;
 /// Runs until `ended` says so.
 pub fn run(spaces: &Arc<Spaces>, ended: &dyn Fn() -> bool) {
     crate::sys::process::raise_priority(0, crate::sys::process::FIRST);
-    crate::sys::process::run_at_once();
+    crate::sys::process::run_at_once(true);
     let mut watched: HashMap<u64, Watched> = HashMap::new();
     let mut trees: HashMap<u64, Tree> = HashMap::new();
     while !ended() {

@@ -17,7 +17,7 @@ use crate::pager::Shared;
 use crate::spaces::Spaces;
 
 /// How often the end is looked for.
-const END_POLL: Duration = Duration::from_millis(20);
+const END_POLL: Duration = Duration::from_millis(5);
 
 /// How to run an agent.
 #[derive(Debug)]
@@ -146,6 +146,7 @@ fn wait_for_end(stop: &AtomicBool, launcher: Option<&OwnedFd>, spaces: &Spaces) 
             stop.store(true, Ordering::Release);
         }
     }
+    spaces.wake_control_plane();
     // Programs whose pages nobody would bring any more must not be left waiting for them.
     for pid in spaces
         .jobs()

@@ -19,7 +19,7 @@ const MAX_SPACES: u64 = 4096;
 /// The least resident memory that a job can be asked to live with.
 const LEAST_LOCAL_BYTES: u64 = 4 << 20;
 /// How often a job without a launcher is looked at.
-const LAST_PROCESS_POLL: Duration = Duration::from_millis(20);
+const LAST_PROCESS_POLL: Duration = Duration::from_millis(2);
 
 /// Why a job was not opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -204,9 +204,20 @@ impl Spaces {
 
     /// Slots run low: the control plane is to ask for another extent.
     pub fn wanted_far_memory(&self, far: &FarMemory) {
-        if far.is_low() && !self.far_wanted.swap(true, Ordering::AcqRel) {
-            self.far_signal.1.notify_one();
+        if far.is_low() && !self.far_wanted.load(Ordering::Acquire) {
+            self.wake_control_plane();
         }
+    }
+
+    /// Has the control plane's thread look what there is to do.
+    pub fn wake_control_plane(&self) {
+        let _guard = self
+            .far_signal
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.far_wanted.store(true, Ordering::Release);
+        self.far_signal.1.notify_all();
     }
 
     /// Waits until far memory is wanted, at most `timeout`. Returns whether it is.

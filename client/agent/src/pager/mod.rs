@@ -178,6 +178,8 @@ impl Pager {
 
     /// Runs until the process is gone.
     pub fn run(mut self) {
+        // Until memory is managed all that is asked of this thread is to do that at once.
+        crate::sys::process::run_at_once(!self.job.is_armed());
         let mut idle_since: Option<Instant> = None;
         while !self.closing {
             if self.turn() {

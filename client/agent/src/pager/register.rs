@@ -115,6 +115,7 @@ impl Pager {
             self.read_messages();
         }
         self.adopt_present(pid, &fresh);
+        crate::sys::process::run_at_once(false);
         tracing::debug!(
             space = self.handle.id,
             ?fresh,

@@ -94,8 +94,10 @@ impl Pager {
             self.shrink = 0;
             return 0;
         }
+        // Two watermarks: begun at half of what is to be free, so that a batch is worth the helper's waking.
         let free = (self.job.limits.local_pages / FREE_SHARE).clamp(FREE_LEAST, FREE_MOST) as i64;
-        let short = free - self.job.room();
+        let room = self.job.room();
+        let short = if room < free / 2 { free - room } else { 0 };
         (short.max(0) as u64)
             .max(self.shrink)
             .min(self.table.local_pages())

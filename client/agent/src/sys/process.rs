@@ -212,11 +212,16 @@ pub fn raise_session_priority(pid: i32, nice: i32) {
     let _ = std::fs::write(format!("/proc/{pid}/autogroup"), nice.to_string());
 }
 
-/// Lets the calling thread run as soon as it wakes, if we may; for one that sleeps nearly always.
-pub fn run_at_once() {
-    let parameters = libc::sched_param { sched_priority: 1 };
+/// Lets the calling thread run as soon as it wakes, if we may; for one that sleeps nearly always. Or ends that.
+pub fn run_at_once(at_once: bool) {
+    let (policy, sched_priority) = if at_once {
+        (libc::SCHED_RR, 1)
+    } else {
+        (libc::SCHED_OTHER, 0)
+    };
+    let parameters = libc::sched_param { sched_priority };
     // SAFETY: the kernel reads a sched_param.
-    unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &parameters) };
+    unsafe { libc::sched_setscheduler(0, policy, &parameters) };
 }
 
 /// A mapping of a process, as `/proc/PID/maps` shows it.
