@@ -1,1 +1,102 @@
 //! Benchmarks of farpage against its baselines.
+//!
+//! Every measurement has a baseline that was taken in turn with it, within the same run and under the same
+//! regime, several times; both are reported as the median over the turns. [`fault`] compares page faults with a
+//! bare userfaultfd loop, [`fits`] compares whole programs that fit in local memory with native runs.
+//!
+//! What is measured runs in processes of its own: this very binary under a hidden subcommand, whose side is
+//! [`child`].
+
+mod awake;
+mod bare;
+pub mod child;
+mod far;
+pub mod fault;
+pub mod fits;
+mod median;
+mod region;
+pub mod report;
+mod sys;
+
+use std::io;
+use std::path::PathBuf;
+
+pub use report::{Measurement, Report};
+
+/// The hidden subcommand of the `farpage` binary that [`child::command`] implements.
+pub const CHILD_COMMAND: &str = "bench-touch";
+
+/// How to run a benchmark.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The `farpage` binary.
+    pub farpage: PathBuf,
+    /// How pages travel: `shm` or `tcp`.
+    pub fabric: String,
+    /// How many times ours and the baseline take turns.
+    pub turns: u32,
+    /// How long one native run of a whole program lasts, about, seconds.
+    pub seconds: f64,
+}
+
+/// A benchmark.
+#[derive(Debug)]
+pub struct Benchmark {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// What it measures, in one line.
+    pub measures: &'static str,
+    /// Runs it.
+    pub run: fn(&Options) -> Result<Report, BenchError>,
+}
+
+/// All benchmarks.
+pub const BENCHMARKS: &[Benchmark] = &[
+    Benchmark {
+        name: "fault",
+        measures: "page faults on far pages, against a bare userfaultfd loop in another process",
+        run: fault::run,
+    },
+    Benchmark {
+        name: "fits",
+        measures: "whole programs that fit in local memory, against native runs",
+        run: fits::run,
+    },
+];
+
+/// Why a benchmark could not be run.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// A system call failed.
+    #[error("{what}: {error}")]
+    System {
+        /// Doing what.
+        what: &'static str,
+        /// Why.
+        error: io::Error,
+    },
+    /// A measuring process failed; what it wrote to standard error.
+    #[error("{what} failed ({status}): {stderr}")]
+    Child {
+        /// Which.
+        what: String,
+        /// How it ended.
+        status: std::process::ExitStatus,
+        /// What it said.
+        stderr: String,
+    },
+    /// A measuring process printed something else.
+    #[error("{what} printed no result: {error}; are all parts of one version?")]
+    Result {
+        /// Which.
+        what: String,
+        /// Why.
+        error: serde_json::Error,
+    },
+}
+
+impl BenchError {
+    fn system(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |error| Self::System { what, error }
+    }
+}

@@ -41,6 +41,9 @@ pub(crate) enum Command {
     /// The memory node of one `farpage run`
     #[command(hide = true)]
     FarMemory(FarMemoryArgs),
+    /// A measuring process of `farpage bench`
+    #[command(hide = true)]
+    BenchTouch(BenchTouchArgs),
 }
 
 /// How pages travel between this machine and a memory node.
@@ -249,7 +252,8 @@ pub(crate) struct DoctorArgs {
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  farpage bench --list\n  farpage bench fault --json fault.json"
+    after_help = "Examples:\n  farpage bench --list\n  farpage bench fault --fabric tcp --json fault.json\n  \
+                  farpage bench fits --seconds 10"
 )]
 pub(crate) struct BenchArgs {
     /// Which benchmark
@@ -261,6 +265,22 @@ pub(crate) struct BenchArgs {
     /// Write every measurement to this file
     #[arg(long, value_name = "PATH")]
     pub(crate) json: Option<PathBuf>,
+    /// How pages travel
+    #[arg(long, value_enum, default_value_t = Fabric::Shm)]
+    pub(crate) fabric: Fabric,
+    /// How many times ours and the baseline take turns; the median counts
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) turns: u32,
+    /// About how long one run of a whole program lasts (bench fits)
+    #[arg(long, value_name = "SECONDS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub(crate) seconds: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchTouchArgs {
+    /// What to do, for the benchmark that calls
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, num_args = 1..)]
+    pub(crate) words: Vec<String>,
 }
 
 #[derive(Debug, Args)]

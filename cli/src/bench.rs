@@ -2,23 +2,23 @@
 
 use std::io::{self, Write};
 
-use crate::args::BenchArgs;
+use farpage_bench::{BENCHMARKS, Options};
 
-/// A benchmark: its name, what it measures in one line, and what runs it.
-pub(crate) struct Benchmark {
-    pub(crate) name: &'static str,
-    pub(crate) measures: &'static str,
-    pub(crate) run: fn(&BenchArgs) -> Result<(), BenchError>,
-}
-
-/// STUB: the benchmarks of `farpage-bench` go here.
-const BENCHMARKS: &[Benchmark] = &[];
+use crate::args::{BenchArgs, Fabric};
 
 /// Why nothing was measured.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BenchError {
     #[error("there is no benchmark called {0}; farpage bench --list shows what there is")]
     Unknown(String),
+    #[error("--fabric rdma: this build has no rdma transport; use tcp or shm")]
+    NoRdma,
+    #[error("cannot find this executable, which the measuring processes run: {0}")]
+    Executable(io::Error),
+    #[error("nothing was measured: {0}")]
+    Bench(#[from] farpage_bench::BenchError),
+    #[error("--json: cannot write {path}: {error}")]
+    Json { path: String, error: io::Error },
     #[error("cannot write to standard output: {0}")]
     Output(#[from] io::Error),
 }
@@ -32,5 +32,39 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
         return Ok(());
     };
     let found = BENCHMARKS.iter().find(|benchmark| benchmark.name == name);
-    (found.ok_or_else(|| BenchError::Unknown(name.clone()))?.run)(args)
+    let benchmark = found.ok_or_else(|| BenchError::Unknown(name.clone()))?;
+    if args.fabric == Fabric::Rdma {
+        return Err(BenchError::NoRdma);
+    }
+    let options = Options {
+        farpage: std::env::current_exe().map_err(BenchError::Executable)?,
+        fabric: args.fabric.name().to_owned(),
+        turns: args.turns,
+        seconds: f64::from(args.seconds),
+    };
+    // Opened before anything is measured: a path that cannot be written is found out at once.
+    let mut json = match &args.json {
+        Some(path) => Some(
+            std::fs::File::create(path).map_err(|error| BenchError::Json {
+                path: path.display().to_string(),
+                error,
+            })?,
+        ),
+        None => None,
+    };
+    let report = (benchmark.run)(&options)?;
+    write!(io::stdout(), "{report}")?;
+    if let Some(file) = &mut json {
+        let written = serde_json::to_writer_pretty(&mut *file, &report)
+            .map_err(io::Error::from)
+            .and_then(|()| writeln!(file));
+        written.map_err(|error| BenchError::Json {
+            path: args
+                .json
+                .as_ref()
+                .map_or(String::new(), |path| path.display().to_string()),
+            error,
+        })?;
+    }
+    Ok(())
 }

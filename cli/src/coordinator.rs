@@ -36,7 +36,7 @@ pub(crate) fn command(args: &CoordinatorArgs) -> Result<(), CoordinatorError> {
         .enable_all()
         .build()?;
     let ready = |ready: farpage_server::CoordinatorReady| {
-        daemon::say(&format!("coordinator serves at {}\n", ready.url))
+        daemon::say(&format!("coordinator serves at {}\n", ready.url));
     };
     Ok(runtime.block_on(run_coordinator(config, ready, daemon::told_to_stop()))?)
 }

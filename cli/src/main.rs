@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         Command::Status(args) => ended(status::command(&args)),
         Command::Doctor(args) => ended(doctor::command(&args)),
         Command::Bench(args) => ended(bench::command(&args)),
+        Command::BenchTouch(args) => ended(farpage_bench::child::command(&args.words)),
         Command::FarMemory(args) => ended(far_memory::command(&args)),
     }
 }

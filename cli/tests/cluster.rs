@@ -277,7 +277,7 @@ fn garbage_at_every_port_disturbs_nobody() {
     for port in [data_port, grpc_port] {
         for garbage in [
             &b"GET / HTTP/1.1\r\n\r\n"[..],
-            &[0xff; 65536],
+            &vec![0xff; 65536],
             &[0; 100],
             b"",
         ] {

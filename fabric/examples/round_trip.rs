@@ -189,7 +189,7 @@ fn fill(socket: &mut TcpStream, bytes: &mut [u8], spin: bool) -> io::Result<()> 
             Ok(read) => done += read,
             // With fewer cores than threads that look, whoever finds nothing lets the others run.
             Err(error) if spin && error.kind() == io::ErrorKind::WouldBlock => {
-                std::thread::yield_now()
+                std::thread::yield_now();
             }
             Err(error) => return Err(error),
         }

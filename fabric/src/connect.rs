@@ -160,7 +160,7 @@ pub(crate) fn until_ready<T>(
     loop {
         match operation() {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                wait_for(&fd, what, deadline)?
+                wait_for(&fd, what, deadline)?;
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             other => return other,

@@ -337,7 +337,7 @@ fn a_stop_completes_everything_once_and_refuses_posts() {
                 assert!(matches!(
                     completion.result,
                     Ok(()) | Err(WorkError::Disconnected)
-                ))
+                ));
             })
             .map(|completion| completion.id.0)
             .collect();

@@ -28,6 +28,8 @@ use crate::sys::uffd::Uffd;
 const STEP_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a forked child waits for its parent's pager to have seen the fork.
 const ADOPTION_DEADLINE: Duration = Duration::from_secs(2);
+/// How often a closing address space is looked at.
+const CLOSE_POLL: Duration = Duration::from_millis(1);
 /// Most peers at the door at once; more are turned away.
 const MAX_PEERS: usize = 512;
 const BACKLOG: i32 = 128;
@@ -142,7 +144,11 @@ impl Door {
         if hello.tag != tag::HELLO {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        if !self.admission.admits(peer, uid, gid) {
+        // Who knows a job's token was given it by a process that was admitted, and may since have become another
+        // user.
+        let joins = matches!(hello.kind, kind::START | kind::FORK)
+            && self.shared.spawner.job(hello.job).is_some();
+        if !joins && !self.admission.admits(peer, uid, gid) {
             return refuse(
                 peer,
                 "this agent serves its own user and the members of its group; ask for membership",
@@ -152,7 +158,11 @@ impl Door {
             kind::JOB => self.serve_launcher(peer, uid),
             kind::START | kind::FORK | kind::LIBRARY => match self.shared.spawner.job(hello.job) {
                 Some(job) if uid == 0 || uid == job.uid || job.uid == 0 => {
-                    self.attach(peer, pid, &hello, &job)
+                    let handle = self.attach(peer, pid, &hello, &job)?;
+                    match hello.kind {
+                        kind::LIBRARY => self.serve_library(peer, &job, &handle),
+                        _ => Ok(()),
+                    }
                 }
                 Some(_) => refuse(peer, "this job belongs to another user"),
                 None => refuse(peer, "there is no such job; it has ended"),
@@ -168,13 +178,23 @@ impl Door {
         }
     }
 
-    /// The handshake of a program, as `farpage_attach::message` draws it.
-    fn attach(&self, peer: &OwnedFd, pid: i32, hello: &Packet, job: &Arc<Job>) -> io::Result<()> {
+    /// The handshake of a program, as `farpage_attach::message` draws it. Returns its address space.
+    fn attach(
+        &self,
+        peer: &OwnedFd,
+        pid: i32,
+        hello: &Packet,
+        job: &Arc<Job>,
+    ) -> io::Result<Arc<SpaceHandle>> {
         let process = Process::open(pid)?;
         if hello.kind == kind::START {
             self.shared.spawner.close_previous(job, pid);
         }
         let handle = self.shared.spawner.new_handle(pid)?;
+        if hello.kind == kind::LIBRARY {
+            handle.manage_regions_only();
+            job.for_regions();
+        }
         let shared = SharedBlock::create(handle.id)?;
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         let event = rustix::event::eventfd(0, flags)?;
@@ -214,7 +234,8 @@ impl Door {
         let offer = match self.adopt(hello, Box::new(offer)) {
             Adoption::Adopted(child, uffd) => {
                 socket::send(peer.as_fd(), &Packet::new(tag::GO), &[uffd.as_fd()])?;
-                return finish(peer, pid, &child);
+                finish(peer, pid, &child)?;
+                return Ok(child);
             }
             Adoption::NotManagedYet(offer) => offer,
             Adoption::Gone => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
@@ -231,7 +252,44 @@ impl Door {
         pager.install_helper(*offer);
         self.shared.spawner.start(job, pager, Arc::clone(&handle))?;
         socket::send(peer.as_fd(), &Packet::new(tag::GO), &[])?;
-        finish(peer, pid, &handle)
+        finish(peer, pid, &handle)?;
+        Ok(handle)
+    }
+
+    /// A library's requests. Where its connection ends without leave, whatever closed it, the memory is served on
+    /// for as long as the process lives: given up, its far pages would read as zeros.
+    fn serve_library(
+        &self,
+        peer: &OwnedFd,
+        job: &Arc<Job>,
+        handle: &Arc<SpaceHandle>,
+    ) -> io::Result<()> {
+        socket::set_deadline(peer.as_fd(), Duration::ZERO)?;
+        loop {
+            let request = socket::receive(peer.as_fd())?.packet;
+            match request.tag {
+                tag::REGION => {
+                    let range = request.holding..request.holding.saturating_add(request.drain);
+                    let (answer, answered) = mpsc::sync_channel(1);
+                    let managed = handle.ask(Request::Region(range, answer))
+                        && answered.recv_timeout(STEP_DEADLINE) == Ok(true);
+                    if !managed {
+                        refuse(
+                            peer,
+                            "the region cannot be managed; it must be private anonymous memory of whole pages",
+                        )?;
+                        continue;
+                    }
+                }
+                tag::LEAVE => {
+                    handle.ask(Request::Close);
+                    wait_until_closed(job, handle);
+                    return socket::send(peer.as_fd(), &Packet::new(tag::DONE), &[]);
+                }
+                _ => return Err(io::ErrorKind::InvalidData.into()),
+            }
+            socket::send(peer.as_fd(), &Packet::new(tag::DONE), &[])?;
+        }
     }
 
     /// A forked child whose memory is managed already has a pager; it is found by its memory.
@@ -270,13 +328,14 @@ impl Door {
         let mut finished = false;
         let result = self.talk_to_launcher(peer, uid, &mut job, &mut finished);
         if let Some(job) = job {
-            if !finished {
+            let kill = !finished && !job.is_for_regions();
+            if kill {
                 tracing::warn!(
                     job = format_args!("{:x}", job.token),
                     "the launcher is gone; its programs are ended"
                 );
             }
-            self.shared.spawner.end_job(&job, !finished);
+            self.shared.spawner.end_job(&job, kill);
         }
         result
     }
@@ -358,6 +417,15 @@ fn finish(peer: &OwnedFd, pid: i32, handle: &Arc<SpaceHandle>) -> io::Result<()>
     }
     handle.ask(Request::HelperUp(Process::open(helper)?));
     socket::send(peer.as_fd(), &Packet::new(tag::DONE), &[])
+}
+
+/// Waits until an address space has given back what it held; a pager that takes longer does so by itself.
+fn wait_until_closed(job: &Job, handle: &SpaceHandle) {
+    let began = Instant::now();
+    let lives = || job.spaces().iter().any(|space| space.id == handle.id);
+    while lives() && began.elapsed() < STEP_DEADLINE {
+        std::thread::sleep(CLOSE_POLL);
+    }
 }
 
 fn expect(peer: &OwnedFd, tag: u32) -> io::Result<socket::Arrived> {

@@ -69,6 +69,7 @@ pub struct Job {
     armed: AtomicBool,
     root: AtomicI32,
     failure: OnceLock<String>,
+    regions_only: AtomicBool,
     spaces: Mutex<Vec<Arc<SpaceHandle>>>,
 }
 
@@ -91,6 +92,7 @@ impl Job {
             armed: AtomicBool::new(false),
             root: AtomicI32::new(0),
             failure: OnceLock::new(),
+            regions_only: AtomicBool::new(false),
             spaces: Mutex::new(Vec::new()),
         }
     }
@@ -203,6 +205,19 @@ impl Job {
         for pid in self.spaces().iter().filter_map(|handle| handle.pid()) {
             crate::sys::process::kill(pid);
         }
+    }
+
+    /// Whether it is a library's: its limit holds for the regions named to it, not for the program's memory, and
+    /// the program outlives it.
+    #[must_use]
+    pub fn is_for_regions(&self) -> bool {
+        self.regions_only.load(Ordering::Acquire)
+    }
+
+    /// Makes it a library's.
+    pub fn for_regions(&self) {
+        self.regions_only.store(true, Ordering::Release);
+        self.arm();
     }
 
     /// A process joined.

@@ -4,30 +4,26 @@
 //! [`pager`]; the [`sampler`] watches what the kernel says is resident; [`control_plane`] holds the lease under
 //! which extents of far memory are granted. Nothing asynchronous is on the path of a fault.
 //!
-//! The pure parts, each with its own tests: [`entry`] (where a page is, in one word), [`page_cell`] and
-//! [`table`] (entries as threads and pagers share them), [`gate`] (what excludes what), [`residents`] (who goes),
-//! [`prefetch`] (who comes along), [`far`] (slots and their references).
+//! The pure parts are a crate of their own, `farpage_core`, whose modules appear here under the same names:
+//! [`entry`] (where a page is, in one word), [`page_cell`] and [`table`] (entries as threads and pagers share
+//! them), [`gate`] (what excludes what), [`residents`] (who goes), [`prefetch`] (who comes along). Pure too,
+//! but kept beside the grants that feed it: [`far`] (slots and their references).
 
 pub mod client;
 pub mod control_plane;
 pub mod door;
-pub mod entry;
 pub mod far;
-pub mod gate;
 pub mod job;
 pub mod kernel;
 pub mod latency;
 pub mod mailbox;
-pub mod page_cell;
 pub mod pager;
-pub mod prefetch;
 pub mod protocol;
-pub mod residents;
 pub mod sampler;
 pub mod serve;
 pub mod spaces;
 pub mod sys;
-pub mod table;
 pub mod tree;
 
+pub use farpage_core::{entry, gate, page_cell, prefetch, residents, table};
 pub use serve::{AgentConfig, AgentError, serve};

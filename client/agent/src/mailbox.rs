@@ -79,6 +79,7 @@ pub struct SpaceHandle {
     pub closed: AtomicBool,
     requests: Mutex<VecDeque<Request>>,
     rescan: AtomicBool,
+    regions_only: AtomicBool,
     control: OnceLock<SharedBlock>,
     doorbell: OwnedFd,
 }
@@ -97,6 +98,7 @@ impl SpaceHandle {
             closed: AtomicBool::new(false),
             requests: Mutex::new(VecDeque::new()),
             rescan: AtomicBool::new(false),
+            regions_only: AtomicBool::new(false),
             control: OnceLock::new(),
             doorbell: rustix::event::eventfd(0, flags)?,
         })
@@ -114,9 +116,14 @@ impl SpaceHandle {
         true
     }
 
+    /// From now on nothing is managed but the regions that the program names: its mappings are not looked at.
+    pub fn manage_regions_only(&self) {
+        self.regions_only.store(true, Ordering::Release);
+    }
+
     /// Asks for a look at the mappings; asking again before it was taken is the same request.
     pub fn ask_rescan(&self) {
-        if !self.rescan.swap(true, Ordering::AcqRel) {
+        if !self.regions_only.load(Ordering::Acquire) && !self.rescan.swap(true, Ordering::AcqRel) {
             self.ring();
         }
     }

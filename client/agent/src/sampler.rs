@@ -77,6 +77,12 @@ fn sample(
     tree: &mut Tree,
 ) -> Duration {
     let managed = job.managed();
+    if job.is_for_regions() {
+        // What the rest of the program uses is not this job's business.
+        job.note_sample(managed, 0);
+        hold_back(job, handles);
+        return ARMED_TICK;
+    }
     let strangers = tree.unmanaged_pages(job);
     let (mut measured, mut floor, mut grown) = (strangers, strangers, false);
     for handle in handles {
@@ -104,16 +110,13 @@ fn sample(
     }
     job.note_sample(measured, measured.saturating_sub(managed).max(floor));
     let limit = job.limits.local_pages;
-    let margin = (limit / MARGIN_SHARE)
-        .clamp(MARGIN_LEAST_PAGES, MARGIN_MOST_PAGES)
-        .min(limit / 2);
     if !job.is_armed() {
-        let Some(headroom) = (limit - margin)
+        let Some(headroom) = (limit - margin(limit))
             .checked_sub(measured)
             .filter(|room| *room > 0)
         else {
             job.arm();
-            tracing::debug!(measured, limit, margin, "memory is put under management");
+            tracing::debug!(measured, limit, "memory is put under management");
             for handle in handles {
                 handle.ask_rescan();
             }
@@ -125,6 +128,13 @@ fn sample(
     tracing::trace!(measured, managed, floor, room = job.room(), grown, "sample");
     hold_back(job, handles);
     if grown { SHORTEST_TICK } else { ARMED_TICK }
+}
+
+/// How far below a limit of so many pages management begins.
+fn margin(limit: u64) -> u64 {
+    (limit / MARGIN_SHARE)
+        .clamp(MARGIN_LEAST_PAGES, MARGIN_MOST_PAGES)
+        .min(limit / 2)
 }
 
 fn watch<'a>(

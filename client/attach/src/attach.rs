@@ -40,9 +40,23 @@ pub struct Attached {
     /// The handshake's socket where it was kept, else -1.
     pub socket: i32,
     shared: usize,
+    own: usize,
+    helper: i32,
 }
 
 impl Attached {
+    /// Undoes the attachment once the agent has let go of this address space: ends and reaps the helper, unmaps
+    /// what was ours. Neither this value nor a copy of it, nor its control block, may be used afterwards.
+    pub fn detach(self) {
+        calls::kill(self.helper, 9);
+        calls::reap_clone(self.helper);
+        memory::unmap_own(self.own, OWN_BYTES);
+        memory::unmap_own(self.shared, SHARED_BYTES);
+        if self.socket >= 0 {
+            calls::close(self.socket);
+        }
+    }
+
     /// Forgets the parent's attachment in a forked child. Its own ranges did not come along (DONTFORK); the
     /// shared block did.
     pub fn abandon_after_fork(self) {
@@ -126,6 +140,8 @@ fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, Atta
             space: welcome.job,
             socket: -1,
             shared,
+            own,
+            helper,
         })
     });
     drop(open);

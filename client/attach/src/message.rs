@@ -10,6 +10,8 @@
 //!    <--------- Done                               the program may run
 //! ```
 //!
+//! A library goes on from there: `Region` and `Leave`, each answered by `Done` or `Refusal`.
+//!
 //! The socket is `SOCK_SEQPACKET`: a packet is a message, and one of another length is refused whole.
 
 /// First word of every packet: "farpage" and a version digit, little endian.
@@ -54,8 +56,10 @@ pub mod tag {
     pub const HELPER_UP: u32 = 6;
     /// Agent to program: the handshake is over.
     pub const DONE: u32 = 7;
-    /// Library to agent: manage this region.
+    /// Library to agent: manage this region. Answered by [`DONE`] or [`REFUSAL`].
     pub const REGION: u32 = 8;
+    /// Library to agent: its regions are unmapped, the attachment may end. Answered by [`DONE`].
+    pub const LEAVE: u32 = 9;
 }
 
 /// Every packet of the handshake. Fields that a message does not use are zero.
@@ -70,7 +74,7 @@ pub struct Packet {
     pub kind: u32,
     /// `Hello`: the job's token. `Welcome`: the address space's number.
     pub job: u64,
-    /// `Hello` after a fork: the parent's address space number. `Region`: its resident limit in bytes.
+    /// `Hello` after a fork: the parent's address space number.
     pub parent: u64,
     /// `Ready`: where the holding range was mapped. `Region`: start address.
     pub holding: u64,

@@ -1,1 +1,42 @@
 //! Far memory for Rust programs.
+//!
+//! A [`Region`] is memory of which only a bounded part lies in this machine's DRAM; the rest is on memory nodes,
+//! and comes home page by page as it is touched. It reads and writes like any `[u8]`.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), farpage::Error> {
+//! let agent = farpage::Agent::connect("/run/farpage/agent.sock")?;
+//! // A gigabyte, of which 64 MiB may lie here at any time.
+//! let mut region = agent.map(1 << 30, 64 << 20)?;
+//! region[123_456_789] = 42;
+//! assert_eq!(region[123_456_789], 42);
+//! region.advise(0..512 << 20, farpage::Advice::DontNeed)?; // reads as zeros again
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! It needs a running agent (`farpage agent`), or to be run by `farpage run`, where the run's own limit holds for
+//! all memory and a region is ordinary memory. The example `region` does the former:
+//!
+//! ```text
+//! $ farpage agent --own-far-memory 1G --socket @lib-example &
+//! $ cargo run --release -p farpage --example region -- @lib-example
+//! 128 MiB mapped, 16 MiB of them may lie here
+//! written: 16 MiB here
+//! verified: 16 MiB here, every page as it was written
+//! ```
+//!
+//! # What to know
+//!
+//! - A page that cannot be brought home within a minute, because its memory node is lost, raises `SIGBUS`.
+//! - If the agent dies, the program is ended some seconds later: nobody could bring its pages any more.
+//! - A forked child does not inherit regions.
+//! - Each region has a thread in the agent and a small helper process that shares this program's memory.
+
+mod agent;
+mod job;
+mod region;
+mod sys;
+
+pub use agent::{Agent, Error};
+pub use region::{Advice, Region};

@@ -1,6 +1,6 @@
 //! Attaching at the program's start and in forked children.
 
-use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 
 use farpage_attach::attach::{Attached, attach};
 use farpage_attach::control::Control;
@@ -12,11 +12,38 @@ use crate::sys;
 static CONTROL: AtomicPtr<Control> = AtomicPtr::new(core::ptr::null_mut());
 static JOB: AtomicU64 = AtomicU64::new(0);
 static ATTACHED: sys::Slot<Attached> = sys::Slot::new();
-static SOCKET: sys::Slot<&'static [u8]> = sys::Slot::new();
+/// Whether the program has put a system call filter on itself since it attached.
+static FILTERED: AtomicBool = AtomicBool::new(false);
+static SOCKET: sys::Slot<SocketName> = sys::Slot::new();
 
 /// The names under which `farpage run` leaves the agent's address.
 const SOCKET_VARIABLE: &[u8] = b"FARPAGE_ATTACH";
 const JOB_VARIABLE: &[u8] = b"FARPAGE_JOB";
+
+/// The agent's address, copied: programs that set their title write over the environment's strings.
+#[derive(Clone, Copy)]
+struct SocketName {
+    bytes: [u8; MAX_SOCKET_NAME],
+    len: usize,
+}
+
+/// The longest name that a Unix socket's address holds.
+const MAX_SOCKET_NAME: usize = 108;
+
+impl SocketName {
+    fn new(name: &[u8]) -> Option<Self> {
+        let mut bytes = [0; MAX_SOCKET_NAME];
+        bytes.get_mut(..name.len())?.copy_from_slice(name);
+        Some(Self {
+            bytes,
+            len: name.len(),
+        })
+    }
+
+    fn as_bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or_default()
+    }
+}
 
 /// This process's control block, while it is attached.
 #[inline]
@@ -30,9 +57,11 @@ pub(crate) fn start() {
     else {
         return;
     };
-    let Some(job) = parse_hex(job) else { return };
+    let (Some(job), Some(name)) = (parse_hex(job), SocketName::new(socket)) else {
+        return;
+    };
     JOB.store(job, Ordering::Relaxed);
-    SOCKET.set(socket);
+    SOCKET.set(name);
     // A refusal is the agent's to report: it counts this process as unmanaged. The program runs on.
     if let Ok(attached) = attach(socket, kind::START, job, 0, false) {
         remember(attached);
@@ -47,8 +76,12 @@ extern "C" fn child_after_fork() {
     };
     CONTROL.store(core::ptr::null_mut(), Ordering::Relaxed);
     ATTACHED.clear();
+    if FILTERED.load(Ordering::Relaxed) {
+        // The filter might kill whoever calls `socket`. What was far is served all the same, but stays once home.
+        return;
+    }
     if let Ok(attached) = attach(
-        socket,
+        socket.as_bytes(),
         kind::FORK,
         JOB.load(Ordering::Relaxed),
         parent.space,
@@ -57,6 +90,11 @@ extern "C" fn child_after_fork() {
         remember(attached);
     }
     parent.abandon_after_fork();
+}
+
+/// Before a call that may install a system call filter.
+pub(crate) fn before_filter() {
+    FILTERED.store(true, Ordering::Relaxed);
 }
 
 fn remember(attached: Attached) {

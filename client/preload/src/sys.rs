@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use core::cell::UnsafeCell;
-use core::ffi::{CStr, c_char, c_int, c_void};
+use core::ffi::{CStr, c_char, c_int, c_long, c_void};
 use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 use farpage_attach::control::Control;
@@ -164,3 +164,11 @@ interpose! { fn posix_memalign(out: *mut *mut c_void, alignment: usize, size: us
 interpose! { fn mmap(address: *mut c_void, len: usize, prot: c_int, flags: c_int, fd: c_int, offset: i64) -> *mut c_void, before {}, after |result| mappings::made(result, len, mappings::is_anonymous(flags)) }
 interpose! { fn mmap64(address: *mut c_void, len: usize, prot: c_int, flags: c_int, fd: c_int, offset: i64) -> *mut c_void, before {}, after |result| mappings::made(result, len, mappings::is_anonymous(flags)) }
 interpose! { fn mremap(old: *mut c_void, old_len: usize, len: usize, flags: c_int, address: *mut c_void) -> *mut c_void, before {}, after |result| mappings::made(result, len, true) }
+
+const PR_SET_SECCOMP: c_int = 22;
+/// Its number on x86-64, as the helper's start is for x86-64.
+const NR_SECCOMP: c_long = 317;
+
+// Both are variadic in C; their callers put at most this many words where these look for them.
+interpose! { fn prctl(option: c_int, a: usize, b: usize, c: usize, d: usize) -> c_int, before if option == PR_SET_SECCOMP { lifecycle::before_filter() }, after |result| {} }
+interpose! { fn syscall(number: c_long, a: usize, b: usize, c: usize, d: usize, e: usize, f: usize) -> c_long, before if number == NR_SECCOMP { lifecycle::before_filter() }, after |result| {} }

@@ -215,7 +215,7 @@ fn open(address: &ShmAddress, deadline: Instant) -> io::Result<OwnedFd> {
         match connect(&socket, &name) {
             Ok(()) => return Ok(socket),
             Err(Errno::AGAIN | Errno::INTR) => {
-                std::thread::sleep(BACKLOG_NAP.min(remaining(deadline)?))
+                std::thread::sleep(BACKLOG_NAP.min(remaining(deadline)?));
             }
             Err(error) => return Err(error.into()),
         }

@@ -352,7 +352,7 @@ fn hear(connection: &mut Connection, shared: &Shared) -> Verdict {
     match recv(&connection.socket, to, RecvFlags::DONTWAIT) {
         Err(Errno::AGAIN | Errno::INTR) => return Verdict::Keep,
         Ok((received, _)) if received > 0 && connection.gate.is_none() => {
-            connection.hello_len += received
+            connection.hello_len += received;
         }
         _ => {
             if let Some(gate) = &connection.gate {

@@ -73,7 +73,7 @@ impl Dispatch {
             match planned {
                 Ok(Plan::Repeat(grants)) => return Ok(grants),
                 Ok(Plan::Ask(orders)) => {
-                    grants.extend(self.ask(orders, &request, &mut avoid).await?)
+                    grants.extend(self.ask(orders, &request, &mut avoid).await?);
                 }
                 // The rest cannot be had; what was granted is the answer.
                 Err(error) if grants.is_empty() && first => return Err(error.into()),

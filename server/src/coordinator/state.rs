@@ -129,7 +129,7 @@ impl State {
             .and_then(|lease| self.leases.0.get_mut(&lease));
         match (extent.phase, lease) {
             (Phase::Granted { .. } | Phase::Lost { .. }, Some(lease)) => {
-                drop(lease.extents.insert(id))
+                lease.extents.insert(id);
             }
             (Phase::Lost { .. }, None) => self.forget(id),
             _ => self.start_revoking(id, now),

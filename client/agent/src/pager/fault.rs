@@ -50,6 +50,9 @@ impl Fault {
 /// become resident unseen.
 const MAX_ZERO_RUN: u64 = 64;
 
+/// Pages granted at once beyond the limit where nothing can go.
+const ROOM_BEYOND: i64 = 256;
+
 impl Pager {
     /// Answers a fault, or gives it back where that cannot be done now.
     pub(super) fn answer(&mut self, fault: Fault) -> Option<Fault> {
@@ -68,7 +71,7 @@ impl Pager {
     }
 
     fn answer_with_zeros(&mut self, fault: Fault) -> Option<Fault> {
-        let room = self.job.room();
+        let room = self.room();
         if self.is_own_range(fault.page) {
             // Something touches all memory there is (mlockall, a scanner): harmless zeros.
             return self.zero_uncounted(fault);
@@ -117,6 +120,18 @@ impl Pager {
             return None;
         }
         Some(fault)
+    }
+
+    /// Pages that may be installed now. Where nothing here can go (the program has locked it, or it forked under
+    /// a filter that keeps a helper away), waiting would free nothing: that memory is outside the limit.
+    pub(super) fn room(&self) -> i64 {
+        let room = self.job.room();
+        let nothing_can_go =
+            self.helper.is_none() || (self.no_victims && self.staging.is_all_stuck());
+        if room <= 0 && nothing_can_go && self.take_out.is_none() {
+            return ROOM_BEYOND;
+        }
+        room
     }
 
     /// Counts an answered fault.

@@ -169,7 +169,7 @@ fn frame_offset(place: usize, index: usize) -> u64 {
 impl Pager {
     /// A fault on a far page: reads it with the window that its stream has earned, and the next window ahead.
     pub(super) fn start_fetch(&mut self, fault: Fault) -> Option<Fault> {
-        if self.job.room() <= 0 {
+        if self.room() <= 0 {
             return Some(fault);
         }
         let Some(place) = self.free_place() else {
@@ -180,7 +180,7 @@ impl Pager {
             .counters
             .prefetch_hits
             .fetch_add(window.hits, Relaxed);
-        let room = (self.job.room() as u64 / 4).max(1);
+        let room = (self.room() as u64 / 4).max(1);
         let pages = self.claim_run(place, fault.page, window.pages.min(room));
         self.prefetcher.reached(fault.page, fault.page.plus(pages));
         tracing::trace!(page = fault.page.0, ?window, pages, room, "fetch");
@@ -376,7 +376,7 @@ impl Pager {
             return false;
         };
         // Never more than there is room for; the frames keep it until eviction has made some.
-        if !fetch.wanted || self.job.room() < fetch.slots.len() as i64 {
+        if !fetch.wanted || self.room() < fetch.slots.len() as i64 {
             return false;
         }
         while let Some((index, len)) = self.next_run(place) {

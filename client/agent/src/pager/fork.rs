@@ -18,7 +18,7 @@ impl Pager {
         match self.start_child(uffd, table, registered) {
             Ok(()) => self.job.charge(local as i64),
             Err(error) => {
-                tracing::error!(%error, pid = self.pid(), "a forked child cannot be served")
+                tracing::error!(%error, pid = self.pid(), "a forked child cannot be served");
             }
         }
         self.keep_messages(kept);

@@ -285,7 +285,7 @@ impl Pager {
             }
             match Work::of(completion.id) {
                 Work::Read { place, .. } => {
-                    self.read_done(usize::from(place), completion.result.is_ok())
+                    self.read_done(usize::from(place), completion.result.is_ok());
                 }
                 Work::Write { area, index } => {
                     self.write_done(

@@ -119,6 +119,8 @@ pub struct Pager {
     closing: bool,
     /// When victims were last found to be unmovable throughout: eviction rests a little.
     rest_until: Option<Instant>,
+    /// Whether the last look for victims found none at all.
+    no_victims: bool,
     checked_exec_at: Option<Instant>,
     /// Since when threads wait for room while this count of evictions stands still.
     starved: Option<(Instant, u64)>,
@@ -162,6 +164,7 @@ impl Pager {
             completions: Vec::new(),
             closing: false,
             rest_until: None,
+            no_victims: false,
             checked_exec_at: None,
             starved: None,
         }
@@ -269,7 +272,7 @@ impl Pager {
             let Some(fault) = self.waiting.pop_front() else {
                 break;
             };
-            let full = self.staging.is_exhausted() && self.job.room() <= 0;
+            let full = self.staging.is_exhausted() && self.room() <= 0;
             if full || fault.began.elapsed() > FAULT_DEADLINE {
                 let why = if full {
                     "far memory is full and nothing more fits"
@@ -300,13 +303,13 @@ impl Pager {
     /// user's to know, not a wait without end.
     fn check_starved(&mut self) {
         let needs_room =
-            (!self.waiting.is_empty() || self.fetches.any_to_install()) && self.job.room() <= 0;
+            (!self.waiting.is_empty() || self.fetches.any_to_install()) && self.room() <= 0;
         let evicted = self.job.counters.pages_evicted.load(Ordering::Relaxed);
         match self.starved {
             Some((at, before)) if needs_room && before == evicted => {
                 if at.elapsed() > STARVED_DEADLINE && !self.staging.is_full() {
-                    let stuck = self.job.unmanaged() * 4096 >> 20;
-                    let limit = self.job.limits.local_pages * 4096 >> 20;
+                    let stuck = (self.job.unmanaged() * 4096) >> 20;
+                    let limit = (self.job.limits.local_pages * 4096) >> 20;
                     self.job.fail(format!(
                         "nothing of it can be taken out any more to make room: of {limit} MiB allowed, {stuck} MiB are \
                          stacks, small or locked mappings and processes that are not managed, and the rest is locked \

@@ -20,8 +20,8 @@ const GUARD_MOST_BYTES: u64 = 64 << 10;
 const STACK_MOST_BYTES: u64 = 64 << 20;
 /// How often a look at the mappings is begun anew because the program changed them meanwhile.
 const LOOKS: usize = 8;
-/// How long a look waits for the helper's moves to be over.
-const SETTLE_MOVES: Duration = Duration::from_secs(5);
+/// How long a look waits for the helper's batch to be over.
+const SETTLE_BATCH: Duration = Duration::from_secs(5);
 
 /// The ranges that are registered, as far as this pager has done it or was told.
 #[derive(Clone, Debug, Default)]
@@ -94,17 +94,15 @@ impl Pager {
         if let Some(helper) = &self.helper {
             helper.control().armed.store(1, Ordering::Release);
         }
+        // Drops of our own look like changes of the program's.
+        self.settle_batch();
         let mut fresh = Vec::new();
         for _ in 0..LOOKS {
             let Ok(mappings) = process::mappings(pid) else {
                 return;
             };
             for range in self.worth_managing(&mappings) {
-                if self
-                    .uffd
-                    .register(&range, !self.shared.kernel.has_move)
-                    .is_ok()
-                {
+                if self.uffd.register(&range, true).is_ok() {
                     self.registered.insert(range.clone());
                     fresh.push(range);
                 }
@@ -113,7 +111,7 @@ impl Pager {
                 self.count_unmanaged(pid, &mappings);
                 break;
             }
-            self.settle_moves();
+            self.settle_batch();
             self.read_messages();
         }
         self.adopt_present(pid, &fresh);
@@ -176,11 +174,7 @@ impl Pager {
         let Some(pid) = self.process.as_ref().map(process::Process::pid) else {
             return false;
         };
-        if self
-            .uffd
-            .register(&range, !self.shared.kernel.has_move)
-            .is_err()
-        {
+        if self.uffd.register(&range, true).is_err() {
             return false;
         }
         self.registered.insert(range.clone());
@@ -207,10 +201,11 @@ impl Pager {
             .store(unmanaged, Ordering::Relaxed);
     }
 
-    fn settle_moves(&mut self) {
+    /// Waits for the batch that is with the helper. One that drops pages goes on only as its events are read.
+    fn settle_batch(&mut self) {
         let began = Instant::now();
-        while self.take_out.is_some() && !self.closing && began.elapsed() < SETTLE_MOVES {
-            if !self.poll_helper() {
+        while self.take_out.is_some() && !self.closing && began.elapsed() < SETTLE_BATCH {
+            if !self.poll_helper() && !self.read_messages() {
                 std::thread::yield_now();
             }
         }

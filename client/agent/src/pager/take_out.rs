@@ -66,6 +66,9 @@ impl Pager {
         let Some(area) = self.staging.free_area() else {
             return false;
         };
+        for page in self.staging.take_stuck() {
+            self.residents.stayed(page);
+        }
         self.refresh_pinned();
         let busy = !self.waiting.is_empty()
             || self
@@ -73,11 +76,12 @@ impl Pager {
                 .is_some_and(|at| at.elapsed() < super::BUSY_GAP);
         let most = if busy { BUSY_BATCH } else { BATCH_PAGES };
         let (pages, how) = self.choose_victims(most.min(need as usize));
+        self.no_victims = pages.is_empty();
         if pages.is_empty() {
             self.rest_until = Some(Instant::now() + REST);
             return false;
         }
-        if self.shared.kernel.has_move {
+        if self.shared.kernel.has_move && how != method::DROP {
             self.move_out(pages, area, how)
         } else {
             self.drop_out(pages, area)
@@ -99,6 +103,18 @@ impl Pager {
 
     fn choose_victims(&mut self, most: usize) -> (Vec<Page>, u32) {
         let mut pages = Vec::with_capacity(most);
+        while pages.len() < most {
+            let Some(page) = self.staging.next_unmovable() else {
+                break;
+            };
+            if self.table.change(page, Entry::claim_evict).is_some() {
+                pages.push(page);
+            }
+        }
+        if !pages.is_empty() {
+            pages.sort_unstable();
+            return (pages, method::DROP);
+        }
         while pages.len() < most {
             let Some(page) = self.staging.next_shared() else {
                 break;
@@ -154,27 +170,32 @@ impl Pager {
     /// Without `UFFDIO_MOVE`: protect, copy, have the helper drop what is still protected. The helper's drops
     /// raise events like the program's own, and are told apart by this batch's list.
     fn drop_out(&mut self, pages: Vec<Page>, area: usize) -> bool {
-        let protected = pages.iter().all(|page| {
+        let Some(process) = &self.process else {
+            return false;
+        };
+        let memory = std::fs::File::open(format!("/proc/{}/mem", process.pid()));
+        // One that cannot be protected or read keeps none of the others back.
+        let (pages, kept): (Vec<Page>, Vec<Page>) = pages.into_iter().partition(|page| {
             self.uffd
                 .write_protect(&(page.address()..page.plus(1).address()), true)
                 .is_ok()
         });
-        let copied = protected && self.copy_to_staging(&pages, area);
-        let Some(helper) = self.helper.as_ref().filter(|_| copied) else {
-            for page in &pages {
-                let _ = self
-                    .uffd
-                    .write_protect(&(page.address()..page.plus(1).address()), false);
-            }
-            self.turn_round(&pages);
+        self.turn_round(&kept);
+        let (pages, kept) = match &memory {
+            Ok(memory) => self.copy_to_staging(memory, pages, area),
+            Err(_) => (Vec::new(), pages),
+        };
+        for page in &kept {
+            let _ = self
+                .uffd
+                .write_protect(&(page.address()..page.plus(1).address()), false);
+        }
+        self.turn_round(&kept);
+        let Some(helper) = self.helper.as_ref().filter(|_| !pages.is_empty()) else {
             self.rest_until = Some(Instant::now() + REST);
             return false;
         };
-        let command = helper
-            .control()
-            .command
-            .load(Ordering::Relaxed)
-            .wrapping_add(1);
+        let command = self.gate.batch_without_moves();
         write_batch(helper.control(), &pages, area, method::DROP);
         helper.publish(command);
         let drops_unread = pages.clone();
@@ -190,22 +211,30 @@ impl Pager {
     }
 
     /// Copies pages of the program's to staging by `/proc/PID/mem`, which never faults a managed page in.
-    fn copy_to_staging(&self, pages: &[Page], area: usize) -> bool {
-        let (Some(process), Some(helper)) = (&self.process, &self.helper) else {
-            return false;
+    /// Returns those that were copied, in the order of their places there, and those that are not present.
+    fn copy_to_staging(
+        &self,
+        memory: &std::fs::File,
+        pages: Vec<Page>,
+        area: usize,
+    ) -> (Vec<Page>, Vec<Page>) {
+        use std::os::unix::fs::FileExt;
+        let Some(helper) = &self.helper else {
+            return (Vec::new(), pages);
         };
+        let (mut copied, mut kept) = (Vec::with_capacity(pages.len()), Vec::new());
         let mut bytes = [0u8; 4096];
-        let memory = std::fs::File::open(format!("/proc/{}/mem", process.pid()));
-        let Ok(memory) = memory else { return false };
-        pages.iter().enumerate().all(|(index, page)| {
-            use std::os::unix::fs::FileExt;
-            memory.read_exact_at(&mut bytes, page.address()).is_ok()
-                && helper
-                    .shared()
-                    .memory()
-                    .write(staging_offset(area, index) as u64, &bytes)
-                    .is_ok()
-        })
+        for page in pages {
+            let offset = staging_offset(area, copied.len()) as u64;
+            let done = memory.read_exact_at(&mut bytes, page.address()).is_ok()
+                && helper.shared().memory().write(offset, &bytes).is_ok();
+            if done {
+                copied.push(page);
+            } else {
+                kept.push(page);
+            }
+        }
+        (copied, kept)
     }
 
     /// An own discard's event, not the program's.
@@ -248,6 +277,8 @@ impl Pager {
             .map(|(_, outcome)| outcome.load(Ordering::Relaxed))
             .collect();
         let mut taken = Vec::with_capacity(batch.pages.len());
+        // Those that another way takes need no rest.
+        let unmovable = outcomes.contains(&libc::EINVAL.unsigned_abs());
         for (index, (page, outcome)) in batch.pages.iter().zip(outcomes).enumerate() {
             if outcome == outcome::TAKEN {
                 taken.push((index, *page));
@@ -255,7 +286,7 @@ impl Pager {
                 self.not_taken(*page, outcome, batch.method);
             }
         }
-        if taken.is_empty() {
+        if taken.is_empty() && !unmovable {
             self.rest_until = Some(Instant::now() + REST);
         }
         self.job
@@ -291,9 +322,12 @@ impl Pager {
                     self.release_slot_of(before);
                 }
             }
-            // Locked, or protected otherwise: it is looked at again by the next rescan.
+            // Not plain read-write any more: it cannot move, but be protected, copied and dropped.
+            libc::EINVAL if how != method::DROP => self.staging.unmovable_page(page),
+            // Locked: it is tried again after a while.
             libc::EINVAL => {
                 self.handle.figures.stuck.fetch_add(1, Ordering::Relaxed);
+                self.staging.stuck_page(page);
             }
             _ => self.residents.stayed(page),
         }

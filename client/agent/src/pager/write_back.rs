@@ -66,6 +66,11 @@ pub(crate) struct Staging {
     areas: [Area; STAGING_AREAS],
     /// Pages that a fork left shared, to be made exclusive before they can move.
     shared: VecDeque<Page>,
+    /// Pages of mappings that are not plain read-write any more, to be dropped rather than moved.
+    unmovable: VecDeque<Page>,
+    /// Pages that the program has locked, and when they were last tried.
+    stuck: Vec<Page>,
+    stuck_tried: Option<Instant>,
     /// Since when no slot could be had.
     full_since: Option<Instant>,
 }
@@ -96,6 +101,35 @@ impl Staging {
 
     pub(super) fn next_shared(&mut self) -> Option<Page> {
         self.shared.pop_front()
+    }
+
+    pub(super) fn unmovable_page(&mut self, page: Page) {
+        self.unmovable.push_back(page);
+    }
+
+    pub(super) fn next_unmovable(&mut self) -> Option<Page> {
+        self.unmovable.pop_front()
+    }
+
+    pub(super) fn stuck_page(&mut self, page: Page) {
+        self.stuck.push(page);
+    }
+
+    /// The locked pages, to be tried again; none where that was done a moment ago.
+    pub(super) fn take_stuck(&mut self) -> Vec<Page> {
+        if self
+            .stuck_tried
+            .is_some_and(|at| at.elapsed() < STUCK_RETRY)
+        {
+            return Vec::new();
+        }
+        self.stuck_tried = Some(Instant::now());
+        std::mem::take(&mut self.stuck)
+    }
+
+    /// Whether nothing is left that could go: what is here is locked, as the program wanted.
+    pub(super) fn is_all_stuck(&self) -> bool {
+        !self.stuck.is_empty() && self.shared.is_empty() && self.unmovable.is_empty()
     }
 
     fn find(&mut self, page: Page) -> Option<(usize, &mut Staged)> {
@@ -401,6 +435,8 @@ fn is_zero(memory: &RegisteredMemory, offset: u64) -> bool {
     memory.read(offset, &mut bytes).is_ok() && bytes.iter().all(|byte| *byte == 0)
 }
 
+/// How long locked pages are left alone before it is tried again whether they still are.
+const STUCK_RETRY: Duration = Duration::from_secs(1);
 /// How long far memory may be full before a fault that needs a frame ends in SIGBUS.
 const FULL_DEADLINE: Duration = Duration::from_secs(10);
 /// How long eviction rests when no slot could be had, so that the control plane can grant another extent.

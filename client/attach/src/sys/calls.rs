@@ -174,6 +174,13 @@ pub fn set_signal_mask(mask: u64) -> u64 {
     old
 }
 
+/// Waits for a process that was cloned without an exit signal, and has been killed, to be gone.
+pub fn reap_clone(pid: i32) {
+    const EINTR: u32 = 4;
+    const WCLONE: usize = 0x8000_0000;
+    while call!(k::__NR_wait4, pid as isize, 0usize, WCLONE, 0usize) == Err(Errno(EINTR)) {}
+}
+
 /// Sleeps while `word` holds `value`, at most `milliseconds`.
 pub fn futex_wait(word: &AtomicU32, value: u32, milliseconds: u64) {
     let timeout = k::__kernel_timespec {

@@ -82,6 +82,12 @@ impl Gate {
         Some(self.last_command)
     }
 
+    /// The number for a batch that moves nothing, so that events may be read while it is under way.
+    pub fn batch_without_moves(&mut self) -> u32 {
+        self.last_command = self.last_command.wrapping_add(1);
+        self.last_command
+    }
+
     /// The helper is gone: nothing moves any more.
     pub fn helper_gone(&mut self) {
         self.outstanding = None;

@@ -1,0 +1,161 @@
+//! `bench fault`: what touching a far page costs, against a bare userfaultfd loop.
+//!
+//! One process touches pages, another answers, in both cases. The baseline's answers come from a loop that
+//! waits, reads one message and installs one page that it has at hand; where pages travel over TCP, the bare
+//! round trip for a page is added to it. Ours come from an agent that looks the page up, reads it from a memory
+//! node, checks it, installs it, and takes another page out to make room.
+
+use serde_json::Value;
+
+use crate::awake::Awake;
+use crate::child::{Touches, Walk};
+use crate::far::under_farpage;
+use crate::median::{median, quantile};
+use crate::report::{Measurement, Report};
+use crate::{BenchError, Options, bare};
+
+/// What may stay local of [`RANDOM_PAGES`] or [`WALK_PAGES`]: so little that nearly everything is far.
+const LOCAL: &str = "8M";
+const FAR: &str = "512M";
+/// Pages to touch at random (64 MiB), and how many are touched by reading and by writing each.
+const RANDOM_PAGES: &str = "16384";
+const TOUCHES: &str = "4000";
+/// Pages to walk over (128 MiB).
+const WALK_PAGES: &str = "32768";
+/// Pages that the baseline of the walk installs at each fault.
+const WALK_BATCH: usize = 64;
+const ROUND_TRIPS: usize = 4000;
+
+/// One regime's figures, one of each per turn.
+#[derive(Debug, Default)]
+struct Figures {
+    read_p50: Pair,
+    read_p99: Pair,
+    write_p50: Pair,
+    walk: Pair,
+    bare: Vec<f64>,
+    round_trip: Vec<f64>,
+    agent_p50: Vec<f64>,
+}
+
+#[derive(Debug, Default)]
+struct Pair {
+    ours: Vec<f64>,
+    baseline: Vec<f64>,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// [`BenchError`] where nothing can be measured.
+pub fn run(options: &Options) -> Result<Report, BenchError> {
+    let (mut awake, mut idle) = (Figures::default(), Figures::default());
+    for _ in 0..options.turns.max(1) {
+        let spinners = Awake::keep().map_err(BenchError::system("keeping the CPUs awake"))?;
+        turn(options, &mut awake)?;
+        drop(spinners);
+        turn(options, &mut idle)?;
+    }
+    let mut report = Report {
+        bench: "fault",
+        ..Report::default()
+    };
+    add(&mut report, options, &awake, "");
+    add(&mut report, options, &idle, ".idle");
+    report.notes.push(
+        "names that end in .idle were measured on idle CPUs, the others while a thread of the idle scheduling \
+         class kept each CPU awake; compare within one regime"
+            .into(),
+    );
+    if options.fabric == "tcp" {
+        report.notes.push(
+            "the baseline over tcp is the sum of two medians (or of two 99th percentiles) measured one after \
+             the other, not of one loop that does both"
+                .into(),
+        );
+    }
+    report.notes.push(
+        "fault.sequential.page_us: ours also takes one page out for every page brought home; the baseline \
+         installs 64 pages it has at hand at each fault and takes nothing out"
+            .into(),
+    );
+    Ok(report)
+}
+
+fn turn(options: &Options, figures: &mut Figures) -> Result<(), BenchError> {
+    let mut bare: Touches = bare::answered(options, &["bare-random", RANDOM_PAGES, TOUCHES], 1)?;
+    let (trip_p50, trip_p99) = match options.fabric.as_str() {
+        "tcp" => bare::tcp_round_trip(options, ROUND_TRIPS)?,
+        _ => (0.0, 0.0),
+    };
+    let (mut ours, account): (Touches, Value) =
+        under_farpage(options, LOCAL, FAR, &["random", RANDOM_PAGES, TOUCHES])?;
+    let bare_p50 = quantile(&mut bare.read_us, 0.5);
+    figures.bare.push(bare_p50);
+    figures.round_trip.push(trip_p50);
+    figures
+        .agent_p50
+        .extend(account.get("fault_p50_us").and_then(Value::as_f64));
+    figures
+        .read_p50
+        .push(quantile(&mut ours.read_us, 0.5), bare_p50 + trip_p50);
+    figures.read_p99.push(
+        quantile(&mut ours.read_us, 0.99),
+        quantile(&mut bare.read_us, 0.99) + trip_p99,
+    );
+    figures.write_p50.push(
+        quantile(&mut ours.write_us, 0.5),
+        quantile(&mut bare.write_us, 0.5) + trip_p50,
+    );
+    let bare: Walk = bare::answered(options, &["bare-walk", WALK_PAGES], WALK_BATCH)?;
+    let (ours, _): (Walk, Value) = under_farpage(options, LOCAL, FAR, &["walk", WALK_PAGES])?;
+    figures.walk.push(ours.page_us, bare.page_us);
+    Ok(())
+}
+
+impl Pair {
+    fn push(&mut self, ours: f64, baseline: f64) {
+        self.ours.push(ours);
+        self.baseline.push(baseline);
+    }
+}
+
+fn add(report: &mut Report, options: &Options, figures: &Figures, regime: &str) {
+    let fabric = options.fabric.as_str();
+    let one_page = if fabric == "tcp" {
+        "bare userfaultfd loop in another process, plus the bare 4 KiB round trip over TCP"
+    } else {
+        "bare userfaultfd loop in another process"
+    };
+    let batched = "bare userfaultfd loop in another process, 64 pages at each fault";
+    for (name, pair, baseline) in [
+        ("fault.read.p50", &figures.read_p50, one_page),
+        ("fault.read.p99", &figures.read_p99, one_page),
+        ("fault.write.p50", &figures.write_p50, one_page),
+        ("fault.sequential.page_us", &figures.walk, batched),
+    ] {
+        let name = format!("{name}{regime}");
+        let (ours, theirs) = (&pair.ours, &pair.baseline);
+        let one = Measurement::new(name, "us", ours, theirs, baseline, fabric);
+        report.measurements.push(one);
+    }
+    let regime = if regime.is_empty() { "awake" } else { "idle" };
+    let mut note = format!(
+        "{regime}: bare userfaultfd loop alone {:.1} us",
+        median(&figures.bare)
+    );
+    if fabric == "tcp" {
+        note += &format!(
+            ", bare round trip alone {:.1} us",
+            median(&figures.round_trip)
+        );
+    }
+    if !figures.agent_p50.is_empty() {
+        note += &format!(
+            "; the agent's share of our fault, from reading its message to the wake-up, {:.1} us (p50 over all \
+             faults, those of the filling included)",
+            median(&figures.agent_p50)
+        );
+    }
+    report.notes.push(note);
+}
