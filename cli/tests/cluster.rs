@@ -356,6 +356,12 @@ fn wrong_sockets_users_and_names_are_told_what_to_do() {
         text.contains("does not serve this user") && text.contains("group"),
         "{text}"
     );
+    // More copies than this version keeps.
+    let mut replicas = cluster.farpage();
+    replicas.args(["run", "--replicas", "2", "--agent"]);
+    replicas.arg(cluster.socket()).args(["--", "true"]);
+    let text = complaint(replicas);
+    assert!(text.contains("leave out --replicas"), "{text}");
     // A second agent on the same socket. The first one keeps it.
     let words = cluster.agent_arguments();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();

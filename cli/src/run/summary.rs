@@ -41,7 +41,7 @@ pub(crate) struct Summary {
     pub(crate) far_peak_bytes: u64,
     /// Slots on memory nodes still held after the end. Anything but zero is a leak, unless processes are left.
     pub(crate) far_slots_in_use_at_exit: u64,
-    /// Processes of the program that outlive it.
+    /// Processes of the program that outlive it. With them, far pages are not a leak.
     pub(crate) processes_left: u64,
     /// How pages travelled.
     pub(crate) fabric: String,
@@ -216,6 +216,7 @@ mod tests {
             "local_peak_bytes",
             "far_peak_bytes",
             "far_slots_in_use_at_exit",
+            "processes_left",
             "fabric",
             "processes",
             "processes_unmanaged",

@@ -351,6 +351,14 @@ impl Door {
             let reply = match (request, job.as_ref()) {
                 (
                     JobRequest::Open {
+                        replicas: 2.., ..
+                    },
+                    None,
+                ) => JobReply::Refused {
+                    reason: "it keeps each page on one memory node in this version; leave out --replicas".into(),
+                },
+                (
+                    JobRequest::Open {
                         local_bytes,
                         far_bytes,
                         ..

@@ -208,6 +208,7 @@ impl Pager {
         worked |= self.read_messages();
         worked |= self.retry_waiting();
         worked |= self.evict_ahead();
+        worked |= self.retry_writes();
         worked |= self.serve_requests();
         worked
     }
@@ -309,7 +310,11 @@ impl Pager {
         let evicted = self.job.counters.pages_evicted.load(Ordering::Relaxed);
         match self.starved {
             Some((at, before)) if needs_room && before == evicted => {
-                if at.elapsed() > STARVED_DEADLINE && !self.staging.is_full() {
+                // Pages in staging are out already, and wait for a node: that has its own deadline.
+                if at.elapsed() > STARVED_DEADLINE
+                    && !self.staging.is_full()
+                    && !self.staging.is_busy()
+                {
                     let stuck = (self.job.unmanaged() * 4096) >> 20;
                     let limit = (self.job.limits.local_pages * 4096) >> 20;
                     self.job.fail(format!(

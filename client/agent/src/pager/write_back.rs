@@ -80,6 +80,13 @@ impl Staging {
         self.areas.iter().position(Area::is_empty)
     }
 
+    /// Whether pages wait for a slot, or for their write to be posted.
+    fn has_unsent(&self) -> bool {
+        self.areas.iter().any(|area| {
+            !area.homeless.is_empty() || area.runs.iter().flatten().any(|run| !run.posted)
+        })
+    }
+
     pub(super) fn is_busy(&self) -> bool {
         self.areas.iter().any(|area| !area.is_empty())
     }
@@ -176,6 +183,12 @@ impl Pager {
         }
         self.staging.areas[area].homeless = changed;
         self.post_writes();
+    }
+
+    /// Tries again what found no slot, or no node that answered. With all areas taken no batch comes that would.
+    pub(super) fn retry_writes(&mut self) -> bool {
+        let resting = self.rest_until.is_some_and(|until| Instant::now() < until);
+        !resting && self.staging.has_unsent() && self.post_writes()
     }
 
     /// Finds slots for staged pages and posts their writes, as far as both can be had.
