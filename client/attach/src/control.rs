@@ -95,8 +95,6 @@ pub struct Control {
     pub helper_sleeps: AtomicU32,
     /// Agent to helper: not zero while the agent wants a wake-up through the eventfd.
     pub agent_sleeps: AtomicU32,
-    /// Agent to helper: how many times to look for the next batch before sleeping.
-    pub spin: AtomicU32,
     /// Agent to helper: not zero when it is to end.
     pub quit: AtomicU32,
     /// Agent to helper: seconds without an agent after which the program is ended.

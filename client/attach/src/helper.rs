@@ -123,16 +123,8 @@ fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
     }
 }
 
-/// Waits for a batch: looks a while, then sleeps. `None` after a heartbeat without one.
+/// Sleeps until there is a batch. `None` after a heartbeat without one.
 fn next_command(control: &Control, done: u32) -> Option<u32> {
-    let spin = control.spin.load(Ordering::Relaxed);
-    for _ in 0..spin {
-        let command = control.command.load(Ordering::Acquire);
-        if command != done {
-            return Some(command);
-        }
-        core::hint::spin_loop();
-    }
     control.helper_sleeps.store(1, Ordering::SeqCst);
     if control.command.load(Ordering::SeqCst) == done {
         calls::futex_wait(&control.command, done, HEARTBEAT_MS);

@@ -13,8 +13,6 @@ use crate::sys::control::{SharedBlock, futex_wake};
 use crate::sys::process::Process;
 use crate::sys::uffd::{Message, Uffd};
 
-/// How often the helper looks for the next batch before it sleeps, while faults keep coming: about 20 us.
-const SPIN_ROUNDS: u32 = 600;
 /// Seconds without an agent after which the helper ends the program.
 const DEAD_MAN_SECONDS: u32 = 5;
 
@@ -67,12 +65,6 @@ impl Helper {
 
     pub(super) fn pid(&self) -> Option<i32> {
         self.process.as_ref().map(Process::pid)
-    }
-
-    /// Whether it looks for the next batch a while before it sleeps.
-    pub(super) fn set_spinning(&self, spinning: bool) {
-        let rounds = if spinning { SPIN_ROUNDS } else { 0 };
-        self.control().spin.store(rounds, Ordering::Relaxed);
     }
 
     pub(super) fn is_ready(&self) -> bool {

@@ -52,9 +52,6 @@ pub(crate) use write_back::Staging;
 /// thread gets SIGBUS.
 const FAULT_DEADLINE: Duration = Duration::from_secs(60);
 
-/// How long the loop looks for work before it sleeps, while faults keep coming.
-const SPIN: Duration = Duration::from_micros(40);
-
 /// A fault sooner than this after the last one means that another is likely to be near.
 const BUSY_GAP: Duration = Duration::from_micros(200);
 
@@ -75,6 +72,15 @@ const SETTLE_DEADLINE: Duration = Duration::from_secs(30);
 
 /// The sleep while something that has no descriptor to wait on is under way.
 const SHORT_SLEEP: Duration = Duration::from_micros(500);
+
+/// What ended a sleep.
+#[derive(Clone, Copy, Debug)]
+struct Woken {
+    handle: bool,
+    uffd: bool,
+    process: bool,
+    helper: bool,
+}
 
 /// What all pagers of an agent share.
 #[derive(Clone, Debug)]
@@ -108,9 +114,6 @@ pub struct Pager {
     /// Pages that the kernel writes at thread exit: never taken out.
     pinned: HashSet<u64>,
     pinned_at: Option<Instant>,
-    processors: usize,
-    /// Whether a processor is free for looking for the next fault rather than sleeping until it comes.
-    may_spin: bool,
     shrink: u64,
     last_fault: Option<Instant>,
     messages: Vec<Message>,
@@ -155,8 +158,6 @@ impl Pager {
             staging: Staging::default(),
             pinned: HashSet::new(),
             pinned_at: None,
-            processors: std::thread::available_parallelism().map_or(1, usize::from),
-            may_spin: false,
             shrink: 0,
             last_fault: None,
             messages: Vec::new(),
@@ -180,23 +181,10 @@ impl Pager {
     pub fn run(mut self) {
         // Until memory is managed all that is asked of this thread is to do that at once.
         crate::sys::process::run_at_once(!self.job.is_armed());
-        let mut idle_since: Option<Instant> = None;
         while !self.closing {
-            if self.turn() {
-                idle_since = None;
-                continue;
+            if !self.turn() && !self.wait_for_moves() {
+                self.sleep();
             }
-            if self.wait_for_moves() {
-                continue;
-            }
-            let now = Instant::now();
-            let since = *idle_since.get_or_insert(now);
-            if self.may_spin && self.is_busy(now) && now.duration_since(since) < SPIN {
-                std::hint::spin_loop();
-                continue;
-            }
-            self.sleep();
-            idle_since = None;
         }
         self.close();
     }
@@ -368,12 +356,6 @@ impl Pager {
         true
     }
 
-    fn is_busy(&self, now: Instant) -> bool {
-        self.last_fault
-            .is_some_and(|last| now.duration_since(last) < BUSY_GAP)
-            || self.take_out.is_some()
-    }
-
     /// Waits for a message, a completion, the helper or a request.
     fn sleep(&mut self) {
         self.publish();
@@ -386,50 +368,63 @@ impl Pager {
             .as_ref()
             .zip(control)
             .is_some_and(|(batch, control)| control.done.load(Ordering::SeqCst) == batch.command);
+        let mut due = false;
         if !helper_done {
-            let short = !self.waiting.is_empty()
-                || self.fetches.any_to_install()
-                || self.rest_until.is_some();
-            let limit = if short { SHORT_SLEEP } else { MAX_SLEEP };
-            let timeout = rustix::time::Timespec {
-                tv_sec: 0,
-                tv_nsec: i64::from(limit.subsec_nanos()),
-            };
-            let mut fds = vec![PollFd::new(&self.handle, PollFlags::IN)];
-            // While a batch is being taken out events may not be read, so waiting for them would not wait.
-            let moving = self
-                .take_out
-                .as_ref()
-                .is_some_and(|batch| !batch.is_taken(control));
-            if !moving {
-                fds.push(PollFd::new(&self.uffd, PollFlags::IN));
+            let woken = self.wait();
+            if woken.handle {
+                self.handle.quiet();
             }
-            if let Some(helper) = &self.helper {
-                fds.extend(
-                    helper
-                        .waits()
-                        .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)),
-                );
+            if let Some(helper) = self.helper.as_mut().filter(|_| woken.helper) {
+                helper.quiet();
             }
-            if let Some(process) = &self.process {
-                fds.push(PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN));
-            }
-            if self.links.any_in_flight() {
-                fds.extend(
-                    self.links
-                        .wait_fds()
-                        .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)),
-                );
-            }
-            let _ = rustix::event::poll(&mut fds, Some(&timeout));
+            due = woken.process || !woken.uffd;
         }
-        if let Some(helper) = &mut self.helper {
+        if let Some(helper) = &self.helper {
             helper.control().agent_sleeps.store(0, Ordering::SeqCst);
-            helper.quiet();
         }
-        self.handle.quiet();
-        if !self.is_alive() {
+        if due && !self.is_alive() {
             self.closing = true;
+        }
+    }
+
+    /// The sleep itself: until one of the descriptors has something, or a time limit.
+    fn wait(&self) -> Woken {
+        let control = self.helper.as_ref().map(Helper::control);
+        let short =
+            !self.waiting.is_empty() || self.fetches.any_to_install() || self.rest_until.is_some();
+        let limit = if short { SHORT_SLEEP } else { MAX_SLEEP };
+        let timeout = rustix::time::Timespec {
+            tv_sec: 0,
+            tv_nsec: i64::from(limit.subsec_nanos()),
+        };
+        let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let mut fds = Vec::with_capacity(8);
+        fds.push(watch(self.handle.as_fd()));
+        // While a batch is being taken out events may not be read, so waiting for them would not wait.
+        let moving = self
+            .take_out
+            .as_ref()
+            .is_some_and(|batch| !batch.is_taken(control));
+        let wanted = if moving {
+            PollFlags::empty()
+        } else {
+            PollFlags::IN
+        };
+        fds.push(PollFd::new(&self.uffd, wanted));
+        fds.extend(self.process.as_ref().map(|process| watch(process.as_fd())));
+        let helpers = fds.len();
+        fds.extend(self.helper.iter().flat_map(Helper::waits).map(watch));
+        let links = fds.len();
+        if self.links.any_in_flight() {
+            fds.extend(self.links.wait_fds().map(watch));
+        }
+        let _ = rustix::event::poll(&mut fds, Some(&timeout));
+        let has = |fd: &PollFd<'_>| !fd.revents().is_empty();
+        Woken {
+            handle: fds.first().is_some_and(has),
+            uffd: fds.get(1).is_some_and(has),
+            process: fds[2..helpers].iter().any(has),
+            helper: fds[helpers..links].iter().any(has),
         }
     }
 

@@ -357,8 +357,7 @@ impl Pager {
         self.closing = true;
     }
 
-    /// Lists the program's threads: what the kernel writes at their end stays, and whether there are processors
-    /// enough for pager and helper to look for work rather than sleep follows from their number.
+    /// Lists the program's threads: what the kernel writes at their end stays.
     fn refresh_pinned(&mut self) {
         if self
             .pinned_at
@@ -367,13 +366,7 @@ impl Pager {
             return;
         }
         if let Some(process) = &self.process {
-            let (threads, pages) = process.threads();
-            self.pinned = pages.into_iter().collect();
-            let spare = self.processors.saturating_sub(threads);
-            self.may_spin = spare > 0;
-            if let Some(helper) = &self.helper {
-                helper.set_spinning(spare > 1);
-            }
+            self.pinned = process.thread_control_pages().into_iter().collect();
         }
         self.pinned_at = Some(Instant::now());
     }

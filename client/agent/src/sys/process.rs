@@ -110,14 +110,14 @@ impl Process {
             .to_owned()
     }
 
-    /// How many threads there are, and the pages that the kernel writes when one of them ends: their thread
-    /// control blocks, found through their robust lists.
+    /// The pages that the kernel writes when a thread ends, for every thread there is: their thread control
+    /// blocks, found through their robust lists.
     #[must_use]
-    pub fn threads(&self) -> (usize, Vec<u64>) {
+    pub fn thread_control_pages(&self) -> Vec<u64> {
         let Ok(tasks) = std::fs::read_dir(format!("/proc/{}/task", self.pid)) else {
-            return (0, Vec::new());
+            return Vec::new();
         };
-        let (mut threads, mut pages) = (0, Vec::new());
+        let mut pages = Vec::new();
         for task in tasks.flatten() {
             let Some(tid) = task
                 .file_name()
@@ -126,7 +126,6 @@ impl Process {
             else {
                 continue;
             };
-            threads += 1;
             let (mut head, mut len) = (0usize, 0usize);
             // SAFETY: the kernel writes a pointer and a size to two live words.
             let result = unsafe {
@@ -145,7 +144,7 @@ impl Process {
         }
         pages.sort_unstable();
         pages.dedup();
-        (threads, pages)
+        pages
     }
 }
 
