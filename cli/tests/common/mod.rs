@@ -11,6 +11,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod cluster;
+pub mod programs_in_c;
 pub mod pty;
 pub mod runs;
 pub mod sys;

@@ -32,6 +32,17 @@ pub fn run_native(program: &[&str], folder: &Path, deadline: Duration) -> Outcom
 
 /// Runs the program with at most `local` bytes of its memory here.
 pub fn run_far(local: u64, program: &[&str], folder: &Path, deadline: Duration) -> Outcome {
+    run_far_with(local, program, folder, deadline, &[])
+}
+
+/// The same with more in the environment, the agent's too.
+pub fn run_far_with(
+    local: u64,
+    program: &[&str],
+    folder: &Path,
+    deadline: Duration,
+    environment: &[(&str, &str)],
+) -> Outcome {
     let summary = tempfile::NamedTempFile::new().unwrap();
     let mut command = Command::new(farpage());
     command
@@ -45,6 +56,7 @@ pub fn run_far(local: u64, program: &[&str], folder: &Path, deadline: Duration) 
         ])
         .arg(summary.path());
     command.arg("--").args(program).env_remove("FARPAGE_AGENT");
+    command.envs(environment.iter().copied());
     let mut outcome = run(command, folder, deadline);
     let text = std::fs::read_to_string(summary.path()).unwrap();
     outcome.summary = serde_json::from_str(&text).ok();

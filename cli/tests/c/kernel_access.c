@@ -1,0 +1,157 @@
+/* Far pages that the kernel reads and writes: for the program, and for others. */
+#include "far.h"
+#include <linux/io_uring.h>
+
+static int scratch(int flags)
+{
+	char name[] = "kernel_access.XXXXXX";
+	int fd = mkostemp(name, flags);
+	if (fd < 0 && errno == EINVAL)
+		skip("the folder's file system has no O_DIRECT");
+	MUST(fd >= 0);
+	unlink(name);
+	return fd;
+}
+
+static void through_file(int flags)
+{
+	int fd = scratch(flags);
+	char *at = far_map(DATA, 1), *back = far_map(DATA, 2);
+	const size_t step = 256 << 10;
+	for (size_t from = 0; from < DATA; from += step)
+		MUST(pwrite(fd, at + from, step, (off_t)from) == (ssize_t)step);
+	for (size_t from = 0; from < DATA; from += step)
+		MUST(pread(fd, back + from, step, (off_t)from) == (ssize_t)step);
+	check(back, DATA, 1, "read back");
+	push_far(back, DATA);
+	check(back, DATA, 1, "read back, and far again");
+	check(at, DATA, 1, "what was written");
+	close(fd);
+}
+
+static void plain(void) { through_file(0); }
+static void direct(void) { through_file(O_DIRECT); }
+
+static void vectors(void)
+{
+	int ends[2];
+	MUST(pipe(ends) == 0);
+	char *at = far_map(DATA, 1), *to = far_map(DATA, 2);
+	for (size_t page = 0; page + 8 <= DATA / PAGE; page += 8) {
+		struct iovec out[4], in[4];
+		for (int i = 0; i < 4; i++) {
+			out[i] = (struct iovec){at + (page + 2 * (size_t)i) * PAGE, PAGE};
+			in[i] = (struct iovec){to + (page + 2 * (size_t)i) * PAGE, PAGE};
+		}
+		MUST(writev(ends[1], out, 4) == 4 * PAGE && readv(ends[0], in, 4) == 4 * PAGE);
+	}
+	for (size_t page = 0; page < DATA / PAGE; page++)
+		if (wrong_word(to + page * PAGE, page, page % 2 ? 2 : 1) >= 0)
+			fail("page %zu", page);
+}
+
+static void from_outside(void)
+{
+	char *at = far_map(DATA, 1);
+	prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY);
+	pid_t parent = getpid(), child = fork();
+	MUST(child >= 0);
+	if (!child) {
+		static char copy[64 * PAGE];
+		for (size_t from = 0; from < DATA; from += sizeof copy) {
+			struct iovec local = {copy, sizeof copy}, remote = {at + from, sizeof copy};
+			MUST(process_vm_readv(parent, &local, 1, &remote, 1, 0) == sizeof copy);
+			check_from(copy, sizeof copy, from / PAGE, 1, "read from outside");
+			fill_from(copy, sizeof copy, from / PAGE, 2);
+			MUST(process_vm_writev(parent, &local, 1, &remote, 1, 0) == sizeof copy);
+		}
+		_exit(0);
+	}
+	wait_for(child, "the one outside");
+	check(at, DATA, 2, "written from outside");
+}
+
+/* A buffer that the kernel holds pinned is not taken out: what is read into it later arrives. */
+static void pinned(void)
+{
+	struct io_uring_params params = {0};
+	int ring = (int)syscall(__NR_io_uring_setup, 4, &params);
+	if (ring < 0)
+		skip("io_uring is switched off");
+	const size_t bytes = 2 * MIB;
+	char *at = far_map(DATA, 1);
+	struct iovec buffer = {at, bytes};
+	struct rlimit all = {RLIM_INFINITY, RLIM_INFINITY};
+	setrlimit(RLIMIT_MEMLOCK, &all);
+	MUST(syscall(__NR_io_uring_register, ring, IORING_REGISTER_BUFFERS, &buffer, 1) == 0);
+	char *queue = mmap(NULL, params.sq_off.array + params.sq_entries * 4, PROT_READ | PROT_WRITE, MAP_SHARED, ring, IORING_OFF_SQ_RING);
+	struct io_uring_sqe *entries = mmap(NULL, params.sq_entries * sizeof *entries, PROT_READ | PROT_WRITE, MAP_SHARED, ring, IORING_OFF_SQES);
+	MUST(queue != MAP_FAILED && entries != MAP_FAILED);
+	int fd = scratch(0);
+	char *source = map(bytes);
+	fill(source, bytes, 7);
+	MUST(pwrite(fd, source, bytes, 0) == (ssize_t)bytes);
+	MUST(munmap(source, bytes) == 0);
+	push_far(at, DATA);
+	MUST(present(at, bytes) == bytes / PAGE);
+	entries[0] = (struct io_uring_sqe){.opcode = IORING_OP_READ_FIXED, .fd = fd, .addr = (uintptr_t)at, .len = bytes};
+	((unsigned *)(queue + params.sq_off.array))[0] = 0;
+	__atomic_store_n((unsigned *)(queue + params.sq_off.tail), 1, __ATOMIC_RELEASE);
+	MUST(syscall(__NR_io_uring_enter, ring, 1, 1, IORING_ENTER_GETEVENTS, NULL, 0) == 1);
+	check(at, bytes, 7, "read into a pinned buffer");
+	check_from(at + bytes, DATA - bytes, bytes / PAGE, 1, "beside it");
+}
+
+/* The kernel's limit, pinned: /proc/PID/mem does not fault absent pages in, it says EIO, and harms nothing. */
+static void proc_mem(void)
+{
+	char *at = far_map(DATA, 1);
+	int fd = open("/proc/self/mem", O_RDONLY);
+	MUST(fd >= 0);
+	size_t refused = 0;
+	char page[PAGE];
+	for (size_t i = 0; i < DATA / PAGE; i++) {
+		ssize_t got = pread(fd, page, PAGE, (off_t)(uintptr_t)(at + i * PAGE));
+		if (got == (ssize_t)PAGE)
+			MUST(wrong_word(page, i, 1) < 0);
+		else if (errno == EIO)
+			refused++;
+		else
+			fail("page %zu", i);
+	}
+	MUST(refused > DATA / PAGE / 2);
+	check(at, DATA, 1, "after /proc/self/mem");
+}
+
+/* The kernel's limit, pinned: guard pages raise no event, so a far page under one is not forgotten. */
+static void guard(void)
+{
+#ifndef MADV_GUARD_INSTALL
+#define MADV_GUARD_INSTALL 102
+#define MADV_GUARD_REMOVE 103
+#endif
+	char *at = far_map(DATA, 1);
+	if (madvise(at, DATA / 2, MADV_GUARD_INSTALL))
+		skip("the kernel has no MADV_GUARD_INSTALL");
+	MUST(touch_raises(at + PAGE, 0) == SIGSEGV);
+	check_from(at + DATA / 2, DATA / 2, DATA / 2 / PAGE, 1, "beside guard pages");
+	MUST(madvise(at, DATA / 2, MADV_GUARD_REMOVE) == 0);
+	for (size_t page = 0; page < DATA / 2 / PAGE; page++)
+		if (wrong_word(at + page * PAGE, page, 1) >= 0)
+			check_zeros(at + page * PAGE, PAGE, "once a guard page");
+}
+
+/* The kernel's limit, pinned: a dump has holes where pages are far, and is made without end or harm. */
+static void dump(void)
+{
+	far_map(DATA, 1);
+	struct rlimit all = {RLIM_INFINITY, RLIM_INFINITY};
+	setrlimit(RLIMIT_CORE, &all);
+	abort();
+}
+
+static const struct test_case cases[] = {
+	{"plain", plain}, {"direct", direct}, {"vectors", vectors}, {"from_outside", from_outside}, {"pinned", pinned},
+	{"proc_mem", proc_mem}, {"guard", guard}, {"dump", dump},
+};
+MAIN(cases)

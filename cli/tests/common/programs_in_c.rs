@@ -1,0 +1,154 @@
+//! The C programs of `tests/c`: compiled once per test binary, run with far memory, judged by what they say.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use super::runs::{Outcome, run_far_with};
+use super::{alone, skip, without_far_memory, without_program};
+
+/// A run that takes longer hangs.
+const DEADLINE: Duration = Duration::from_secs(60);
+/// What a program ends with that misses a feature of the kernel's.
+const SKIPPED: i32 = 77;
+/// What the tree may have above its limit: the larger of this and a twentieth of the limit.
+pub const SLACK_BYTES: u64 = 16 << 20;
+/// What the programs may keep here: a third of their smallest data.
+pub const LOCAL: u64 = 16 << 20;
+
+/// A folder with the compiled programs; removed with the test binary's last use of it, at the latest by the next
+/// clean of the target folder.
+fn folder() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("c");
+        std::fs::create_dir_all(&folder).unwrap();
+        folder
+    })
+}
+
+/// Compiles `tests/c/NAME.c`, and returns where the program is.
+pub fn compiled(name: &str) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/c/{name}.c"));
+    let program = folder().join(name);
+    // Its own name until it is whole: test binaries may run side by side.
+    let fresh = folder().join(format!("{name}.{}", std::process::id()));
+    let out = Command::new("gcc")
+        .args(["-O2", "-Wall", "-Werror", "-pthread", "-o"])
+        .args([&fresh, &source])
+        .output()
+        .unwrap();
+    assert!(
+        out.status.success(),
+        "{name}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    std::fs::rename(&fresh, &program).unwrap();
+    program
+}
+
+/// How a case is run and what it must come to.
+#[derive(Clone, Copy, Debug)]
+pub struct Expect {
+    /// What may stay here.
+    pub local: u64,
+    /// As on a kernel without `UFFDIO_MOVE`.
+    pub without_move: bool,
+    /// Whether pages must have gone far.
+    pub evicts: bool,
+    /// Whether the peak must stay within the limit and the slack.
+    pub bounded: bool,
+    /// The status to end with; 128 and the signal's number if by one.
+    pub status: i32,
+}
+
+impl Default for Expect {
+    fn default() -> Self {
+        Self {
+            local: LOCAL,
+            without_move: false,
+            evicts: true,
+            bounded: true,
+            status: 0,
+        }
+    }
+}
+
+/// Runs one case of a program. `None`, said by a line, where this machine cannot.
+pub fn run_case(program: &str, case: &[&str], expect: Expect) -> Option<Outcome> {
+    let _alone = alone();
+    let test = format!("{program} {}", case.join(" "));
+    if without_far_memory(&test) || without_program(&test, "gcc") {
+        return None;
+    }
+    let path = compiled(program);
+    let mut words = vec![path.to_str().unwrap()];
+    words.extend(case);
+    run_words(&test, &words, expect)
+}
+
+/// As [`run_case`], for words that begin with any program.
+pub fn run_words(test: &str, words: &[&str], expect: Expect) -> Option<Outcome> {
+    let environment: &[(&str, &str)] = if expect.without_move {
+        &[("FARPAGE_WITHOUT_MOVE", "1")]
+    } else {
+        &[]
+    };
+    let outcome = run_far_with(expect.local, words, folder(), DEADLINE, environment);
+    if outcome.status.code() == Some(SKIPPED) {
+        let reason = outcome
+            .errors
+            .lines()
+            .find_map(|line| line.strip_prefix("SKIP "))
+            .unwrap_or("the program says so");
+        skip(test, reason);
+        return None;
+    }
+    let over = outcome.seen.peak_bytes as i64 - expect.local as i64;
+    println!(
+        "{test}: {:?}, {} KiB above the limit",
+        outcome.elapsed,
+        over >> 10
+    );
+    let status = outcome
+        .status
+        .code()
+        .or(outcome.status.signal().map(|signal| 128 + signal));
+    assert_eq!(
+        status,
+        Some(expect.status),
+        "{test}: {}: {}",
+        outcome.status,
+        outcome.errors
+    );
+    judge(test, &outcome, expect);
+    Some(outcome)
+}
+
+/// What every run must come to.
+fn judge(test: &str, outcome: &Outcome, expect: Expect) {
+    let summary = outcome
+        .summary
+        .as_ref()
+        .unwrap_or_else(|| panic!("{test}: no summary: {}", outcome.errors));
+    assert_eq!(
+        summary["far_slots_in_use_at_exit"], 0,
+        "{test}: a leak: {summary}"
+    );
+    if expect.evicts {
+        assert!(
+            summary["pages_evicted"].as_u64() > Some(0),
+            "{test} went nowhere: {summary}"
+        );
+    }
+    if expect.bounded {
+        let allowed = expect.local + SLACK_BYTES.max(expect.local / 20);
+        assert!(
+            outcome.seen.peak_bytes <= allowed,
+            "{test}: {:?} above {allowed}: {summary}",
+            outcome.seen
+        );
+    }
+}

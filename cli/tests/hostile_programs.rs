@@ -1,0 +1,156 @@
+//! Programs that close, filter, lock or give up what ties them to their pager, or are stopped and debugged.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout
+)]
+
+mod common;
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use common::programs_in_c::{Expect, run_case};
+use common::{eventually, skip, sys};
+
+fn case(name: &str) {
+    run_case("hostile", &[name], Expect::default());
+}
+
+/// What is locked, and what lives under a filter that keeps helpers away, is outside the limit.
+fn unbounded_case(name: &str) {
+    let expect = Expect {
+        bounded: false,
+        ..Expect::default()
+    };
+    run_case("hostile", &[name], expect);
+}
+
+/// Runs the long work, and does something to it meanwhile. The file that says it is ready ends it when removed.
+fn meanwhile(what: impl FnOnce(i32) + Send + 'static) {
+    let ready = Path::new(env!("CARGO_TARGET_TMPDIR")).join("c/long_work.ready");
+    let _ = std::fs::remove_file(&ready);
+    let outside = std::thread::spawn(move || {
+        let mut pid = 0;
+        eventually("the long work begins", || {
+            let text = std::fs::read_to_string(&ready).unwrap_or_default();
+            pid = text.trim().parse().unwrap_or(0);
+            pid != 0 && text.ends_with('\n')
+        });
+        what(pid);
+        std::fs::remove_file(&ready).unwrap();
+    });
+    if run_case("hostile", &["long_work"], Expect::default()).is_some() {
+        outside.join().unwrap();
+    }
+}
+
+#[test]
+fn stopped_and_continued() {
+    meanwhile(|pid| {
+        for pause in [1, 5, 30, 100, 3, 20] {
+            sys::kill(pid, libc::SIGSTOP);
+            eventually("it stops", || common::state(pid as u32) == Some('T'));
+            std::thread::sleep(Duration::from_millis(pause));
+            sys::kill(pid, libc::SIGCONT);
+            std::thread::sleep(Duration::from_millis(pause));
+        }
+    });
+}
+
+#[test]
+fn a_debugger_attaches_and_detaches() {
+    if common::without_program("a_debugger_attaches_and_detaches", "gdb") {
+        return;
+    }
+    meanwhile(|pid| {
+        for _ in 0..2 {
+            let out = Command::new("gdb")
+                .args(["-nx", "-batch", "-ex", "bt 1", "-p", &pid.to_string()])
+                .output()
+                .unwrap();
+            let text = String::from_utf8_lossy(&out.stdout);
+            assert!(text.contains("#0"), "gdb: {out:?}");
+        }
+    });
+}
+
+/// A memory cgroup just above the limit: nothing of the program's is killed, since it stays below.
+#[test]
+fn inside_a_memory_cgroup() {
+    let test = "inside_a_memory_cgroup";
+    let folder = Path::new("/sys/fs/cgroup/memory").join(format!("farpage-{}", std::process::id()));
+    if std::fs::create_dir(&folder).is_err() {
+        return skip(
+            test,
+            "no memory cgroup can be made at /sys/fs/cgroup/memory",
+        );
+    }
+    // The program alone is inside, by its own doing: the agent and the memory node are not its memory.
+    let limit = (common::programs_in_c::LOCAL + common::programs_in_c::SLACK_BYTES).to_string();
+    std::fs::write(folder.join("memory.limit_in_bytes"), limit).unwrap();
+    let procs = folder.join("cgroup.procs");
+    run_case(
+        "hostile",
+        &["cgroup", procs.to_str().unwrap()],
+        Expect::default(),
+    );
+    eventually("the cgroup empties", || {
+        std::fs::remove_dir(&folder).is_ok()
+    });
+}
+
+#[test]
+fn every_descriptor_closed() {
+    case("close_everything");
+}
+
+#[test]
+fn a_child_closes_every_descriptor() {
+    // Open: a few KiB more than the slack above the limit seen.
+    unbounded_case("closing_child");
+}
+
+#[test]
+fn killed_by_a_filter_for_madvise() {
+    case("filtered");
+}
+
+#[test]
+fn a_filtered_child() {
+    case("filtered_child");
+}
+
+#[test]
+#[ignore = "open: a child forked after setuid that works hard itself stays waiting"]
+fn another_user() {
+    case("other_user");
+}
+
+#[test]
+fn a_title_over_the_environment() {
+    case("title");
+}
+
+#[test]
+fn address_space_limited() {
+    case("limited");
+}
+
+#[test]
+fn a_child_of_a_filtered_program() {
+    unbounded_case("child_of_filtered");
+}
+
+#[test]
+#[ignore = "open: after munlockall a part of the pages is no victim any more"]
+fn all_locked() {
+    unbounded_case("lock_all");
+}
+
+#[test]
+fn all_to_come_locked() {
+    unbounded_case("lock_future");
+}
