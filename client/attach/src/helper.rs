@@ -87,6 +87,8 @@ pub extern "C" fn run(argument: usize) -> ! {
 }
 
 fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
+    // The agent may have left its mark there while it looked whose memory this is.
+    empty_holding(args, 0, BATCH_PAGES);
     let mut done = 0u32;
     let mut reported = 0u32;
     let mut seconds_alone = 0u32;
@@ -178,6 +180,10 @@ fn take_run(args: &HelperArgs, batch: &Batch, index: usize, start: usize, len: u
         empty_holding(args, index, len);
         (moved, error) = move_pages(fd::UFFD, to, start, len, 0);
     }
+    if error == Some(EINVAL) && moved == 0 && len > 1 {
+        // The kernel takes no run that crosses from one mapping to the next: page by page up to there.
+        return take_run(args, batch, index, start, 1);
+    }
     for i in index..index + moved {
         set(batch, i, outcome::TAKEN);
     }
@@ -191,10 +197,23 @@ fn take_run(args: &HelperArgs, batch: &Batch, index: usize, start: usize, len: u
             len
         }
         Some(errno) => {
-            set(batch, index + moved, errno);
+            let page = start + moved * PAGE_BYTES;
+            let left = !is_present(page) && is_present(to + moved * PAGE_BYTES);
+            set(
+                batch,
+                index + moved,
+                if left { outcome::TAKEN } else { errno },
+            );
             moved + 1
         }
     }
+}
+
+/// Whether a page is there. What the kernel says of a run that it moved in part is not taken on trust: a page that
+/// has left its place and lies in the holding range was taken, whatever the error.
+fn is_present(address: usize) -> bool {
+    const PAGEMAP_PRESENT: u64 = 1 << 63;
+    calls::pagemap_word(fd::PAGEMAP, address).is_ok_and(|word| word & PAGEMAP_PRESENT != 0)
 }
 
 /// Copies what was taken to staging and drops it by way of the drain range.

@@ -10,6 +10,7 @@ use crate::table::{Page, pages_of};
 impl Pager {
     /// Follows one event. Faults are not events.
     pub(super) fn follow(&mut self, event: Message) {
+        tracing::debug!(space = self.handle.id, ?event, "event");
         match event {
             Message::Fault { .. } => {}
             Message::Fork(uffd) => self.forked(uffd),

@@ -130,7 +130,9 @@ impl Pager {
         let Ok(uffd) = self.uffd.as_fd().try_clone_to_owned() else {
             return Err(offer);
         };
+        let pid = offer.process.pid();
         self.install_helper(*offer);
+        self.keep_only_registered(pid);
         Ok(uffd)
     }
 

@@ -124,7 +124,14 @@ impl Pager {
     /// read first.
     pub(super) fn zero_or_wake(&mut self, page: Page) -> bool {
         match self.uffd.zero(&(page.address()..page.plus(1).address())) {
-            Ok(()) => true,
+            Ok(()) => {
+                tracing::debug!(
+                    space = self.handle.id,
+                    page = page.0,
+                    "believed present, was not: zeros"
+                );
+                true
+            }
             Err(InstallError::EventsPending(_) | InstallError::NoMemory(_)) => false,
             Err(InstallError::NoProcess) => {
                 self.closing = true;

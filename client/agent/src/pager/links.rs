@@ -94,9 +94,13 @@ impl Links {
 
     /// Writes come from this memory.
     pub(super) fn set_staging(&mut self, staging: Arc<RegisteredMemory>) {
+        // On connections made before it is the second region too: they have the frames alone.
+        for link in &mut self.links {
+            if let Some(endpoint) = &mut link.endpoint {
+                endpoint.register(Arc::clone(&staging));
+            }
+        }
         self.staging = Some(staging);
-        // Connections made before do not have the region: they are made anew.
-        self.links.retain(|link| link.in_flight > 0);
     }
 
     fn link(

@@ -97,24 +97,26 @@ impl Pager {
         // Drops of our own look like changes of the program's.
         self.settle_batch();
         let mut fresh = Vec::new();
+        let mut settled = false;
         for _ in 0..LOOKS {
             let Ok(mappings) = process::mappings(pid) else {
                 return;
             };
-            for range in self.worth_managing(&mappings) {
-                if self.uffd.register(&range, true).is_ok() {
-                    self.registered.insert(range.clone());
-                    fresh.push(range);
-                }
-            }
-            if !self.uffd.is_changing() {
+            fresh = self.worth_managing(&mappings);
+            fresh.retain(|range| self.uffd.register(range, true).is_ok());
+            settled = !self.uffd.is_changing();
+            if settled {
                 self.count_unmanaged(pid, &mappings);
                 break;
             }
             self.settle_batch();
             self.read_messages();
         }
-        self.adopt_present(pid, &fresh);
+        if !settled {
+            fresh.clear();
+            self.handle.ask_rescan();
+        }
+        self.take_in(pid, &fresh);
         crate::sys::process::run_at_once(false);
         tracing::debug!(
             space = self.handle.id,
@@ -150,8 +152,13 @@ impl Pager {
         found
     }
 
-    /// Takes into the table what was present in ranges just registered.
-    fn adopt_present(&mut self, pid: i32, ranges: &[Range<u64>]) {
+    /// Takes ranges just registered, and what is present in them, into the tables. Only once no call of the
+    /// program's has crossed the registering: a fork whose event is read before then has not handed them on, and an
+    /// unmap may have put another mapping in their place.
+    fn take_in(&mut self, pid: i32, ranges: &[Range<u64>]) {
+        for range in ranges {
+            self.registered.insert(range.clone());
+        }
         let Ok(pagemap) = Pagemap::open(pid) else {
             return;
         };
@@ -175,12 +182,45 @@ impl Pager {
         let Some(pid) = self.process.as_ref().map(process::Process::pid) else {
             return false;
         };
-        if self.uffd.register(&range, true).is_err() {
-            return false;
+        for _ in 0..LOOKS {
+            if self.uffd.register(&range, true).is_err() {
+                return false;
+            }
+            if !self.uffd.is_changing() {
+                self.take_in(pid, &[range]);
+                return true;
+            }
+            self.settle_batch();
+            self.read_messages();
         }
-        self.registered.insert(range.clone());
-        self.adopt_present(pid, &[range]);
-        true
+        false
+    }
+
+    /// A forked child stands still at the door: what its memory really has registered decides what its table may
+    /// say. The parent's calls may have crossed the fork, and a page that is not under this uffd must never be taken out.
+    pub(super) fn keep_only_registered(&mut self, pid: i32) {
+        let Ok(ranges) = process::registered_ranges(pid) else {
+            tracing::error!(
+                pid,
+                "a forked child's mappings cannot be read: nothing of it is taken out"
+            );
+            return;
+        };
+        let mut real = Registered::default();
+        for range in ranges {
+            real.insert(range);
+        }
+        let everything = Page(0)..Page(u64::MAX >> 12);
+        let strays: Vec<Page> = self
+            .table
+            .touched(everything)
+            .map(|(page, _)| page)
+            .filter(|page| !real.contains(*page))
+            .collect();
+        for page in strays {
+            self.discard_pages(page..page.plus(1));
+        }
+        self.registered = real;
     }
 
     /// Resident anonymous pages that are not managed: stacks, small mappings, written pages of private files, our own.

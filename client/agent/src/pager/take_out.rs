@@ -278,6 +278,7 @@ impl Pager {
             .zip(&helper.control().batch.outcomes)
             .map(|(_, outcome)| outcome.load(Ordering::Relaxed))
             .collect();
+        tracing::trace!(space = self.handle.id, pages = ?batch.pages, ?outcomes, "batch done");
         let mut taken = Vec::with_capacity(batch.pages.len());
         // Those that another way takes need no rest.
         let unmovable = outcomes.contains(&libc::EINVAL.unsigned_abs());
@@ -303,6 +304,13 @@ impl Pager {
 
     /// The kernel kept a page: why decides when it is tried again.
     fn not_taken(&mut self, page: Page, errno: u32, how: u32) {
+        tracing::debug!(
+            space = self.handle.id,
+            page = page.0,
+            errno,
+            how,
+            "was not taken out"
+        );
         if how == method::DROP {
             let _ = self
                 .uffd
@@ -316,14 +324,6 @@ impl Pager {
         match i32::try_from(errno).unwrap_or(0) {
             // Shared since a fork, or pinned: the first can be made exclusive.
             libc::EBUSY if how == method::MOVE => self.staging.shared_page(page),
-            // Not there any more; an event to come says why. The table forgets it if it was not replaced.
-            libc::ENOENT if how != method::DROP => {
-                if let Some((before, _)) = self.table.change(page, |entry| Some(entry.discarded()))
-                {
-                    self.job.charge(-1);
-                    self.release_slot_of(before);
-                }
-            }
             // Not plain read-write any more: it cannot move, but be protected, copied and dropped.
             libc::EINVAL if how != method::DROP => self.staging.unmovable_page(page),
             // Locked: it is tried again after a while.

@@ -255,12 +255,25 @@ impl Mapping {
 /// # Errors
 /// The kernel's errno.
 pub fn ranges_not_inherited(pid: i32) -> io::Result<Vec<Range<u64>>> {
+    ranges_with_flags(pid, &["dc", "wf"])
+}
+
+/// The ranges registered with a uffd.
+///
+/// # Errors
+/// The kernel's errno.
+pub fn registered_ranges(pid: i32) -> io::Result<Vec<Range<u64>>> {
+    ranges_with_flags(pid, &["um"])
+}
+
+/// The mappings that have any of these two-letter flags of `/proc/PID/smaps`.
+fn ranges_with_flags(pid: i32, wanted: &[&str]) -> io::Result<Vec<Range<u64>>> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     let mut current = None;
     let mut found = Vec::new();
     for line in text.lines() {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
-            if flags.split(' ').any(|flag| flag == "dc" || flag == "wf") {
+            if flags.split(' ').any(|flag| wanted.contains(&flag)) {
                 found.extend(current.take());
             }
         } else if let Some(mapping) = parse_mapping(line) {
