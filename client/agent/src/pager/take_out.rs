@@ -324,6 +324,14 @@ impl Pager {
         match i32::try_from(errno).unwrap_or(0) {
             // Shared since a fork, or pinned: the first can be made exclusive.
             libc::EBUSY if how == method::MOVE => self.staging.shared_page(page),
+            // Not there any more; an event to come says why. The table forgets it if it was not replaced.
+            libc::ENOENT if how != method::DROP => {
+                if let Some((before, _)) = self.table.change(page, |entry| Some(entry.discarded()))
+                {
+                    self.job.charge(-1);
+                    self.release_slot_of(before);
+                }
+            }
             // Not plain read-write any more: it cannot move, but be protected, copied and dropped.
             libc::EINVAL if how != method::DROP => self.staging.unmovable_page(page),
             // Locked: it is tried again after a while.
