@@ -268,6 +268,9 @@ fn an_account_without_privilege_is_told_the_remedy() {
     fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
     let copy = folder.path().join("farpage");
     fs::copy(farpage(), &copy).unwrap();
+    let shim = "libfarpage_preload.so";
+    let built = farpage().with_file_name(shim);
+    fs::copy(built, folder.path().join(shim)).unwrap();
     let as_nobody = |flags: &[&str]| {
         let mut command = Command::new("setpriv");
         command
