@@ -233,7 +233,7 @@ impl Door {
         self.shared.kernel.enable_drain(&offer.drain_uffd)?;
         offer.drain_uffd.register(&offer.drain, false)?;
 
-        let offer = match self.adopt(hello, Box::new(offer)) {
+        let offer = match self.adopt(hello, job.is_armed(), Box::new(offer)) {
             Adoption::Adopted(child, uffd) => {
                 socket::send(peer.as_fd(), &Packet::new(tag::GO), &[uffd.as_fd()])?;
                 finish(peer, pid, &child)?;
@@ -302,7 +302,7 @@ impl Door {
     }
 
     /// A forked child whose memory is managed already has a pager; it is found by its memory.
-    fn adopt(&self, hello: &Packet, mut offer: Box<HelperOffer>) -> Adoption {
+    fn adopt(&self, hello: &Packet, armed: bool, mut offer: Box<HelperOffer>) -> Adoption {
         let began = Instant::now();
         // The parent's pager has read the fork's event before the child ran, but may be busy with it.
         loop {
@@ -310,7 +310,11 @@ impl Door {
             if hello.kind == kind::FORK && !candidates.is_empty() && !evicts_forked_children() {
                 return Adoption::NotTakenOut;
             }
-            if hello.kind == kind::FORK && candidates.is_empty() && began.elapsed() < FORK_SEEN {
+            if armed
+                && hello.kind == kind::FORK
+                && candidates.is_empty()
+                && began.elapsed() < FORK_SEEN
+            {
                 std::thread::sleep(Duration::from_millis(1));
                 continue;
             }
