@@ -156,6 +156,16 @@ fn run_batch(args: &HelperArgs, control: &Control, command: u32) {
 
 /// The first hop: out of the program's ranges, into the holding range, run by run.
 fn take_out(args: &HelperArgs, batch: &Batch, count: usize, unshare: bool) {
+    if !is_holding_empty(args, count) {
+        // A page left over would be taken for one that was moved.
+        empty_holding(args, 0, count);
+        if !is_holding_empty(args, count) {
+            for index in 0..count {
+                set(batch, index, EAGAIN);
+            }
+            return;
+        }
+    }
     let mut index = 0;
     while index < count {
         let start = page(batch, index);
@@ -174,46 +184,60 @@ fn take_out(args: &HelperArgs, batch: &Batch, count: usize, unshare: bool) {
 /// first that would not move).
 fn take_run(args: &HelperArgs, batch: &Batch, index: usize, start: usize, len: usize) -> usize {
     let to = args.holding + index * PAGE_BYTES;
-    let (mut moved, mut error) = move_pages(fd::UFFD, to, start, len, 0);
-    if matches!(error, Some(EEXIST | EINVAL)) && moved == 0 {
-        // Somebody's mlockall has filled or locked our range: empty it and try once more.
-        empty_holding(args, index, len);
-        (moved, error) = move_pages(fd::UFFD, to, start, len, 0);
-    }
-    if error == Some(EINVAL) && moved == 0 && len > 1 {
-        // The kernel takes no run that crosses from one mapping to the next: page by page up to there.
-        return take_run(args, batch, index, start, 1);
-    }
+    let (moved, error) = move_pages(fd::UFFD, to, start, len, 0);
     for i in index..index + moved {
         set(batch, i, outcome::TAKEN);
     }
-    match error {
-        None => len,
-        Some(EAGAIN) => {
-            // An event waits to be read: nothing more will move until it is.
-            for i in index + moved..index + len {
-                set(batch, i, EAGAIN);
-            }
-            len
+    let Some(errno) = error else { return len };
+    if errno == EAGAIN {
+        // An event waits to be read: nothing more will move until it is.
+        for i in index + moved..index + len {
+            set(batch, i, EAGAIN);
         }
-        Some(errno) => {
-            let page = start + moved * PAGE_BYTES;
-            let left = !is_present(page) && is_present(to + moved * PAGE_BYTES);
-            set(
-                batch,
-                index + moved,
-                if left { outcome::TAKEN } else { errno },
-            );
-            moved + 1
-        }
+        return len;
+    }
+    let at = moved * PAGE_BYTES;
+    set(
+        batch,
+        index + moved,
+        take_refused(args, index + moved, start + at, errno),
+    );
+    moved + 1
+}
+
+/// What becomes of a page that the kernel says it did not move.
+fn take_refused(args: &HelperArgs, index: usize, page: usize, errno: u32) -> u32 {
+    if has_moved(args, index, page) {
+        return outcome::TAKEN;
+    }
+    if !matches!(errno, EEXIST | EINVAL) {
+        return errno;
+    }
+    // Somebody's mlockall has filled or locked our range: empty it and try once more. Or the run crosses from one
+    // mapping to the next, which the kernel does not take; a page alone it does.
+    empty_holding(args, index, 1);
+    match move_pages(fd::UFFD, args.holding + index * PAGE_BYTES, page, 1, 0) {
+        (_, None) => outcome::TAKEN,
+        (_, Some(_)) if has_moved(args, index, page) => outcome::TAKEN,
+        (_, Some(errno)) => errno,
     }
 }
 
-/// Whether a page is there. What the kernel says of a run that it moved in part is not taken on trust: a page that
-/// has left its place and lies in the holding range was taken, whatever the error.
-fn is_present(address: usize) -> bool {
-    const PAGEMAP_PRESENT: u64 = 1 << 63;
-    calls::pagemap_word(fd::PAGEMAP, address).is_ok_and(|word| word & PAGEMAP_PRESENT != 0)
+/// Whether a page that the kernel says it did not move has left its place and lies in the holding range. Kernels from
+/// 6.17 on, until they forget the EAGAIN of a try that they repeat themselves, try to move such a page twice and say
+/// EEXIST, of the page that they have just put there.
+fn has_moved(args: &HelperArgs, index: usize, page: usize) -> bool {
+    let (mut here, mut there) = ([0], [0]);
+    calls::residency(page, &mut here);
+    calls::residency(args.holding + index * PAGE_BYTES, &mut there);
+    here == [0] && there != [0]
+}
+
+fn is_holding_empty(args: &HelperArgs, count: usize) -> bool {
+    let mut resident = [0; BATCH_PAGES];
+    let resident = resident.get_mut(..count).unwrap_or_default();
+    calls::residency(args.holding, resident);
+    resident.iter().all(|page| *page == 0)
 }
 
 /// Copies what was taken to staging and drops it by way of the drain range.

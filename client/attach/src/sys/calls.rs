@@ -233,6 +233,21 @@ pub fn pagemap_word(fd: i32, page_address: usize) -> Result<u64, Errno> {
     Ok(word)
 }
 
+/// Notes in `resident` which pages from `address` on are there, one byte each, not zero for yes. A place that is not
+/// mapped has none.
+pub fn residency(address: usize, resident: &mut [u8]) {
+    resident.fill(0);
+    let result = call!(
+        k::__NR_mincore,
+        address,
+        resident.len() * 4096,
+        resident.as_mut_ptr()
+    );
+    if result.is_err() {
+        resident.fill(0);
+    }
+}
+
 /// Opens a file for reading, the path NUL-terminated.
 ///
 /// # Errors
