@@ -10,13 +10,8 @@ mod common;
 
 use common::programs_in_c::{Expect, run_case};
 
-/// Open: after forks the peak is missed at times by more than the slack; 70 MiB above the limit seen.
 fn case(name: &str) {
-    let expect = Expect {
-        bounded: false,
-        ..Expect::default()
-    };
-    run_case("forks", &[name], expect);
+    run_case("forks", &[name], Expect::default());
 }
 
 #[test]
@@ -25,26 +20,22 @@ fn a_child_reads() {
 }
 
 #[test]
-#[ignore = "open (issue 4): with pages of a forked child taken out some are lost, so nothing of it is; the case wants them far"]
 fn both_sides_write() {
     case("both_write");
 }
 
 #[test]
-#[ignore = "open: a grandchild whose parent has ended waits"]
 fn a_child_outlives_its_parent() {
     case("outlives");
 }
 
 #[test]
 fn generations() {
-    // 70 MiB above the limit seen.
     case("generations");
 }
 
 #[test]
 fn fork_while_pages_come_and_go() {
-    // 35 MiB above the limit seen.
     case("fork_in_transit");
 }
 
@@ -55,6 +46,5 @@ fn children_killed_at_any_moment() {
 
 #[test]
 fn ranges_not_inherited() {
-    // 33 MiB above the limit seen.
     case("not_inherited");
 }

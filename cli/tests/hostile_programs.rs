@@ -108,10 +108,8 @@ fn every_descriptor_closed() {
 }
 
 #[test]
-#[ignore = "open (issue 4): nothing of a child forked from managed memory is taken out, and the case wants it far"]
 fn a_child_closes_every_descriptor() {
-    // Open: a few KiB more than the slack above the limit seen.
-    unbounded_case("closing_child");
+    case("closing_child");
 }
 
 #[test]
@@ -120,13 +118,11 @@ fn killed_by_a_filter_for_madvise() {
 }
 
 #[test]
-#[ignore = "open (issue 4): nothing of a child forked from managed memory is taken out, and the case wants it far"]
 fn a_filtered_child() {
     case("filtered_child");
 }
 
 #[test]
-#[ignore = "open: a child forked after setuid that works hard itself stays waiting"]
 fn another_user() {
     case("other_user");
 }

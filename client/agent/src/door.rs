@@ -2,7 +2,7 @@
 
 use std::fs::Permissions;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
@@ -26,12 +26,11 @@ use crate::sys::uffd::Uffd;
 
 /// How long a peer may take over any step.
 const STEP_DEADLINE: Duration = Duration::from_secs(5);
-/// How long a forked child waits for its parent's pager to have seen the fork.
-const ADOPTION_DEADLINE: Duration = Duration::from_secs(2);
+/// How long a forked child waits for its parent's pager to be through with the fork, and for each pager that might be
+/// its own to say whether it is.
+const ADOPTION_DEADLINE: Duration = Duration::from_secs(30);
 /// How often a closing address space is looked at.
 const CLOSE_POLL: Duration = Duration::from_millis(1);
-/// How long a fork's event may be on its way to the pager when the child is at the door already.
-const FORK_SEEN: Duration = Duration::from_millis(50);
 /// Most peers at the door at once; more are turned away.
 const MAX_PEERS: usize = 512;
 const BACKLOG: i32 = 128;
@@ -197,7 +196,7 @@ impl Door {
             handle.manage_regions_only();
             job.for_regions();
         }
-        let shared = SharedBlock::create(handle.id)?;
+        let shared = SharedBlock::create()?;
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         let event = rustix::event::eventfd(0, flags)?;
         let (lifeline, helpers_end) = socketpair(
@@ -206,15 +205,13 @@ impl Door {
             SocketFlags::CLOEXEC,
             None,
         )?;
-        let mut welcome = Packet::new(tag::WELCOME);
-        welcome.job = handle.id;
         let fds = [
             self.device.as_fd(),
             shared.as_fd(),
             event.as_fd(),
             helpers_end.as_fd(),
         ];
-        socket::send(peer.as_fd(), &welcome, &fds)?;
+        socket::send(peer.as_fd(), &Packet::new(tag::WELCOME), &fds)?;
 
         let ready = expect(peer, tag::READY)?;
         let mut fds = ready.fds.into_iter().map(Uffd::from);
@@ -233,20 +230,13 @@ impl Door {
         self.shared.kernel.enable_drain(&offer.drain_uffd)?;
         offer.drain_uffd.register(&offer.drain, false)?;
 
-        let offer = match self.adopt(hello, job.is_armed(), Box::new(offer)) {
+        let offer = match self.adopt(hello, job, Box::new(offer)) {
             Adoption::Adopted(child, uffd) => {
-                socket::send(peer.as_fd(), &Packet::new(tag::GO), &[uffd.as_fd()])?;
+                send_go(peer, &child, &[uffd.as_fd()])?;
                 finish(peer, pid, &child)?;
                 return Ok(child);
             }
             Adoption::NotManagedYet(offer) => offer,
-            Adoption::NotTakenOut => {
-                refuse(
-                    peer,
-                    "a child forked from managed memory is served, but nothing of it is taken out",
-                )?;
-                return Err(io::ErrorKind::Unsupported.into());
-            }
             Adoption::Gone => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
         };
         self.shared.kernel.enable(&uffd)?;
@@ -260,7 +250,7 @@ impl Door {
         );
         pager.install_helper(*offer);
         self.shared.spawner.start(job, pager, Arc::clone(&handle))?;
-        socket::send(peer.as_fd(), &Packet::new(tag::GO), &[])?;
+        send_go(peer, &handle, &[])?;
         finish(peer, pid, &handle)?;
         Ok(handle)
     }
@@ -302,43 +292,26 @@ impl Door {
     }
 
     /// A forked child whose memory is managed already has a pager; it is found by its memory.
-    fn adopt(&self, hello: &Packet, armed: bool, mut offer: Box<HelperOffer>) -> Adoption {
-        let began = Instant::now();
-        // The parent's pager has read the fork's event before the child ran, but may be busy with it.
-        loop {
-            let candidates = self.shared.spawner.forked_from(hello.parent);
-            if hello.kind == kind::FORK && !candidates.is_empty() && !evicts_forked_children() {
-                return Adoption::NotTakenOut;
+    fn adopt(&self, hello: &Packet, job: &Job, mut offer: Box<HelperOffer>) -> Adoption {
+        if hello.kind != kind::FORK {
+            return Adoption::NotManagedYet(offer);
+        }
+        wait_for_forks(job, hello.parent);
+        for child in self.shared.spawner.forked_from(hello.parent) {
+            let (answer, answered) = mpsc::sync_channel(1);
+            if !child.ask(Request::Adopt(offer, answer)) {
+                return Adoption::Gone;
             }
-            if armed
-                && hello.kind == kind::FORK
-                && candidates.is_empty()
-                && began.elapsed() < FORK_SEEN
-            {
-                std::thread::sleep(Duration::from_millis(1));
-                continue;
-            }
-            if hello.kind != kind::FORK
-                || candidates.is_empty()
-                || began.elapsed() > ADOPTION_DEADLINE
-            {
-                return Adoption::NotManagedYet(offer);
-            }
-            for child in candidates {
-                let (answer, answered) = mpsc::sync_channel(1);
-                if !child.ask(Request::Adopt(offer, answer)) {
-                    return Adoption::Gone;
+            match answered.recv_timeout(ADOPTION_DEADLINE) {
+                Ok(Ok(uffd)) => {
+                    self.shared.spawner.adopted(child.id);
+                    return Adoption::Adopted(child, uffd);
                 }
-                match answered.recv_timeout(ADOPTION_DEADLINE) {
-                    Ok(Ok(uffd)) => {
-                        self.shared.spawner.adopted(child.id);
-                        return Adoption::Adopted(child, uffd);
-                    }
-                    Ok(Err(back)) => offer = back,
-                    Err(_) => return Adoption::Gone,
-                }
+                Ok(Err(back)) => offer = back,
+                Err(_) => return Adoption::Gone,
             }
         }
+        Adoption::NotManagedYet(offer)
     }
 
     /// A launcher's connection: a job's life. However the connection ends, the job ends with it.
@@ -418,10 +391,17 @@ impl Door {
     }
 }
 
-/// Whether children forked from managed memory get a helper, and so are kept within the limit. Off by default: taking
-/// pages out of such a child has been seen to lose some (issue 4). The variable is for whoever hunts that.
-fn evicts_forked_children() -> bool {
-    std::env::var_os("FARPAGE_EVICT_FORKED_CHILDREN").is_some()
+/// Waits until the parent's pager is through with the forks whose events it has read. It read this child's before the
+/// child ran, and serves requests in their turn.
+fn wait_for_forks(job: &Job, parent: u64) {
+    let spaces = job.spaces();
+    let Some(parent) = spaces.iter().find(|handle| handle.id == parent) else {
+        return;
+    };
+    let (done, is_done) = mpsc::sync_channel(1);
+    if parent.ask(Request::Sync(done)) {
+        let _ = is_done.recv_timeout(ADOPTION_DEADLINE);
+    }
 }
 
 /// What became of a forked child's offer.
@@ -430,10 +410,15 @@ enum Adoption {
     Adopted(Arc<SpaceHandle>, OwnedFd),
     /// It was forked before its memory was managed: it begins like any program.
     NotManagedYet(Box<HelperOffer>),
-    /// Its pager serves it without a helper.
-    NotTakenOut,
     /// The pager that was asked has ended, as its process has.
     Gone,
+}
+
+/// Lets a program start its helper, on another uffd than its own where one is given.
+fn send_go(peer: &OwnedFd, handle: &SpaceHandle, uffd: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut go = Packet::new(tag::GO);
+    go.job = handle.id;
+    socket::send(peer.as_fd(), &go, uffd)
 }
 
 /// The last steps of a handshake: the helper has started, the program may run.

@@ -24,6 +24,8 @@ pub enum Request {
         Box<HelperOffer>,
         mpsc::SyncSender<Result<OwnedFd, Box<HelperOffer>>>,
     ),
+    /// Answers once whatever was read before is dealt with.
+    Sync(mpsc::SyncSender<()>),
     /// The helper of an adopted child runs.
     HelperUp(Process),
     /// A region that a library user named: manage it now, within a resident limit of its own.

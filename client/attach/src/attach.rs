@@ -91,7 +91,7 @@ fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, Atta
     let mut hello = Packet::new(tag::HELLO);
     (hello.kind, hello.job, hello.parent) = (kind, job, parent);
     socket::send(fd, &hello, &[]).map_err(AttachError::Handshake)?;
-    let (welcome, fds) = expect(fd, tag::WELCOME)?;
+    let (_, fds) = expect(fd, tag::WELCOME)?;
     let open = OpenFds(fds);
     let [device, memfd, event, lifeline] = fds;
 
@@ -113,7 +113,7 @@ fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, Atta
         ready.holding = holding(own) as u64;
         ready.drain = (holding(own) + RANGE_BYTES) as u64;
         socket::send(fd, &ready, &[uffd, drain]).map_err(AttachError::Handshake)?;
-        let (_, given) = expect(fd, tag::GO)?;
+        let (go, given) = expect(fd, tag::GO)?;
         let given = OpenFds(given);
         let inherited = given.0.first().copied().filter(|fd| *fd >= 0);
         let args = HelperArgs {
@@ -137,7 +137,7 @@ fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, Atta
         }
         Ok(Attached {
             control: memory::control_at(shared),
-            space: welcome.job,
+            space: go.job,
             socket: -1,
             shared,
             own,
@@ -154,13 +154,8 @@ fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, Atta
 fn with_ranges(
     body: impl FnOnce(usize) -> Result<Attached, AttachError>,
 ) -> Result<Attached, AttachError> {
-    let own = calls::mmap(
-        OWN_BYTES,
-        k::PROT_READ | k::PROT_WRITE,
-        k::MAP_PRIVATE | k::MAP_ANONYMOUS | k::MAP_NORESERVE,
-        -1,
-    )
-    .map_err(|errno| AttachError::System("mapping the holding range", errno))?;
+    let own =
+        map_ranges().map_err(|errno| AttachError::System("mapping the holding range", errno))?;
     for advice in [k::MADV_DONTFORK, k::MADV_DONTDUMP, k::MADV_NOHUGEPAGE] {
         memory::advise_own(own, OWN_BYTES, advice);
     }
@@ -170,6 +165,30 @@ fn with_ranges(
     }
     result
 }
+
+/// Somewhere at random: the agent finds a forked child among its siblings by who has a mapping at these addresses, and
+/// siblings' mappings are otherwise at the same.
+fn map_ranges() -> Result<usize, Errno> {
+    let map = |address: usize, fixed: u32| {
+        let flags = k::MAP_PRIVATE | k::MAP_ANONYMOUS | k::MAP_NORESERVE | fixed;
+        calls::mmap_at(address, OWN_BYTES, k::PROT_READ | k::PROT_WRITE, flags, -1)
+    };
+    let at_random = || {
+        let random = calls::random()? as usize;
+        let address = RANDOM_FROM + random % (RANDOM_TO - RANDOM_FROM);
+        map(address & !(PAGE_BYTES - 1), k::MAP_FIXED_NOREPLACE).ok()
+    };
+    match (0..RANDOM_TRIES).find_map(|_| at_random()) {
+        Some(own) => Ok(own),
+        None => map(0, 0),
+    }
+}
+
+/// Between where programs are linked to and where the kernel puts their mappings, without what sanitizers and runtimes
+/// claim at fixed places below.
+const RANDOM_FROM: usize = 0x2000_0000_0000;
+const RANDOM_TO: usize = 0x5000_0000_0000;
+const RANDOM_TRIES: usize = 4;
 
 const fn holding(own: usize) -> usize {
     own + TLS_BYTES + STACK_BYTES

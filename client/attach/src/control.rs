@@ -73,8 +73,6 @@ pub struct Batch {
 pub struct Control {
     /// [`crate::message::MAGIC`].
     pub magic: AtomicU64,
-    /// The address space's number, by which a forked child names its parent.
-    pub space: AtomicU64,
 
     /// Agent to program: not zero once memory is being managed, so that new mappings are worth a report.
     pub armed: AtomicU32,

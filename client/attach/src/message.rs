@@ -72,7 +72,8 @@ pub struct Packet {
     pub tag: u32,
     /// `Hello`: one of [`kind`].
     pub kind: u32,
-    /// `Hello`: the job's token. `Welcome`: the address space's number.
+    /// `Hello`: the job's token. `Go`: the address space's number, by which its
+    /// children name it.
     pub job: u64,
     /// `Hello` after a fork: the parent's address space number.
     pub parent: u64,

@@ -330,6 +330,9 @@ impl Pager {
                 Request::Adopt(offer, answer) => {
                     let _ = answer.send(self.adopt(offer));
                 }
+                Request::Sync(done) => {
+                    let _ = done.send(());
+                }
                 Request::HelperUp(helper) => self.helper_up(helper),
                 Request::Region(range, answer) => {
                     let _ = answer.send(self.manage_region(range));

@@ -18,7 +18,7 @@ impl SharedBlock {
     ///
     /// # Errors
     /// The kernel's errno.
-    pub fn create(space: u64) -> io::Result<Self> {
+    pub fn create() -> io::Result<Self> {
         let options = MemoryOptions {
             huge_pages: false,
             lock: false,
@@ -32,9 +32,6 @@ impl SharedBlock {
             farpage_attach::message::MAGIC,
             std::sync::atomic::Ordering::Relaxed,
         );
-        control
-            .space
-            .store(space, std::sync::atomic::Ordering::Relaxed);
         Ok(block)
     }
 

@@ -64,7 +64,28 @@ macro_rules! call {
 /// # Errors
 /// The kernel's errno, ENOMEM when an address-space limit forbids it.
 pub fn mmap(len: usize, prot: u32, flags: u32, fd: i32) -> Result<usize, Errno> {
-    call!(k::__NR_mmap, 0usize, len, prot, flags, fd as isize, 0usize)
+    mmap_at(0, len, prot, flags, fd)
+}
+
+/// Maps memory at an address, or near it unless `flags` have it fixed.
+///
+/// # Errors
+/// The kernel's errno, ENOMEM when an address-space limit forbids it.
+pub fn mmap_at(address: usize, len: usize, prot: u32, flags: u32, fd: i32) -> Result<usize, Errno> {
+    call!(k::__NR_mmap, address, len, prot, flags, fd as isize, 0usize)
+}
+
+/// A random number, `None` where the kernel gives none at once.
+#[must_use]
+pub fn random() -> Option<u64> {
+    let mut bytes = [0u8; 8];
+    let got = call!(
+        k::__NR_getrandom,
+        bytes.as_mut_ptr(),
+        bytes.len(),
+        k::GRND_NONBLOCK
+    );
+    matches!(got, Ok(8)).then(|| u64::from_ne_bytes(bytes))
 }
 
 /// `USERFAULTFD_IOC_NEW` on an open `/dev/userfaultfd`: a new uffd of the calling address space.
