@@ -212,7 +212,7 @@ fn xz() {
 }
 
 #[test]
-#[ignore = "open: it maps zero pages by MADV_POPULATE_READ, which are written without a message: 223 MiB at 120 MiB"]
+
 fn stress_ng() {
     let folder = tempfile::tempdir().unwrap();
     // It checks itself: a wrong bit is a failure. Its sweeps touch every page again and again, the worst case.

@@ -60,6 +60,8 @@ pub struct Figures {
     pub local: AtomicU64,
     /// Pages only in slots, or zeros held nowhere.
     pub far: AtomicU64,
+    /// Bytes that it could fill of the mappings it had when last looked at; kept until memory is managed.
+    pub reach: AtomicU64,
     /// Faults answered.
     pub faults: AtomicU64,
     /// Pages that turned out not to be movable (locked, pinned, read-only).

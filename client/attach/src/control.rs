@@ -4,7 +4,7 @@
 //! atomic, since three processes read and write it; the agent believes nothing that it reads here beyond
 //! what the kernel or a checksum confirms. A program that scribbles over it harms itself alone.
 
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
 
 use crate::PAGE_BYTES;
 use crate::sys::calls;
@@ -74,8 +74,10 @@ pub struct Control {
     /// [`crate::message::MAGIC`].
     pub magic: AtomicU64,
 
-    /// Agent to program: not zero once memory is being managed, so that new mappings are worth a report.
-    pub armed: AtomicU32,
+    /// Agent to program: how many bytes it may map before it is to report that. Negative once memory is managed, when
+    /// every mapping is worth a report. The program counts it down.
+    pub headroom: AtomicI64,
+
     /// Agent to program, a futex: not zero while allocations should wait for eviction to catch up.
     pub hold: AtomicU32,
     /// Program to agent, a futex: counts requests to look at the address space again.
@@ -83,13 +85,15 @@ pub struct Control {
     /// Agent to program, a futex: the report that was last answered.
     pub report_ack: AtomicU32,
 
-    /// Agent to helper, a futex: counts batches handed over.
+    /// Agent and program to helper, a futex: counts new commands and new reports.
+    pub bell: AtomicU32,
+    /// Agent to helper: counts batches handed over.
     pub command: AtomicU32,
     /// Helper to agent: the batch whose pages have left the program's ranges.
     pub taken: AtomicU32,
     /// Helper to agent: the batch that is finished, its pages in staging.
     pub done: AtomicU32,
-    /// Helper to agent: not zero while it sleeps on [`Self::command`].
+    /// Helper to agent: not zero while it sleeps on [`Self::bell`].
     pub helper_sleeps: AtomicU32,
     /// Agent to helper: not zero while the agent wants a wake-up through the eventfd.
     pub agent_sleeps: AtomicU32,
@@ -118,11 +122,19 @@ impl Control {
         }
     }
 
+    /// Counts `bytes` that the program has mapped. Returns whether that is to be reported.
+    pub fn uses_up(&self, bytes: usize) -> bool {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.headroom.load(Ordering::Relaxed) < 0
+            || self.headroom.fetch_sub(bytes, Ordering::Relaxed) < bytes
+    }
+
     /// The program's side of a new mapping: asks the agent to look at the address space and waits for it to
     /// have done so, at most [`REPORT_LIMIT_MS`]; later is only less punctual, never wrong.
     pub fn report_mapping(&self) {
         let mine = self.report.fetch_add(1, Ordering::AcqRel).wrapping_add(1);
-        calls::futex_wake(&self.command);
+        self.bell.fetch_add(1, Ordering::SeqCst);
+        calls::futex_wake(&self.bell);
         let mut waited = 0;
         while waited < REPORT_LIMIT_MS {
             let ack = self.report_ack.load(Ordering::Acquire);
@@ -140,5 +152,5 @@ impl Control {
 const HOLD_LIMIT_MS: u64 = 500;
 const HOLD_STEP_MS: u64 = 10;
 /// How long a new mapping waits for the agent.
-const REPORT_LIMIT_MS: u64 = 50;
+const REPORT_LIMIT_MS: u64 = 500;
 const REPORT_STEP_MS: u64 = 10;

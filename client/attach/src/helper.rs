@@ -93,7 +93,7 @@ fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
     let mut reported = 0u32;
     let mut seconds_alone = 0u32;
     loop {
-        let command = next_command(control, done);
+        let command = next_command(control, done, reported);
         let report = control.report.load(Ordering::Acquire);
         if report != reported {
             reported = report;
@@ -125,11 +125,14 @@ fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
     }
 }
 
-/// Sleeps until there is a batch. `None` after a heartbeat without one.
-fn next_command(control: &Control, done: u32) -> Option<u32> {
+/// Sleeps until there is a batch or a report. `None` for a report, and after a heartbeat without either.
+fn next_command(control: &Control, done: u32, reported: u32) -> Option<u32> {
     control.helper_sleeps.store(1, Ordering::SeqCst);
-    if control.command.load(Ordering::SeqCst) == done {
-        calls::futex_wait(&control.command, done, HEARTBEAT_MS);
+    let bell = control.bell.load(Ordering::SeqCst);
+    if control.command.load(Ordering::SeqCst) == done
+        && control.report.load(Ordering::SeqCst) == reported
+    {
+        calls::futex_wait(&control.bell, bell, HEARTBEAT_MS);
     }
     control.helper_sleeps.store(0, Ordering::SeqCst);
     let command = control.command.load(Ordering::Acquire);

@@ -3,6 +3,7 @@
 use core::sync::atomic::Ordering;
 
 use crate::lifecycle::control;
+use crate::mappings;
 
 /// Before the next allocator in line is called.
 #[inline]
@@ -15,11 +16,7 @@ pub(crate) fn before() {
 /// After an allocation of `len` bytes: a large one may be a mapping of its own.
 #[inline]
 pub(crate) fn after(len: usize) {
-    const WORTH_A_REPORT: usize = 256 << 10;
-    if len >= WORTH_A_REPORT
-        && let Some(control) =
-            control().filter(|control| control.armed.load(Ordering::Relaxed) != 0)
-    {
-        control.report_mapping();
+    if len >= mappings::WORTH_A_REPORT {
+        mappings::grew(len);
     }
 }

@@ -1,27 +1,57 @@
-//! New mappings: made by the next `mmap` in line, then shown to the agent while memory is tight.
+//! New mappings: made by the next `mmap` in line, then shown to the agent before they can take a program past its limit.
 
 use core::ffi::{c_int, c_void};
-use core::sync::atomic::Ordering;
+
+use farpage_attach::sys::memory;
 
 use crate::lifecycle::control;
 
 /// Mappings smaller than this are left to the agent's own looking.
-const WORTH_A_REPORT: usize = 256 << 10;
+pub(crate) const WORTH_A_REPORT: usize = 256 << 10;
+
+const PROT_WRITE: c_int = 0x2;
+const MAP_PRIVATE: c_int = 0x02;
+const MAP_ANONYMOUS: c_int = 0x20;
+const MAP_POPULATE: c_int = 0x8000;
+
+/// The flags to make a mapping with, and whether it is to be populated once it is made. The kernel would fill it before
+/// anybody could look, however much more it is than may stay here.
+pub(crate) fn without_populate(flags: c_int, len: usize) -> (c_int, bool) {
+    let large = len >= WORTH_A_REPORT && is_anonymous(flags) && control().is_some();
+    (
+        if large { flags & !MAP_POPULATE } else { flags },
+        large && flags & MAP_POPULATE != 0,
+    )
+}
 
 /// After an anonymous mapping of `len` bytes was made (or grown).
 pub(crate) fn made(address: *mut c_void, len: usize, anonymous: bool) {
-    const MAP_FAILED: usize = usize::MAX;
-    if address.addr() == MAP_FAILED || !anonymous || len < WORTH_A_REPORT {
-        return;
+    if !has_failed(address) && anonymous && len >= WORTH_A_REPORT {
+        grew(len);
     }
-    if let Some(control) = control().filter(|control| control.armed.load(Ordering::Relaxed) != 0) {
+}
+
+/// After `mmap`; `populate` says whether it was asked to fill the mapping and was not told so.
+pub(crate) fn after(address: *mut c_void, len: usize, prot: c_int, flags: c_int, populate: bool) {
+    made(address, len, is_anonymous(flags));
+    if populate && !has_failed(address) {
+        memory::populate(address.addr(), len, prot & PROT_WRITE != 0);
+    }
+}
+
+/// The program may fill `len` bytes more than before.
+pub(crate) fn grew(len: usize) {
+    if let Some(control) = control().filter(|control| control.uses_up(len)) {
         control.report_mapping();
     }
 }
 
 /// Whether `flags` of `mmap` ask for private anonymous memory.
-pub(crate) fn is_anonymous(flags: c_int) -> bool {
-    const MAP_PRIVATE: c_int = 0x02;
-    const MAP_ANONYMOUS: c_int = 0x20;
+fn is_anonymous(flags: c_int) -> bool {
     flags & (MAP_PRIVATE | MAP_ANONYMOUS) == MAP_PRIVATE | MAP_ANONYMOUS
+}
+
+fn has_failed(address: *mut c_void) -> bool {
+    const MAP_FAILED: usize = usize::MAX;
+    address.addr() == MAP_FAILED
 }

@@ -136,7 +136,7 @@ impl Next {
 
 /// Defines an interposed function: what to do before, the real one, what to do after.
 macro_rules! interpose {
-    ($(#[$doc:meta])* fn $name:ident($($arg:ident: $ty:ty),*) -> $ret:ty, before $before:expr, after |$result:ident| $after:expr) => {
+    ($(#[$doc:meta])* fn $name:ident($($arg:ident: $ty:ty),*) -> $ret:ty, before $before:stmt, after |$result:ident| $after:expr) => {
         $(#[$doc])*
         #[unsafe(no_mangle)]
         unsafe extern "C" fn $name($($arg: $ty),*) -> $ret {
@@ -144,7 +144,7 @@ macro_rules! interpose {
                 Ok(name) => name,
                 Err(_) => c"",
             });
-            $before;
+            $before
             // SAFETY: the next object's function of this name has the signature that libc documents for it.
             let real: unsafe extern "C" fn($($ty),*) -> $ret = unsafe { core::mem::transmute(NEXT.get()) };
             // SAFETY: the caller's arguments, unchanged.
@@ -161,8 +161,8 @@ interpose! { fn realloc(old: *mut c_void, size: usize) -> *mut c_void, before al
 interpose! { fn memalign(alignment: usize, size: usize) -> *mut c_void, before allocations::before(), after |result| allocations::after(size) }
 interpose! { fn aligned_alloc(alignment: usize, size: usize) -> *mut c_void, before allocations::before(), after |result| allocations::after(size) }
 interpose! { fn posix_memalign(out: *mut *mut c_void, alignment: usize, size: usize) -> c_int, before allocations::before(), after |result| allocations::after(size) }
-interpose! { fn mmap(address: *mut c_void, len: usize, prot: c_int, flags: c_int, fd: c_int, offset: i64) -> *mut c_void, before {}, after |result| mappings::made(result, len, mappings::is_anonymous(flags)) }
-interpose! { fn mmap64(address: *mut c_void, len: usize, prot: c_int, flags: c_int, fd: c_int, offset: i64) -> *mut c_void, before {}, after |result| mappings::made(result, len, mappings::is_anonymous(flags)) }
+interpose! { fn mmap(address: *mut c_void, len: usize, prot: c_int, flags: c_int, fd: c_int, offset: i64) -> *mut c_void, before let (flags, populate) = mappings::without_populate(flags, len), after |result| mappings::after(result, len, prot, flags, populate) }
+interpose! { fn mmap64(address: *mut c_void, len: usize, prot: c_int, flags: c_int, fd: c_int, offset: i64) -> *mut c_void, before let (flags, populate) = mappings::without_populate(flags, len), after |result| mappings::after(result, len, prot, flags, populate) }
 interpose! { fn mremap(old: *mut c_void, old_len: usize, len: usize, flags: c_int, address: *mut c_void) -> *mut c_void, before {}, after |result| mappings::made(result, len, true) }
 
 const PR_SET_SECCOMP: c_int = 22;

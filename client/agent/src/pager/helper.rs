@@ -106,8 +106,9 @@ impl Helper {
     pub(super) fn publish(&self, command: u32) {
         let control = self.control();
         control.command.store(command, Ordering::SeqCst);
+        control.bell.fetch_add(1, Ordering::SeqCst);
         if control.helper_sleeps.load(Ordering::SeqCst) != 0 {
-            futex_wake(&control.command);
+            futex_wake(&control.bell);
         }
     }
 
@@ -170,10 +171,6 @@ impl Pager {
             .store(process.pid().unsigned_abs().into(), Ordering::Release);
         self.process = Some(process);
         self.handle.set_control(helper.shared().clone());
-        helper
-            .control()
-            .armed
-            .store(u32::from(self.job.is_armed()), Ordering::Release);
         self.helper = Some(helper);
     }
 
@@ -202,6 +199,8 @@ impl Pager {
         helper.reported = report;
         if self.job.is_armed() {
             self.rescan();
+        } else {
+            self.look_ahead();
         }
         if let Some(helper) = &self.helper {
             helper.control().report_ack.store(report, Ordering::Release);

@@ -92,7 +92,7 @@ impl Pager {
             return;
         }
         if let Some(helper) = &self.helper {
-            helper.control().armed.store(1, Ordering::Release);
+            helper.control().headroom.store(-1, Ordering::Release);
         }
         // Drops of our own look like changes of the program's.
         self.settle_batch();
@@ -124,6 +124,39 @@ impl Pager {
             local = self.table.local_pages(),
             "looked at the mappings"
         );
+    }
+
+    /// The program has mapped as much as it was given leave for. Memory is managed before it can be filled past the
+    /// limit: to look only at what is filled would be too late for who fills gigabytes in a second.
+    pub(super) fn look_ahead(&mut self) {
+        let Some(pid) = self.process.as_ref().map(process::Process::pid) else {
+            return;
+        };
+        let Ok(mappings) = process::mappings(pid) else {
+            return;
+        };
+        let bytes = |range: &Range<u64>| range.end - range.start;
+        let reach: u64 = self.worth_managing(&mappings).iter().map(bytes).sum();
+        self.handle.figures.reach.store(reach, Ordering::Relaxed);
+        let spaces = self.job.spaces();
+        let of_all: u64 = spaces
+            .iter()
+            .map(|handle| handle.figures.reach.load(Ordering::Relaxed))
+            .sum();
+        let limit = self.job.limits.local_pages * 4096;
+        if of_all >= limit {
+            self.job.arm();
+            for handle in &spaces {
+                handle.ask_rescan();
+            }
+            self.rescan();
+        } else if let Some(helper) = &self.helper {
+            let share = (limit - of_all) / spaces.len().max(1) as u64;
+            helper
+                .control()
+                .headroom
+                .store(i64::try_from(share).unwrap_or(i64::MAX), Ordering::Release);
+        }
     }
 
     fn worth_managing(&self, mappings: &[Mapping]) -> Vec<Range<u64>> {

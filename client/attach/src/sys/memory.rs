@@ -10,6 +10,7 @@ use crate::control::Control;
 use crate::helper::HelperArgs;
 
 const UFFDIO_MOVE: usize = 0xc028_aa05;
+const MADV_POPULATE_READ: usize = 22;
 const MADV_POPULATE_WRITE: usize = 23;
 
 fn call(number: u32, args: [usize; 6]) -> Result<usize, Errno> {
@@ -90,6 +91,16 @@ pub fn make_exclusive(address: usize, len: usize) {
         k::__NR_madvise,
         [address, len, MADV_POPULATE_WRITE, 0, 0, 0],
     );
+}
+
+/// Fills a mapping that the program has just made and asked to be filled, as far as the kernel can (5.14 or newer).
+pub fn populate(address: usize, len: usize, write: bool) {
+    let advice = if write {
+        MADV_POPULATE_WRITE
+    } else {
+        MADV_POPULATE_READ
+    };
+    let _ = call(k::__NR_madvise, [address, len, advice, 0, 0, 0]);
 }
 
 /// Drops pages of the drain range.
