@@ -1,6 +1,7 @@
 //! The process tree of a job as `/proc` shows it: who is in it without having come to the door.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::job::Job;
@@ -9,7 +10,7 @@ use crate::sys::process::{Process, is_running, share_memory};
 /// Between two looks at a tree.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// How long a process may take to come to the door after it was first seen: its loader brings the shim in.
-const ARRIVAL: Duration = Duration::from_millis(500);
+const ARRIVAL: Duration = Duration::from_secs(1);
 /// Most processes of one tree that are looked at.
 const MAX_PROCESSES: usize = 4096;
 /// The name of our own helpers.
@@ -53,8 +54,15 @@ impl Tree {
             .filter_map(|handle| handle.pid())
             .collect();
         let members = descendants(root);
-        self.strangers
-            .retain(|pid, _| members.contains(pid) && !attached.contains(pid) && is_running(*pid));
+        self.strangers.retain(|pid, stranger| {
+            if attached.contains(pid) && stranger.counted {
+                // It was only late: a loaded machine may let a process wait for seconds.
+                job.counters
+                    .processes_unmanaged
+                    .fetch_sub(1, Ordering::Relaxed);
+            }
+            members.contains(pid) && !attached.contains(pid) && is_running(*pid)
+        });
         for pid in members {
             if attached.contains(&pid) || !is_running(pid) {
                 continue;
@@ -69,7 +77,7 @@ impl Tree {
                         stranger.counted = true;
                         job.counters
                             .processes_unmanaged
-                            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                            .fetch_add(1, Ordering::Relaxed);
                         tracing::warn!(
                             pid,
                             name = stranger.process.name(),

@@ -189,16 +189,14 @@ impl Pager {
     /// program's has crossed the registering: a fork whose event is read before then has not handed them on, and an
     /// unmap may have put another mapping in their place.
     fn take_in(&mut self, pid: i32, ranges: &[Range<u64>]) {
-        for range in ranges {
-            self.registered.insert(range.clone());
-        }
         let Ok(pagemap) = Pagemap::open(pid) else {
+            self.handle.ask_rescan();
             return;
         };
         for range in ranges {
             let (table, residents) = (&mut self.table, &mut self.residents);
             let mut found = 0;
-            let _ = pagemap.present(range.clone(), |number| {
+            let looked = pagemap.present(range.clone(), |number| {
                 let page = Page(number);
                 let adopt = |entry: Entry| (entry.state() == State::Untouched).then(Entry::local);
                 if table.change(page, adopt).is_some() {
@@ -207,6 +205,14 @@ impl Pager {
                 }
             });
             self.job.charge(found);
+            match looked {
+                Ok(()) => self.registered.insert(range.clone()),
+                // Else its pages would be in no table, and never go.
+                Err(error) => {
+                    tracing::debug!(%error, ?range, "what is present cannot be read; it is tried again");
+                    self.handle.ask_rescan();
+                }
+            }
         }
     }
 

@@ -38,7 +38,7 @@ impl Pagemap {
             let want = ((end - page) as usize).min(WINDOW) * 8;
             let got = self.0.read_at(&mut buffer[..want], page * 8)?;
             if got < 8 {
-                return Ok(());
+                return Err(io::ErrorKind::UnexpectedEof.into());
             }
             for word in buffer[..got].chunks_exact(8) {
                 let word = u64::from_ne_bytes(word.try_into().unwrap_or_default());
