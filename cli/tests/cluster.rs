@@ -499,6 +499,9 @@ fn a_child_that_outlives_the_program_keeps_its_memory_and_is_the_last_to_go() {
         .unwrap();
     assert_eq!(out.status.code(), Some(3), "{out:?}");
     // The launcher has ended; the child, the agent and the memory node have not.
+    eventually("agent and memory node alone are left", || {
+        own(&mark).len() == 2
+    });
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(own(&mark).len(), 2, "{:?}", marked(&mark));
     std::fs::write(&go, "").unwrap();

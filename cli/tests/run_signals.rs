@@ -274,11 +274,13 @@ fn no_process_and_no_file_is_left_behind() {
             // The descendants of a killed program live on natively too; with an agent they are managed and end.
             sys::kill(-(running.pid() as i32), libc::SIGKILL);
         }
-        eventually(
-            &format!("{victim}: all processes end, left: {:?}", marked(&mark)),
-            || marked(&mark).is_empty(),
-        );
+        eventually(&format!("{victim}: all processes end"), || {
+            marked(&mark).is_empty()
+        });
         assert_eq!(listing(folder.path()), Vec::<std::path::PathBuf>::new());
-        eventually("shared memory is gone", || shared() == before);
+        // What others had there before may go meanwhile.
+        eventually("shared memory is gone", || {
+            shared().iter().all(|file| before.contains(file))
+        });
     }
 }
