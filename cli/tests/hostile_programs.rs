@@ -143,7 +143,6 @@ fn a_child_of_a_filtered_program() {
 }
 
 #[test]
-#[ignore = "open: after munlockall a part of the pages is no victim any more"]
 fn all_locked() {
     unbounded_case("lock_all");
 }

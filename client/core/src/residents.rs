@@ -3,7 +3,8 @@
 //! The kernel tells user space of no access to a page that is present, so the policy lives on what the pager
 //! sees: arrivals and refaults. A page arrives on probation. If it is fetched again soon after it left, sooner
 //! than as many evictions as there are resident pages, it is kept among the proven ones. Probation is emptied
-//! first while it holds more than its share, so that a scan passes through without driving out what is used.
+//! first while it holds more than its share, so that a scan passes through without driving out what is used. Only now
+//! and then does the oldest of the proven ones go: if it is still used it comes back, if not it would stay for ever.
 
 use std::collections::VecDeque;
 
@@ -11,6 +12,9 @@ use crate::table::Page;
 
 /// Probation's share of the resident set: one in this many pages.
 const PROBATION_SHARE: usize = 8;
+
+/// One victim in so many is a proven page, though probation holds more than its share.
+const PROVEN_TURN: u64 = 16;
 
 /// Evictions per step of the age clock, so that 16 bits of age span four million evictions.
 const AGE_STEP: u64 = 64;
@@ -22,6 +26,7 @@ pub struct Residents {
     probation: VecDeque<Page>,
     proven: VecDeque<Page>,
     evictions: u64,
+    victims: u64,
 }
 
 impl Residents {
@@ -40,7 +45,7 @@ impl Residents {
         }
     }
 
-    /// A page that could not be taken out now: it goes to the back.
+    /// A page that was touched while it was being taken out, or would not go: it goes to the back.
     pub fn stayed(&mut self, page: Page) {
         self.proven.push_back(page);
     }
@@ -48,7 +53,9 @@ impl Residents {
     /// The next page that might go.
     pub fn next_victim(&mut self) -> Option<Page> {
         let total = self.probation.len() + self.proven.len();
-        if self.probation.len() * PROBATION_SHARE >= total {
+        self.victims += 1;
+        let proven_turn = self.victims.is_multiple_of(PROVEN_TURN);
+        if self.probation.len() * PROBATION_SHARE >= total && !proven_turn {
             self.probation
                 .pop_front()
                 .or_else(|| self.proven.pop_front())
@@ -95,6 +102,7 @@ impl Residents {
             probation: self.probation.clone(),
             proven: self.proven.clone(),
             evictions: self.evictions,
+            victims: self.victims,
         }
     }
 }
@@ -112,12 +120,29 @@ mod tests {
         for i in 0..64 / PROBATION_SHARE as u64 {
             residents.arrived(Page(900 + i));
         }
+        let mut left = 0;
         for i in 1000..2000 {
             residents.arrived(Page(i));
             residents.arrived(Page(i + 5000));
             let victim = residents.next_victim().unwrap();
-            assert!(victim.0 >= 900, "a proven page left for a scanned one");
+            if victim.0 < 900 {
+                left += 1;
+                // Still used: it is back before long.
+                residents.refaulted(victim, residents.age(), 64);
+            }
         }
+        assert!(left <= 1000 / PROVEN_TURN, "{left} proven pages left");
+    }
+
+    #[test]
+    fn a_proven_page_that_is_used_no_more_goes_in_the_end() {
+        let mut residents = Residents::default();
+        residents.refaulted(Page(1), 0, 64);
+        for i in 100..100 + PROVEN_TURN {
+            residents.arrived(Page(2 * i));
+            residents.arrived(Page(2 * i + 1));
+        }
+        assert!((0..PROVEN_TURN).any(|_| residents.next_victim() == Some(Page(1))));
     }
 
     #[test]

@@ -50,7 +50,7 @@ impl Fault {
 /// become resident unseen.
 const MAX_ZERO_RUN: u64 = 64;
 
-/// Pages granted at once beyond the limit where nothing can go.
+/// Pages granted at once, beyond the limit if need be, where nothing can go.
 const ROOM_BEYOND: i64 = 256;
 
 impl Pager {
@@ -128,8 +128,9 @@ impl Pager {
         let room = self.job.room();
         let nothing_can_go =
             self.helper.is_none() || (self.no_victims && self.staging.is_all_stuck());
-        if room <= 0 && nothing_can_go && self.take_out.is_none() {
-            return ROOM_BEYOND;
+        // Little room is too little for a fetch of many pages, which must not wait for the rest of it either.
+        if nothing_can_go && self.take_out.is_none() {
+            return room.max(ROOM_BEYOND);
         }
         room
     }

@@ -67,7 +67,7 @@ impl Pager {
             return false;
         };
         for page in self.staging.take_stuck() {
-            self.residents.stayed(page);
+            self.residents.arrived(page);
         }
         self.refresh_pinned();
         let busy = !self.waiting.is_empty()
