@@ -247,8 +247,8 @@ impl Door {
             Arc::clone(&handle),
             None,
             uffd,
-        );
-        pager.install_helper(*offer);
+        )?;
+        pager.install_helper(*offer)?;
         self.shared.spawner.start(job, pager, Arc::clone(&handle))?;
         send_go(peer, &handle, &[])?;
         finish(peer, pid, &handle)?;

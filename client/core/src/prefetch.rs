@@ -1,13 +1,14 @@
 //! How far to read ahead: streams that grow with their hits.
 //!
 //! A fault that continues where a stream's last window ended proves that the window was used, and doubles the
-//! next one. A fault anywhere else begins a stream of one page, so that random access fetches nothing in vain.
+//! next one. A fault anywhere else begins a stream of one page, and so does the first that continues it: something that
+//! lies across the end of a page is no walk. So random access fetches nothing in vain.
 
 use crate::table::Page;
 
 /// The most pages of a window: 128 KiB, past which a batched install gains nothing more.
 pub const MAX_WINDOW: u64 = 32;
-/// The window that the first continued fault of a stream gets.
+/// The window that the second continued fault of a stream gets.
 const FIRST_WINDOW: u64 = 4;
 /// Streams remembered: threads and cursors that walk memory at the same time.
 const STREAMS: usize = 16;
@@ -15,6 +16,7 @@ const STREAMS: usize = 16;
 #[derive(Clone, Copy, Debug)]
 struct Stream {
     next: Page,
+    continued: bool,
     window: u64,
     /// Pages that the last fault brought, itself included.
     covered: u64,
@@ -60,7 +62,12 @@ impl Prefetcher {
         };
         if let Some(stream) = self.streams.iter_mut().find(near) {
             let hits = stream.covered - 1;
-            stream.window = (stream.window * 2).clamp(FIRST_WINDOW, MAX_WINDOW);
+            stream.window = if stream.continued {
+                (stream.window * 2).clamp(FIRST_WINDOW, MAX_WINDOW)
+            } else {
+                1
+            };
+            stream.continued = true;
             stream.next = page.plus(stream.window);
             stream.covered = stream.window;
             stream.last_used = clock;
@@ -71,6 +78,7 @@ impl Prefetcher {
         }
         let fresh = Stream {
             next: page.plus(1),
+            continued: false,
             window: 1,
             covered: 1,
             last_used: clock,
@@ -122,6 +130,16 @@ mod tests {
         for i in 0..1000u64 {
             let window = prefetcher.fault(Page(i * 7919 % 100_003 * 50));
             assert_eq!(window, Window { pages: 1, hits: 0 });
+        }
+    }
+
+    #[test]
+    fn what_lies_across_the_end_of_a_page_is_no_walk() {
+        let mut prefetcher = Prefetcher::default();
+        for i in 0..1000u64 {
+            let page = Page(i * 7919 % 100_003 * 50);
+            assert_eq!(prefetcher.fault(page).pages, 1);
+            assert_eq!(prefetcher.fault(page.plus(1)).pages, 1);
         }
     }
 

@@ -38,8 +38,9 @@ impl Pager {
     fn remapped(&mut self, from: u64, to: u64, len: u64) {
         let pages = len.div_ceil(4096);
         let (from_page, to_page) = (Page::of(from), Page::of(to));
-        self.leave_transit(from_page..from_page.plus(pages));
-        self.leave_transit(to_page..to_page.plus(pages));
+        // What comes meanwhile is later than this move: the unmap of the old range, above all, must find it moved.
+        let mut kept = self.leave_transit(from_page..from_page.plus(pages));
+        kept.extend(self.leave_transit(to_page..to_page.plus(pages)));
         let mut released = Vec::new();
         self.table
             .remap(from_page, to_page, pages, |_, entry| released.push(entry));
@@ -57,6 +58,7 @@ impl Pager {
         }
         self.registered.insert(to..to.saturating_add(len));
         self.tidy_residents();
+        self.keep_messages(kept);
     }
 
     /// Forgets a range: slots are given back, transfers under way lose their say.
@@ -84,26 +86,27 @@ impl Pager {
     }
 
     /// Brings pages in transit to a state that can be moved to another address: fetches are given up, pages
-    /// on their way out are waited for, since their bytes are in staging under their old address.
-    fn leave_transit(&mut self, range: Range<Page>) {
+    /// on their way out are waited for, since their bytes are in staging under their old address. Returns the messages
+    /// that came meanwhile.
+    fn leave_transit(&mut self, range: Range<Page>) -> Vec<Message> {
         let in_transit: Vec<(Page, Entry)> = self
             .table
             .touched(range)
             .filter(|(_, entry)| matches!(entry.state(), State::Fetching | State::Evicting))
             .collect();
-        if in_transit
-            .iter()
-            .any(|(_, entry)| entry.state() == State::Evicting)
-        {
-            let kept = self.settle(super::SETTLE_DEADLINE);
-            self.keep_messages(kept);
-        }
+        let evicting = |(_, entry): &(Page, Entry)| entry.state() == State::Evicting;
+        let kept = if in_transit.iter().any(evicting) {
+            self.settle(super::SETTLE_DEADLINE)
+        } else {
+            Vec::new()
+        };
         for (page, entry) in in_transit {
             if entry.state() == State::Fetching {
                 self.forget_fetch(page);
                 self.table.change(page, Entry::fetch_dropped);
             }
         }
+        kept
     }
 
     /// Messages that came while something had to be settled first: faults wait, events are followed.

@@ -66,7 +66,7 @@ impl Pager {
             Arc::clone(&handle),
             None,
             uffd,
-        );
+        )?;
         for (page, entry) in table.touched(Page(0)..Page(u64::MAX >> 12)) {
             if entry.state() == State::Local {
                 child.residents.arrived(page);

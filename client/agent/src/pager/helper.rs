@@ -1,13 +1,15 @@
 //! The pager's end of its helper: the control block, the eventfd, the lifeline.
 
+use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use farpage_attach::control::Control;
 
-use super::Pager;
+use super::wakeups::Source;
+use super::{Pager, Wakeups};
 use crate::mailbox::HelperOffer;
 use crate::sys::control::{SharedBlock, futex_wake};
 use crate::sys::process::Process;
@@ -57,10 +59,12 @@ impl Helper {
         &self.shared
     }
 
-    pub(crate) fn set_process(&mut self, process: Process) {
+    pub(crate) fn set_process(&mut self, process: Process, wakeups: &Wakeups) -> io::Result<()> {
+        wakeups.watch(&process, Source::Helper)?;
         crate::sys::process::raise_priority(process.pid(), crate::sys::process::FIRST);
         crate::sys::process::raise_session_priority(process.pid(), crate::sys::process::FIRST);
         self.process = Some(process);
+        Ok(())
     }
 
     pub(super) fn pid(&self) -> Option<i32> {
@@ -74,12 +78,6 @@ impl Helper {
     /// Whether it has died, which no part of a program does by itself.
     pub(super) fn is_dead(&self) -> bool {
         self.process.as_ref().is_some_and(Process::has_exited)
-    }
-
-    pub(super) fn waits(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        [self.event.as_fd(), self.drain_uffd.as_fd()]
-            .into_iter()
-            .chain(self.process.as_ref().map(AsFd::as_fd))
     }
 
     /// Makes the eventfd quiet, and answers strays in the drain range with zeros.
@@ -132,7 +130,10 @@ impl Pager {
             return Err(offer);
         };
         let pid = offer.process.pid();
-        self.install_helper(*offer);
+        if let Err(error) = self.install_helper(*offer) {
+            tracing::error!(%error, pid, "a helper cannot be waited for; its program is ended");
+            self.closing = true;
+        }
         self.keep_only_registered(pid);
         Ok(uffd)
     }
@@ -163,20 +164,37 @@ impl Pager {
         found
     }
 
-    pub(crate) fn install_helper(&mut self, offer: HelperOffer) {
+    pub(crate) fn install_helper(&mut self, offer: HelperOffer) -> io::Result<()> {
         self.links.set_staging(Arc::clone(offer.shared.memory()));
         let (helper, process) = Helper::new(offer);
+        self.wakeups.watch(&helper.event, Source::Helper)?;
+        self.wakeups.watch(&helper.drain_uffd, Source::Helper)?;
+        self.wakeups.watch(&process, Source::Process)?;
         self.handle
             .pid
             .store(process.pid().unsigned_abs().into(), Ordering::Release);
         self.process = Some(process);
         self.handle.set_control(helper.shared().clone());
         self.helper = Some(helper);
+        Ok(())
+    }
+
+    /// The helper has news: a finished batch or a report, which the next turn finds, or its end.
+    pub(super) fn quiet_helper(&mut self) {
+        let Some(helper) = &mut self.helper else {
+            return;
+        };
+        helper.quiet();
+        if helper.is_dead() {
+            self.helper_failed();
+        }
     }
 
     pub(super) fn helper_up(&mut self, process: Process) {
-        if let Some(helper) = &mut self.helper {
-            helper.set_process(process);
+        if let Some(helper) = &mut self.helper
+            && let Err(error) = helper.set_process(process, &self.wakeups)
+        {
+            tracing::error!(%error, "a helper's end cannot be waited for");
         }
     }
 

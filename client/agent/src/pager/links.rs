@@ -1,13 +1,13 @@
 //! The pager's connections to memory nodes: one endpoint per node, as it would have its own queue pair.
 
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farpage_fabric::memory::RegisteredMemory;
 use farpage_fabric::{Completion, Endpoint, LocalSlice, PostError, RegionId, WorkId};
 
-use super::Pager;
+use super::wakeups::Source;
+use super::{Pager, Wakeups};
 use crate::entry::Slot;
 use crate::far::FarMemory;
 
@@ -71,10 +71,10 @@ struct Link {
 }
 
 /// The connections of one pager.
-#[derive(Default)]
 pub(crate) struct Links {
     links: Vec<Link>,
     staging: Option<Arc<RegisteredMemory>>,
+    wakeups: Wakeups,
 }
 
 /// Regions are registered in this order on every endpoint.
@@ -82,6 +82,15 @@ const FRAMES: RegionId = RegionId(0);
 const STAGING: RegionId = RegionId(1);
 
 impl Links {
+    /// None yet. Whatever they have to wait for wakes `wakeups`.
+    pub(super) fn new(wakeups: Wakeups) -> Self {
+        Self {
+            links: Vec::new(),
+            staging: None,
+            wakeups,
+        }
+    }
+
     /// The frames' region, the same on every connection.
     pub(super) fn frames_region(&self) -> RegionId {
         FRAMES
@@ -132,7 +141,7 @@ impl Links {
             link.endpoint = None;
         }
         if link.endpoint.is_none() {
-            link.connect(frames, staging.as_ref())?;
+            link.connect(frames, staging.as_ref(), &self.wakeups)?;
         }
         Ok(link)
     }
@@ -204,12 +213,18 @@ impl Links {
         self.links.iter().any(|link| link.in_flight > 0)
     }
 
-    /// What to sleep on.
-    pub(super) fn wait_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.links
-            .iter()
-            .filter(|link| link.in_flight > 0)
-            .filter_map(|link| link.endpoint.as_ref()?.wait_fd())
+    /// Some connection has news. One on which nothing is outstanding can only have ended: it is made anew when it is
+    /// wanted.
+    pub(super) fn look_at_idle(&mut self, completions: &mut Vec<Completion>) {
+        for link in self.links.iter_mut().filter(|link| link.in_flight == 0) {
+            let ended = link.endpoint.as_mut().is_some_and(|endpoint| {
+                endpoint.poll(completions);
+                !endpoint.is_connected()
+            });
+            if ended {
+                link.endpoint = None;
+            }
+        }
     }
 
     /// A request failed: broken connections rest before they are made anew.
@@ -231,6 +246,7 @@ impl Link {
         &mut self,
         frames: &Arc<RegisteredMemory>,
         staging: Option<&Arc<RegisteredMemory>>,
+        wakeups: &Wakeups,
     ) -> Result<(), LinkError> {
         if self.retry_at.is_some_and(|at| Instant::now() < at) {
             return Err(LinkError::Unreachable);
@@ -250,6 +266,12 @@ impl Link {
         endpoint.register(Arc::clone(frames));
         if let Some(staging) = staging {
             endpoint.register(Arc::clone(staging));
+        }
+        if let Some(fd) = endpoint.wait_fd()
+            && let Err(error) = wakeups.watch(fd, Source::Link)
+        {
+            tracing::error!(%error, "a connection cannot be waited for");
+            return Err(LinkError::Unreachable);
         }
         self.endpoint = Some(endpoint);
         self.retry_at = None;

@@ -19,17 +19,16 @@ mod install;
 mod links;
 mod register;
 mod take_out;
+mod wakeups;
 mod write_back;
 
 use std::collections::{HashSet, VecDeque};
-use std::os::fd::AsFd;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use farpage_fabric::Completion;
-use rustix::event::{PollFd, PollFlags};
-
 use crate::far::FarMemory;
 use crate::gate::Gate;
 use crate::job::Job;
@@ -37,8 +36,10 @@ use crate::mailbox::{Request, SpaceHandle};
 use crate::prefetch::Prefetcher;
 use crate::residents::Residents;
 use crate::sys::process::Process;
-use crate::sys::uffd::{Message, Uffd};
+use crate::sys::uffd::{MAX_MESSAGES, Message, Uffd};
 use crate::table::PageTable;
+
+use wakeups::Source;
 
 pub(crate) use fault::Fault;
 pub(crate) use fetch::Fetches;
@@ -46,6 +47,7 @@ pub(crate) use helper::Helper;
 pub(crate) use links::Links;
 pub(crate) use register::Registered;
 pub(crate) use take_out::{FREE_LEAST, TakeOut};
+pub(crate) use wakeups::Wakeups;
 pub(crate) use write_back::Staging;
 
 /// How long a fault may wait for whatever it needs (its node, a free frame, a slot for a victim) before its
@@ -73,15 +75,6 @@ const SETTLE_DEADLINE: Duration = Duration::from_secs(30);
 /// The sleep while something that has no descriptor to wait on is under way.
 const SHORT_SLEEP: Duration = Duration::from_micros(500);
 
-/// What ended a sleep.
-#[derive(Clone, Copy, Debug)]
-struct Woken {
-    handle: bool,
-    uffd: bool,
-    process: bool,
-    helper: bool,
-}
-
 /// What all pagers of an agent share.
 #[derive(Clone, Debug)]
 pub struct Shared {
@@ -100,6 +93,9 @@ pub struct Pager {
     handle: Arc<SpaceHandle>,
     process: Option<Process>,
     uffd: Uffd,
+    wakeups: Wakeups,
+    /// Whether there may be messages to read.
+    uffd_has_news: bool,
     table: PageTable,
     registered: Registered,
     residents: Residents,
@@ -131,25 +127,36 @@ pub struct Pager {
 
 impl Pager {
     /// The pager of an address space that is not managed yet.
-    #[must_use]
+    ///
+    /// # Errors
+    /// The kernel's errno when there is nothing to sleep on.
     pub fn new(
         shared: Shared,
         job: Arc<Job>,
         handle: Arc<SpaceHandle>,
         process: Option<Process>,
         uffd: Uffd,
-    ) -> Self {
-        Self {
+    ) -> io::Result<Self> {
+        let wakeups = Wakeups::new()?;
+        wakeups.watch(&*handle, Source::Mailbox)?;
+        wakeups.watch(&uffd, Source::Uffd)?;
+        if let Some(process) = &process {
+            wakeups.watch(process, Source::Process)?;
+        }
+        let links = Links::new(wakeups.clone());
+        Ok(Self {
             shared,
             job,
             handle,
             process,
             uffd,
+            wakeups,
+            uffd_has_news: true,
             table: PageTable::default(),
             registered: Registered::default(),
             residents: Residents::default(),
             prefetcher: Prefetcher::default(),
-            links: Links::default(),
+            links,
             fetches: Fetches::default(),
             waiting: VecDeque::new(),
             gate: Gate::default(),
@@ -168,7 +175,7 @@ impl Pager {
             no_victims: false,
             checked_exec_at: None,
             starved: None,
-        }
+        })
     }
 
     /// The job it belongs to.
@@ -193,7 +200,9 @@ impl Pager {
     fn turn(&mut self) -> bool {
         let mut worked = self.poll_links();
         worked |= self.poll_helper();
-        worked |= self.read_messages();
+        if self.uffd_has_news {
+            worked |= self.read_messages();
+        }
         worked |= self.retry_waiting();
         worked |= self.evict_ahead();
         worked |= self.retry_writes();
@@ -212,6 +221,8 @@ impl Pager {
         if read.is_err() {
             self.closing = true;
         }
+        // Fewer than fit are all; if more come, the next sleep is none.
+        self.uffd_has_news = matches!(read, Ok(MAX_MESSAGES..));
         let began = Instant::now();
         let mut faults = std::mem::take(&mut self.arrived);
         for message in messages.drain(..) {
@@ -373,61 +384,28 @@ impl Pager {
             .is_some_and(|(batch, control)| control.done.load(Ordering::SeqCst) == batch.command);
         let mut due = false;
         if !helper_done {
-            let woken = self.wait();
-            if woken.handle {
+            let short = !self.waiting.is_empty()
+                || self.fetches.any_to_install()
+                || self.rest_until.is_some();
+            let limit = if short { SHORT_SLEEP } else { MAX_SLEEP };
+            let woken = self.wakeups.wait(limit);
+            if woken.by(Source::Mailbox) {
                 self.handle.quiet();
             }
-            if let Some(helper) = self.helper.as_mut().filter(|_| woken.helper) {
-                helper.quiet();
+            if woken.by(Source::Helper) {
+                self.quiet_helper();
             }
-            due = woken.process || !woken.uffd;
+            if woken.by(Source::Link) {
+                self.links.look_at_idle(&mut self.completions);
+            }
+            self.uffd_has_news |= woken.by(Source::Uffd);
+            due = woken.by(Source::Process) || !woken.by(Source::Uffd);
         }
         if let Some(helper) = &self.helper {
             helper.control().agent_sleeps.store(0, Ordering::SeqCst);
         }
         if due && !self.is_alive() {
             self.closing = true;
-        }
-    }
-
-    /// The sleep itself: until one of the descriptors has something, or a time limit.
-    fn wait(&self) -> Woken {
-        let control = self.helper.as_ref().map(Helper::control);
-        let short =
-            !self.waiting.is_empty() || self.fetches.any_to_install() || self.rest_until.is_some();
-        let limit = if short { SHORT_SLEEP } else { MAX_SLEEP };
-        let timeout = rustix::time::Timespec {
-            tv_sec: 0,
-            tv_nsec: i64::from(limit.subsec_nanos()),
-        };
-        let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
-        let mut fds = Vec::with_capacity(8);
-        fds.push(watch(self.handle.as_fd()));
-        // While a batch is being taken out events may not be read, so waiting for them would not wait.
-        let moving = self
-            .take_out
-            .as_ref()
-            .is_some_and(|batch| !batch.is_taken(control));
-        let wanted = if moving {
-            PollFlags::empty()
-        } else {
-            PollFlags::IN
-        };
-        fds.push(PollFd::new(&self.uffd, wanted));
-        fds.extend(self.process.as_ref().map(|process| watch(process.as_fd())));
-        let helpers = fds.len();
-        fds.extend(self.helper.iter().flat_map(Helper::waits).map(watch));
-        let links = fds.len();
-        if self.links.any_in_flight() {
-            fds.extend(self.links.wait_fds().map(watch));
-        }
-        let _ = rustix::event::poll(&mut fds, Some(&timeout));
-        let has = |fd: &PollFd<'_>| !fd.revents().is_empty();
-        Woken {
-            handle: fds.first().is_some_and(has),
-            uffd: fds.get(1).is_some_and(has),
-            process: fds[2..helpers].iter().any(has),
-            helper: fds[helpers..links].iter().any(has),
         }
     }
 

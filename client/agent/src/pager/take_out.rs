@@ -351,11 +351,11 @@ impl Pager {
         }
     }
 
-    /// The helper is dead or stuck with pages in hand: the program cannot go on.
-    fn helper_failed(&mut self) {
+    /// The helper is dead, or stuck with pages in hand: the program cannot go on.
+    pub(super) fn helper_failed(&mut self) {
         tracing::error!(
             pid = self.pid(),
-            "the helper died or hangs with pages in hand; the program is ended"
+            "the helper died, or hangs with pages in hand; the program is ended"
         );
         if let Some(process) = &self.process {
             process.signal(libc::SIGKILL);
