@@ -10,8 +10,15 @@ mod common;
 
 use common::programs_in_c::{Expect, run_case};
 
+/// On this kernel, and as on one without `UFFDIO_MOVE`.
 fn case(name: &str) {
-    run_case("forks", &[name], Expect::default());
+    for without_move in [false, true] {
+        let expect = Expect {
+            without_move,
+            ..Expect::default()
+        };
+        run_case("forks", &[name], expect);
+    }
 }
 
 #[test]

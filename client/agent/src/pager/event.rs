@@ -22,9 +22,6 @@ impl Pager {
 
     /// `madvise` discards: what is there goes, the registration stays, the next touch reads zeros.
     fn removed(&mut self, range: &Range<u64>) {
-        if self.is_own_drop(range) {
-            return;
-        }
         self.discard_pages(pages_of(range.clone()));
     }
 

@@ -28,7 +28,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use farpage_fabric::Completion;
 use crate::far::FarMemory;
 use crate::gate::Gate;
 use crate::job::Job;
@@ -38,6 +37,7 @@ use crate::residents::Residents;
 use crate::sys::process::Process;
 use crate::sys::uffd::{MAX_MESSAGES, Message, Uffd};
 use crate::table::PageTable;
+use farpage_fabric::Completion;
 
 use wakeups::Source;
 
@@ -217,7 +217,7 @@ impl Pager {
             return false;
         }
         let mut messages = std::mem::take(&mut self.messages);
-        let read = self.uffd.read(&mut messages);
+        let read = self.read_uffd(&mut messages);
         if read.is_err() {
             self.closing = true;
         }
@@ -248,6 +248,22 @@ impl Pager {
         self.poll_links();
         self.publish();
         matches!(read, Ok(count) if count > 0)
+    }
+
+    /// Reads what there is but for what our own drops say. Those are told apart here, when they are read: the batch they
+    /// belong to may be over before the messages before them are dealt with.
+    fn read_uffd(&mut self, messages: &mut Vec<Message>) -> io::Result<usize> {
+        let mut at = messages.len();
+        let read = self.uffd.read(messages)?;
+        while let Some(message) = messages.get(at) {
+            match message {
+                Message::Remove(range) if self.is_own_drop(&range.clone()) => {
+                    messages.remove(at);
+                }
+                _ => at += 1,
+            }
+        }
+        Ok(read)
     }
 
     /// Leave to read events: no page is being moved, and a new epoch begins.

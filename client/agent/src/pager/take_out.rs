@@ -285,8 +285,12 @@ impl Pager {
         for (index, (page, outcome)) in batch.pages.iter().zip(outcomes).enumerate() {
             if outcome == outcome::TAKEN {
                 taken.push((index, *page));
-            } else {
-                self.not_taken(*page, outcome, batch.method);
+                continue;
+            }
+            self.not_taken(*page, outcome, batch.method);
+            if batch.method == method::DROP && !batch.drops_unread.contains(page) {
+                // What was read as our drop's event was the program's own.
+                self.discard_pages(*page..page.plus(1));
             }
         }
         if taken.is_empty() && !unmovable {
@@ -402,15 +406,7 @@ impl Pager {
                 .as_ref()
                 .is_some_and(|batch| batch.method == method::DROP)
             {
-                let mut messages = Vec::new();
-                let _ = self.uffd.read(&mut messages);
-                worked |= !messages.is_empty();
-                for message in messages {
-                    match message {
-                        Message::Remove(range) if self.is_own_drop(&range) => {}
-                        other => kept.push(other),
-                    }
-                }
+                worked |= matches!(self.read_uffd(&mut kept), Ok(1..));
             }
             if !worked {
                 std::thread::yield_now();
