@@ -397,7 +397,7 @@ impl VerbsEndpoint {
     }
 }
 
-fn our_port(device: &Device) -> Port {
+pub(super) fn our_port(device: &Device) -> Port {
     let limits = device.context.limits();
     Port {
         gid: device.gid,

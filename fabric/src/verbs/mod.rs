@@ -27,6 +27,8 @@ mod endpoint;
 mod lane;
 mod responder;
 mod sys;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 pub use address::{DeviceChoice, DeviceChoiceError};

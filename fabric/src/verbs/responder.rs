@@ -15,6 +15,7 @@ use rustix::net::{RecvFlags, recv};
 use super::DeviceChoice;
 use super::device::Device;
 use super::door::VerbsDoor;
+use super::endpoint::our_port;
 use super::wire::{Answer, Ask, FRAME_BYTES, HELLO_BYTES, Port, Tell, VERSION, decode_hello};
 use crate::MAX_TRANSFER;
 use crate::access::{AccessTable, Door};
@@ -316,16 +317,8 @@ fn receive_hello(socket: &TcpStream, shared: &Shared) -> io::Result<Port> {
 
 /// Answers what the requester asks, and tells it what happens, until it leaves.
 fn answer(socket: &TcpStream, door: &VerbsDoor, shared: &Shared) -> io::Result<()> {
-    let limits = shared.device.context.limits();
     let welcome = Answer::Welcome {
-        port: Port {
-            gid: shared.device.gid,
-            lid: shared.device.state.lid,
-            mtu: shared.device.state.mtu,
-            reads_in: limits.reads_in,
-            reads_out: limits.reads_out,
-            ethernet: shared.device.state.ethernet,
-        },
+        port: our_port(&shared.device),
         geometry: shared.access.geometry(),
         max_transfer: MAX_TRANSFER,
     };
