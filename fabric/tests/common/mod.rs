@@ -270,7 +270,7 @@ pub fn sleep_on(endpoint: &dyn Endpoint) {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     if let Some(fd) = endpoint.wait_fd() {
         let timeout = Timespec {
-            tv_sec: 5,
+            tv_sec: 20,
             tv_nsec: 0,
         };
         let ready = poll(
