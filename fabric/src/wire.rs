@@ -248,7 +248,7 @@ impl ClientHello {
             .u16(self.version)
             .u16(0)
             .u64(0)
-            .bytes
+            .finish()
     }
 
     /// From received bytes. Another version is no error here: the responder says so before it hangs up.
@@ -295,7 +295,7 @@ impl ServerHello {
                     .u32(max_transfer)
                     .u64(geometry.extent_bytes())
                     .u64(0)
-                    .bytes
+                    .finish()
             }
             _ => writer.bytes,
         }
@@ -357,7 +357,7 @@ impl Request {
             .u64(self.offset)
             .u32(self.extent)
             .u32(word)
-            .bytes
+            .finish()
     }
 
     /// From received bytes.
@@ -398,7 +398,7 @@ impl Response {
             .u64(self.id)
             .u32(word)
             .u32(RESPONSE_MAGIC)
-            .bytes
+            .finish()
     }
 
     /// From received bytes.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use crate::step::{Step, StepError, release_folder, root};
+use crate::step::{Step, StepError, build_programs, release_folder, root};
 use crate::tally::Tally;
 
 /// Debian's kernels that farpage is tried on: the newest that backports offer, and the stable release's own.
@@ -34,15 +34,7 @@ pub(crate) fn run(machines: u8, kernel: &str, command: &[OsString]) -> Result<()
     let mut step = Step::new(lab()).args(["--kernel", kernel]);
     if machines == 2 {
         let farpage = release_folder().join("farpage");
-        Step::cargo(&[
-            "build",
-            "--release",
-            "-p",
-            "farpage-cli",
-            "-p",
-            "farpage-preload",
-        ])
-        .run()?;
+        build_programs()?;
         let node = format!("FARPAGE='{0}'; \"$FARPAGE\" {NODE_ON_B}", farpage.display());
         step = step.arg("--peer").arg(node);
     }

@@ -95,15 +95,7 @@ fn main() -> ExitCode {
 }
 
 fn bench(arguments: Vec<OsString>) -> Result<(), StepError> {
-    Step::cargo(&[
-        "build",
-        "--release",
-        "-p",
-        "farpage-cli",
-        "-p",
-        "farpage-preload",
-    ])
-    .run()?;
+    step::build_programs()?;
     Step::new(step::release_folder().join("farpage"))
         .arg("bench")
         .args(arguments)
