@@ -289,14 +289,12 @@ impl ServerHello {
             Self::Welcome {
                 geometry,
                 max_transfer,
-            } => {
-                writer
-                    .u32(geometry.extents())
-                    .u32(max_transfer)
-                    .u64(geometry.extent_bytes())
-                    .u64(0)
-                    .finish()
-            }
+            } => writer
+                .u32(geometry.extents())
+                .u32(max_transfer)
+                .u64(geometry.extent_bytes())
+                .u64(0)
+                .finish(),
             _ => writer.bytes,
         }
     }

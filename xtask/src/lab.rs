@@ -21,8 +21,11 @@ const TESTS: [(&str, &str); 3] = [
 /// The one that wants two machines.
 const TEST_OF_TWO: &str = "two_machines";
 
-/// What a run may take: boot to power-off is 90 seconds on two idle cores.
-const TIMEOUT_SECONDS: &str = "500";
+/// What a run may take: boot to power-off is 90 seconds on two idle cores, and ten times that where others build.
+const TIMEOUT_SECONDS: &str = "900";
+
+/// What one test may wait for.
+const PATIENCE_SECONDS: u32 = 150;
 
 /// The memory node of a lab with two machines, on the second one.
 const NODE_ON_B: &str = "coordinator --listen 10.77.0.2:7400 --state file:/tmp/state.redb & sleep 1; \
@@ -101,7 +104,10 @@ fn on(kernel: &str, programs: &Programs) -> Run {
             let program = program.display();
             format!("'{program}' --test-threads 1 --show-output {filter} || failed=1; ")
         });
-    let script = format!("failed=0; {}exit $failed", tests.collect::<String>());
+    let script = format!(
+        "export FARPAGE_TEST_PATIENCE={PATIENCE_SECONDS}; failed=0; {}exit $failed",
+        tests.collect::<String>()
+    );
     let alone = step().args(["--", "bash", "-c", &script]).quietly();
     let serve = format!("FARPAGE_LAB=serve '{}'", programs.of_two.display());
     let endure = format!(

@@ -19,8 +19,9 @@ const EXTENT_BYTES: u64 = 2 << 20;
 const KEY: u64 = 7;
 const DEPTH: u32 = 16;
 
+/// Emulated machines on a busy host are slow; a hang ends the test all the same.
 fn deadline() -> Instant {
-    Instant::now() + Duration::from_secs(30)
+    Instant::now() + Duration::from_secs(150)
 }
 
 fn memory(len: u64) -> Arc<RegisteredMemory> {
