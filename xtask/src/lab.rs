@@ -32,8 +32,8 @@ const NODE_ON_B: &str = "coordinator --listen 10.77.0.2:7400 --state file:/tmp/s
                          exec \"$FARPAGE\" node --capacity 512M --coordinator http://10.77.0.2:7400 --fabric rdma \
                          --listen 10.77.0.2:7500 --id far-node";
 
-/// Runs a command in the lab. Its status is not told from other failures, but what it printed is.
-pub(crate) fn run(machines: u8, kernel: &str, command: &[OsString]) -> Result<(), StepError> {
+/// Runs a command in the lab; returns its status, or the lab's own when it cannot run.
+pub(crate) fn run(machines: u8, kernel: &str, command: &[OsString]) -> Result<u8, StepError> {
     let mut step = Step::new(lab()).args(["--kernel", kernel]);
     if machines == 2 {
         let farpage = release_folder().join("farpage");
@@ -41,7 +41,14 @@ pub(crate) fn run(machines: u8, kernel: &str, command: &[OsString]) -> Result<()
         let node = format!("FARPAGE='{0}'; \"$FARPAGE\" {NODE_ON_B}", farpage.display());
         step = step.arg("--peer").arg(node);
     }
-    step.arg("--").args(command).run()
+    match step.arg("--").args(command).run() {
+        Ok(()) => Ok(0),
+        Err(StepError::Failed(words, status)) => match status.code() {
+            Some(code) => Ok(u8::try_from(code).unwrap_or(1)),
+            None => Err(StepError::Failed(words, status)),
+        },
+        Err(error) => Err(error),
+    }
 }
 
 /// The verbs tests, on real kernels with a device each; both kernels at a time, as a machine keeps one core busy.

@@ -82,7 +82,10 @@ fn main() -> ExitCode {
             machines,
             kernel,
             command,
-        } => lab::run(machines, &kernel, &command).map_err(|error| error.to_string()),
+        } => match lab::run(machines, &kernel, &command) {
+            Ok(status) => return ExitCode::from(status),
+            Err(error) => Err(error.to_string()),
+        },
         Task::Bench { arguments } => bench(arguments).map_err(|error| error.to_string()),
     };
     match done {
