@@ -118,7 +118,7 @@ fn on(kernel: &str, programs: &Programs) -> Run {
     let alone = step().args(["--", "bash", "-c", &script]).quietly();
     let serve = format!("FARPAGE_LAB=serve '{}'", programs.of_two.display());
     let endure = format!(
-        "FARPAGE_LAB=10.77.0.2 '{}' --show-output",
+        "FARPAGE_TEST_PATIENCE={PATIENCE_SECONDS} FARPAGE_LAB=10.77.0.2 '{}' --show-output",
         programs.of_two.display()
     );
     let of_two = step()
