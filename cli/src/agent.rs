@@ -35,7 +35,7 @@ pub(crate) enum AgentError {
 pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
     crate::doctor::userfaultfd_is_usable()?;
     daemon::start_logging();
-    if args.fabric == Some(Fabric::Rdma) {
+    if args.fabric == Some(Fabric::Rdma) && !cfg!(feature = "verbs") {
         return Err(AgentError::NoRdma);
     }
     let socket = args.socket.to_str().ok_or(AgentError::Socket)?.to_owned();

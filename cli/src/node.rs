@@ -24,10 +24,8 @@ pub(crate) enum NodeError {
     NoName,
     #[error("{0}")]
     Field(#[from] FieldError),
-    #[error("--fabric tcp needs --listen ADDR:PORT, where the data path is served")]
+    #[error("--fabric tcp and rdma need --listen ADDR:PORT, where the data path is served")]
     NoListen,
-    #[error("--fabric rdma: this build has no rdma transport; use tcp or shm")]
-    NoRdma,
     #[error("cannot start: {0}")]
     Runtime(#[from] std::io::Error),
     #[error(transparent)]
@@ -70,7 +68,7 @@ fn serve(options: &NodeOptions<'_>) -> Result<(), NodeError> {
                     .unwrap_or_else(|| format!("@farpage-node-{}", options.id)),
             );
         }
-        Fabric::Tcp => {
+        Fabric::Tcp | Fabric::Rdma => {
             let listen = args.listen.as_deref().ok_or(NodeError::NoListen)?;
             let listen = HostPort::parse("--listen", listen)?;
             // The coordinator reaches the node's own gRPC where others reach its memory, at a port that it is told.
@@ -78,9 +76,13 @@ fn serve(options: &NodeOptions<'_>) -> Result<(), NodeError> {
                 host: listen.host.clone(),
                 port: 0,
             });
-            config.tcp = Some(TcpListen { listen });
+            let listen = Some(TcpListen { listen });
+            if args.fabric == Fabric::Rdma {
+                config.rdma = listen;
+            } else {
+                config.tcp = listen;
+            }
         }
-        Fabric::Rdma => return Err(NodeError::NoRdma),
     }
     config.labels = options
         .labels

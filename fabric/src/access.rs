@@ -83,6 +83,12 @@ enum Closing {
     Unfenced,
 }
 
+/// A way into extents that is not a gate: a device that lets requesters in by itself.
+pub(crate) trait Door: Send + Sync + std::fmt::Debug {
+    /// Lets nobody into `extent` any more. After `true` nothing that had been let in touches it either.
+    fn shut(&self, extent: u32) -> bool;
+}
+
 /// A responder's grants. The key words live in a memfd that requesters on the same host can map, read-only.
 ///
 /// Over TCP the responder enforces both checks and fences. Over shared memory the requester checks for
@@ -94,6 +100,8 @@ pub struct AccessTable {
     keys: RegisteredMemory,
     /// Every live connection's gate.
     gates: Mutex<Vec<Arc<GateWord>>>,
+    /// Every live connection's door.
+    doors: Mutex<Vec<Arc<dyn Door>>>,
     closing: Mutex<BTreeMap<u32, Closing>>,
 }
 
@@ -109,6 +117,7 @@ impl AccessTable {
             geometry,
             keys,
             gates: Mutex::new(Vec::new()),
+            doors: Mutex::new(Vec::new()),
             closing: Mutex::new(BTreeMap::new()),
         }))
     }
@@ -179,7 +188,9 @@ impl AccessTable {
             closing.insert(extent, Closing::Waiting);
             fence::close(word);
         }
-        // A gate that is opened later finds the key gone.
+        // A gate that is opened later finds the key gone, and so does a door.
+        let doors = lock(&self.doors).clone();
+        let ajar = doors.iter().filter(|door| !door.shut(extent)).count();
         let mut holders = lock(&self.gates).clone();
         let deadline = Instant::now() + FENCE_DEADLINE;
         let mut looks = 0;
@@ -187,15 +198,15 @@ impl AccessTable {
             // A connection that ends takes its gate along: only shared gates can be left standing inside.
             holders.retain(|gate| gate.is_inside(extent) && !gate.is_gone());
             let mut closing = lock(&self.closing);
-            if holders.is_empty() {
+            if holders.is_empty() && ajar == 0 {
                 closing.remove(&extent);
                 return Ok(());
             }
-            if Instant::now() >= deadline {
+            if holders.is_empty() || Instant::now() >= deadline {
                 closing.insert(extent, Closing::Unfenced);
                 return Err(RevokeError::StillInside {
                     extent,
-                    holders: holders.len(),
+                    holders: holders.len() + ajar,
                 });
             }
             drop(closing);
@@ -222,6 +233,32 @@ impl AccessTable {
         memory: RegisteredMemory,
     ) -> Result<Gate, TooManyGates> {
         self.admit_gate(GateWord::new(GatePlace::Shared(memory)))
+    }
+
+    /// Has revocations shut this door too. It looks at keys only after this.
+    #[cfg(feature = "verbs")]
+    pub(crate) fn add_door(&self, door: Arc<dyn Door>) -> Result<(), TooManyGates> {
+        let mut doors = lock(&self.doors);
+        if doors.len() >= MAX_GATES {
+            return Err(TooManyGates);
+        }
+        doors.push(door);
+        Ok(())
+    }
+
+    /// Forgets a door that nobody can come through any more.
+    #[cfg(feature = "verbs")]
+    pub(crate) fn remove_door(&self, door: &Arc<dyn Door>) {
+        lock(&self.doors).retain(|other| !Arc::ptr_eq(other, door));
+    }
+
+    /// Whether `key` is the live key of `extent`.
+    #[cfg(feature = "verbs")]
+    pub(crate) fn is_live(&self, extent: u32, key: u64) -> bool {
+        key != fence::NO_KEY
+            && self
+                .key_word(extent)
+                .is_some_and(|word| fence::Look::load(word) == key)
     }
 
     /// Forgets a gate: revocations pass it by from now on.

@@ -4,10 +4,14 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+#[cfg(feature = "verbs")]
+use crate::verbs::{DeviceChoice, DeviceChoiceError};
+
 /// The longest Unix socket name that `sockaddr_un` holds, without its terminating or leading zero.
 const MAX_SOCKET_NAME: usize = 107;
 
-/// A responder's address: `tcp:HOST:PORT`, `shm:@NAME` or `shm:/PATH`. Prints as it parses.
+/// A responder's address: `tcp:HOST:PORT`, `shm:@NAME`, `shm:/PATH` or `rdma:HOST:PORT`, the last one with an optional
+/// `?device=NAME&port=N&gid=N` for the requester's own device. Prints as it parses.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum FabricAddress {
     /// Over TCP.
@@ -19,6 +23,16 @@ pub enum FabricAddress {
     },
     /// Over memory shared on one host.
     Shm(ShmAddress),
+    /// Over verbs.
+    #[cfg(feature = "verbs")]
+    Rdma {
+        /// Name or number of the control connection; an IPv6 number without its brackets.
+        host: String,
+        /// Its port, not 0.
+        port: u16,
+        /// By which of the requester's devices.
+        choice: DeviceChoice,
+    },
 }
 
 /// The Unix socket on which shared memory is handed over.
@@ -34,8 +48,14 @@ pub enum ShmAddress {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AddressError {
     /// No transport that there is.
-    #[error("{0:?} names no transport; write tcp:HOST:PORT, shm:@NAME or shm:/PATH")]
+    #[error(
+        "{0:?} names no transport; write tcp:HOST:PORT, rdma:HOST:PORT, shm:@NAME or shm:/PATH"
+    )]
     Transport(String),
+    /// Not a choice of a device.
+    #[cfg(feature = "verbs")]
+    #[error(transparent)]
+    Device(#[from] DeviceChoiceError),
     /// Verbs are not built in.
     #[error("this build has no rdma transport; use tcp:HOST:PORT, or shm: on one host")]
     NoRdma,
@@ -53,16 +73,31 @@ impl FromStr for FabricAddress {
     fn from_str(text: &str) -> Result<Self, AddressError> {
         match text.split_once(':') {
             Some(("tcp", rest)) => {
-                parse_tcp(rest).ok_or_else(|| AddressError::HostPort(rest.to_owned()))
+                let (host, port) = host_port(rest)?;
+                Ok(Self::Tcp { host, port })
             }
             Some(("shm", rest)) => rest.parse().map(Self::Shm),
+            #[cfg(feature = "verbs")]
+            Some(("rdma", rest)) => {
+                let (at, choice) = match rest.split_once('?') {
+                    Some((at, choice)) => (at, choice.parse()?),
+                    None => (rest, DeviceChoice::default()),
+                };
+                let (host, port) = host_port(at)?;
+                Ok(Self::Rdma { host, port, choice })
+            }
+            #[cfg(not(feature = "verbs"))]
             Some(("rdma", _)) => Err(AddressError::NoRdma),
             _ => Err(AddressError::Transport(text.to_owned())),
         }
     }
 }
 
-fn parse_tcp(text: &str) -> Option<FabricAddress> {
+fn host_port(text: &str) -> Result<(String, u16), AddressError> {
+    parse_host_port(text).ok_or_else(|| AddressError::HostPort(text.to_owned()))
+}
+
+fn parse_host_port(text: &str) -> Option<(String, u16)> {
     let (host, port) = text.rsplit_once(':')?;
     let host = match host.strip_prefix('[') {
         Some(rest) => rest.strip_suffix(']').filter(|host| host.contains(':'))?,
@@ -70,15 +105,13 @@ fn parse_tcp(text: &str) -> Option<FabricAddress> {
         None => host,
     };
     let port = port.parse().ok().filter(|&port| port != 0)?;
-    let plain =
-        |c: char| !c.is_whitespace() && !c.is_control() && !matches!(c, '[' | ']' | '/' | '@');
+    let plain = |c: char| {
+        !c.is_whitespace() && !c.is_control() && !matches!(c, '[' | ']' | '/' | '@' | '?')
+    };
     if host.is_empty() || !host.chars().all(plain) {
         return None;
     }
-    Some(FabricAddress::Tcp {
-        host: host.to_owned(),
-        port,
-    })
+    Some((host.to_owned(), port))
 }
 
 impl FromStr for ShmAddress {
@@ -104,10 +137,26 @@ impl FromStr for ShmAddress {
 impl fmt::Display for FabricAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
-            Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Self::Tcp { host, port } => write_host_port(f, "tcp", host, *port),
+            #[cfg(feature = "verbs")]
+            Self::Rdma { host, port, choice } => {
+                write_host_port(f, "rdma", host, *port)?;
+                if *choice == DeviceChoice::default() {
+                    Ok(())
+                } else {
+                    write!(f, "?{choice}")
+                }
+            }
             Self::Shm(address) => write!(f, "shm:{address}"),
         }
+    }
+}
+
+fn write_host_port(f: &mut fmt::Formatter<'_>, scheme: &str, host: &str, port: u16) -> fmt::Result {
+    if host.contains(':') {
+        write!(f, "{scheme}:[{host}]:{port}")
+    } else {
+        write!(f, "{scheme}:{host}:{port}")
     }
 }
 
@@ -134,6 +183,10 @@ mod tests {
             "tcp:[fe80::1]:65535",
             "shm:@farpage",
             "shm:/run/farpage/x",
+            #[cfg(feature = "verbs")]
+            "rdma:[fe80::1]:7700",
+            #[cfg(feature = "verbs")]
+            "rdma:node1:7700?device=mlx5_0&port=2&gid=3",
         ] {
             assert_eq!(text.parse::<FabricAddress>().unwrap().to_string(), text);
         }
@@ -142,7 +195,12 @@ mod tests {
     #[test]
     fn errors_say_what_to_write() {
         for (text, hint) in [
+            #[cfg(not(feature = "verbs"))]
             ("rdma:node1:7700", "no rdma transport"),
+            #[cfg(feature = "verbs")]
+            ("rdma:node1:7700?gid=256", "gid=N"),
+            #[cfg(feature = "verbs")]
+            ("rdma:node1:7700?device=../x", "device=NAME"),
             ("udp:x:1", "tcp:HOST:PORT"),
             ("", "tcp:HOST:PORT"),
             ("tcp:node1", "HOST:PORT"),
@@ -161,7 +219,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_parses_prints_to_something_equal(text in "(tcp|shm|rdma)?:?[\\[\\]@/:a-z0-9 .]{0,20}(:[0-9]{1,5})?") {
+        fn whatever_parses_prints_to_something_equal(text in "(tcp|shm|rdma)?:?[\\[\\]@/:a-z0-9 .]{0,20}(:[0-9]{1,5})?([?][a-z0-9=&]{0,12})?") {
             if let Ok(address) = text.parse::<FabricAddress>() {
                 prop_assert_eq!(address.to_string().parse::<FabricAddress>().unwrap(), address);
             }

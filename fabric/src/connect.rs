@@ -12,6 +12,8 @@ use crate::endpoint::Endpoint;
 use crate::geometry::PoolGeometry;
 use crate::shm::ShmEndpoint;
 use crate::tcp::TcpEndpoint;
+#[cfg(feature = "verbs")]
+use crate::verbs::VerbsEndpoint;
 use crate::wire::{ServerHello, VERSION, WireError};
 
 /// The most requests that one endpoint may have outstanding: bounds its queues (about 100 bytes each). Far more
@@ -77,31 +79,46 @@ pub fn connect(
     deadline: Instant,
 ) -> Result<Box<dyn Endpoint>, ConnectError> {
     match address {
-        FabricAddress::Tcp { host, port } => {
-            let name = format!("{host}:{port}");
-            let addresses: Vec<SocketAddr> = (host.as_str(), *port)
-                .to_socket_addrs()
-                .map_err(|error| ConnectError::Resolve {
-                    name: name.clone(),
-                    error,
-                })?
-                .collect();
-            let mut last = ConnectError::Resolve {
-                name,
-                error: io::ErrorKind::NotFound.into(),
-            };
-            for address in addresses {
-                match TcpEndpoint::connect(address, window, deadline) {
-                    Ok(endpoint) => return Ok(Box::new(endpoint)),
-                    Err(error) => last = error,
-                }
-            }
-            Err(last)
-        }
+        FabricAddress::Tcp { host, port } => first_of(host, *port, |address| {
+            Ok(Box::new(TcpEndpoint::connect(address, window, deadline)?))
+        }),
+        #[cfg(feature = "verbs")]
+        FabricAddress::Rdma { host, port, choice } => first_of(host, *port, |address| {
+            Ok(Box::new(VerbsEndpoint::connect(
+                address, choice, window, deadline,
+            )?))
+        }),
         FabricAddress::Shm(address) => {
             Ok(Box::new(ShmEndpoint::connect(address, window, deadline)?))
         }
     }
+}
+
+/// Tries a name's addresses in turn.
+fn first_of(
+    host: &str,
+    port: u16,
+    try_one: impl Fn(SocketAddr) -> Result<Box<dyn Endpoint>, ConnectError>,
+) -> Result<Box<dyn Endpoint>, ConnectError> {
+    let name = format!("{host}:{port}");
+    let addresses: Vec<SocketAddr> = (host, port)
+        .to_socket_addrs()
+        .map_err(|error| ConnectError::Resolve {
+            name: name.clone(),
+            error,
+        })?
+        .collect();
+    let mut last = ConnectError::Resolve {
+        name,
+        error: io::ErrorKind::NotFound.into(),
+    };
+    for address in addresses {
+        match try_one(address) {
+            Ok(endpoint) => return Ok(endpoint),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 pub(crate) fn check_window(window: usize) -> Result<(), ConnectError> {

@@ -92,6 +92,17 @@ pub trait Endpoint: Send {
         remote: RemoteSlice,
     ) -> Result<(), PostError>;
 
+    /// Posts a read that nobody waits for yet. Where a transport has queues of their own for such reads, they hold up no
+    /// [`Self::post_read`]; elsewhere they are the same.
+    fn post_read_ahead(
+        &mut self,
+        id: WorkId,
+        local: LocalSlice,
+        remote: RemoteSlice,
+    ) -> Result<(), PostError> {
+        self.post_read(id, local, remote)
+    }
+
     /// Posts a one-sided write: the local slice's bytes to remote ones. The local bytes may be read at any
     /// time until the completion. Sent at the latest by [`Self::flush`].
     fn post_write(
@@ -135,6 +146,15 @@ impl<E: Endpoint + ?Sized> Endpoint for Box<E> {
         remote: RemoteSlice,
     ) -> Result<(), PostError> {
         (**self).post_read(id, local, remote)
+    }
+
+    fn post_read_ahead(
+        &mut self,
+        id: WorkId,
+        local: LocalSlice,
+        remote: RemoteSlice,
+    ) -> Result<(), PostError> {
+        (**self).post_read_ahead(id, local, remote)
     }
 
     fn post_write(

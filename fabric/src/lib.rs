@@ -10,7 +10,7 @@
 //! | the contract between the two | [`endpoint`] |
 //! | memory that both may touch | [`memory`], its shape in [`geometry`] |
 //! | grants, and fences when they end | [`access`], [`gate`]; the lock-free part and its loom model in `fence.rs` |
-//! | transports | [`tcp`] (frames in [`wire`]), [`shm`] |
+//! | transports | [`tcp`] (frames in [`wire`]), [`shm`], `verbs` (RDMA, a cargo feature) |
 //! | getting there | [`address`], [`connect()`] |
 //! | misbehaviour for tests | [`faulty`] |
 //!
@@ -66,6 +66,8 @@ mod regions;
 pub mod shm;
 mod sys;
 pub mod tcp;
+#[cfg(feature = "verbs")]
+pub mod verbs;
 pub mod wire;
 
 pub use access::AccessTable;

@@ -165,10 +165,10 @@ impl Status {
 }
 
 /// Takes little-endian integers from the front of bytes of known length.
-struct Reader<'a>(&'a [u8]);
+pub(crate) struct Reader<'a>(pub(crate) &'a [u8]);
 
 impl Reader<'_> {
-    fn take<const N: usize>(&mut self) -> [u8; N] {
+    pub(crate) fn take<const N: usize>(&mut self) -> [u8; N] {
         let mut bytes = [0; N];
         if let Some((head, tail)) = self.0.split_first_chunk::<N>() {
             bytes = *head;
@@ -177,34 +177,39 @@ impl Reader<'_> {
         bytes
     }
 
-    fn u16(&mut self) -> u16 {
+    pub(crate) fn u16(&mut self) -> u16 {
         u16::from_le_bytes(self.take())
     }
 
-    fn u32(&mut self) -> u32 {
+    pub(crate) fn u32(&mut self) -> u32 {
         u32::from_le_bytes(self.take())
     }
 
-    fn u64(&mut self) -> u64 {
+    pub(crate) fn u64(&mut self) -> u64 {
         u64::from_le_bytes(self.take())
     }
 }
 
 /// Fills a header of fixed size from its front.
-struct Writer<const N: usize> {
+pub(crate) struct Writer<const N: usize> {
     bytes: [u8; N],
     at: usize,
 }
 
 impl<const N: usize> Writer<N> {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             bytes: [0; N],
             at: 0,
         }
     }
 
-    fn put<const M: usize>(mut self, value: [u8; M]) -> Self {
+    /// The bytes; what was not put is zero.
+    pub(crate) fn finish(self) -> [u8; N] {
+        self.bytes
+    }
+
+    pub(crate) fn put<const M: usize>(mut self, value: [u8; M]) -> Self {
         if let Some(to) = self.bytes.get_mut(self.at..self.at + M) {
             to.copy_from_slice(&value);
             self.at += M;
@@ -212,15 +217,15 @@ impl<const N: usize> Writer<N> {
         self
     }
 
-    fn u16(self, value: u16) -> Self {
+    pub(crate) fn u16(self, value: u16) -> Self {
         self.put(value.to_le_bytes())
     }
 
-    fn u32(self, value: u32) -> Self {
+    pub(crate) fn u32(self, value: u32) -> Self {
         self.put(value.to_le_bytes())
     }
 
-    fn u64(self, value: u64) -> Self {
+    pub(crate) fn u64(self, value: u64) -> Self {
         self.put(value.to_le_bytes())
     }
 }
@@ -243,7 +248,7 @@ impl ClientHello {
             .u16(self.version)
             .u16(0)
             .u64(0)
-            .bytes
+            .finish()
     }
 
     /// From received bytes. Another version is no error here: the responder says so before it hangs up.
@@ -284,14 +289,12 @@ impl ServerHello {
             Self::Welcome {
                 geometry,
                 max_transfer,
-            } => {
-                writer
-                    .u32(geometry.extents())
-                    .u32(max_transfer)
-                    .u64(geometry.extent_bytes())
-                    .u64(0)
-                    .bytes
-            }
+            } => writer
+                .u32(geometry.extents())
+                .u32(max_transfer)
+                .u64(geometry.extent_bytes())
+                .u64(0)
+                .finish(),
             _ => writer.bytes,
         }
     }
@@ -352,7 +355,7 @@ impl Request {
             .u64(self.offset)
             .u32(self.extent)
             .u32(word)
-            .bytes
+            .finish()
     }
 
     /// From received bytes.
@@ -393,7 +396,7 @@ impl Response {
             .u64(self.id)
             .u32(word)
             .u32(RESPONSE_MAGIC)
-            .bytes
+            .finish()
     }
 
     /// From received bytes.

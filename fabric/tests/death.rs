@@ -28,9 +28,14 @@ const KEY: u64 = 7;
 #[test]
 fn the_other_process() {
     match std::env::var(ROLE).as_deref() {
-        Ok("tcp" | "shm") => {
-            let tcp = std::env::var(ROLE).as_deref() == Ok("tcp");
-            let node = Node::start(if tcp { Transport::Tcp } else { Transport::Shm });
+        Ok(role @ ("tcp" | "shm" | "rdma")) => {
+            let node = Node::start(match role {
+                "tcp" => Transport::Tcp,
+                "shm" => Transport::Shm,
+                #[cfg(feature = "verbs")]
+                "rdma" => Transport::Rdma { windows: true },
+                other => panic!("no transport {other}"),
+            });
             node.access.grant(0, KEY).unwrap();
             println!("\nready {}", address(&node));
             std::thread::sleep(common::PATIENCE);
@@ -70,6 +75,8 @@ fn address(node: &Node) -> FabricAddress {
             }
         }
         Responder::Shm(responder) => FabricAddress::Shm(responder.address().clone()),
+        #[cfg(feature = "verbs")]
+        Responder::Rdma(responder) => format!("rdma:{}", responder.local_addr()).parse().unwrap(),
     }
 }
 
@@ -97,26 +104,54 @@ fn kill(mut child: Child) {
 
 #[test]
 fn a_requester_that_is_killed_inside_an_extent_does_not_keep_it() {
-    for transport in common::TRANSPORTS {
-        let node = Node::start(transport);
-        for round in 0..5 {
-            node.access.grant(0, KEY).unwrap();
-            let (child, _) = spawn(&address(&node).to_string());
-            std::thread::sleep(Duration::from_millis(5 + round));
-            kill(child);
-            // The responder learns of the death from the socket; on a busy machine that may take a while.
-            let end = deadline();
-            while let Err(error) = node.access.revoke(0) {
-                assert!(std::time::Instant::now() < end, "{error}");
-            }
-            node.pool.zero(0, MAX_TRANSFER as usize).unwrap();
+    common::TRANSPORTS.into_iter().for_each(kill_requesters);
+}
+
+#[cfg(feature = "verbs")]
+#[test]
+fn a_requester_that_is_killed_over_rdma_does_not_keep_an_extent() {
+    let transport = Transport::Rdma { windows: true };
+    if common::can_run("a_requester_that_is_killed", transport) {
+        kill_requesters(transport);
+    }
+}
+
+fn kill_requesters(transport: Transport) {
+    let node = Node::start(transport);
+    for round in 0..5 {
+        node.access.grant(0, KEY).unwrap();
+        let (child, _) = spawn(&address(&node).to_string());
+        std::thread::sleep(Duration::from_millis(5 + round));
+        kill(child);
+        // The responder learns of the death from the socket; on a busy machine that may take a while.
+        let end = deadline();
+        while let Err(error) = node.access.revoke(0) {
+            assert!(std::time::Instant::now() < end, "{error}");
         }
+        node.pool.zero(0, MAX_TRANSFER as usize).unwrap();
     }
 }
 
 #[test]
 fn a_responder_that_is_killed_completes_everything_once() {
     for (role, round) in [("tcp", 0), ("tcp", 1), ("tcp", 2), ("shm", 3)] {
+        kill_a_responder(role, round);
+    }
+}
+
+#[cfg(feature = "verbs")]
+#[test]
+fn a_responder_that_is_killed_over_rdma_completes_everything_once() {
+    if common::can_run(
+        "a_responder_that_is_killed",
+        Transport::Rdma { windows: true },
+    ) {
+        (0..3).for_each(|round| kill_a_responder("rdma", 10 * round));
+    }
+}
+
+fn kill_a_responder(role: &str, round: u64) {
+    {
         let (child, address) = spawn(role);
         let address: FabricAddress = address.parse().unwrap();
         let mut client = Client::new(connect(&address, WINDOW, deadline()).unwrap());

@@ -33,7 +33,7 @@ use farpage_fabric::{
 fn tcp(node: &Node) -> &TcpResponder {
     match &node.responder {
         Responder::Tcp(responder) => responder,
-        Responder::Shm(_) => panic!("not over TCP"),
+        _ => panic!("not over TCP"),
     }
 }
 

@@ -25,7 +25,7 @@ pub struct EmbeddedConfig {
     pub capacity: ByteCount,
     /// Bytes per extent.
     pub extent_bytes: ByteCount,
-    /// The data path: shared memory, or TCP on the loopback.
+    /// The data path: shared memory, TCP on the loopback, or an RDMA device that talks to itself.
     pub fabric: FabricKind,
     /// Name of the abstract Unix socket of the coordinator's gRPC, without `@`; the node's are `NAME.node` and `NAME.shm`.
     /// At most 100 characters, unique on this machine: put the process id in it.
@@ -66,9 +66,6 @@ pub enum EmbeddedError {
     /// A setting is out of bounds.
     #[error(transparent)]
     Config(#[from] FieldError),
-    /// This fabric has no embedded form.
-    #[error("the {0} fabric cannot be used without an agent and a memory node; use shm or tcp")]
-    Fabric(FabricKind),
     /// No runtime, or the descriptor of `exit_on_eof` cannot be waited for.
     #[error("cannot start: {0}; check the limits on processes and open files")]
     System(#[from] io::Error),
@@ -163,17 +160,19 @@ fn node_config(
     node.control = EndpointUrl::parse_field("name", &format!("unix:@{}.node", config.name))?;
     match config.fabric {
         FabricKind::Shm => node.shm = Some(format!("@{}.shm", config.name)),
-        FabricKind::Tcp => {
-            node.tcp = Some(TcpListen {
-                listen: HostPort {
-                    host: Ipv4Addr::LOCALHOST.to_string(),
-                    port: 0,
-                },
-            });
-        }
-        FabricKind::Rdma => return Err(EmbeddedError::Fabric(FabricKind::Rdma)),
+        FabricKind::Tcp => node.tcp = Some(on_loopback()),
+        FabricKind::Rdma => node.rdma = Some(on_loopback()),
     }
     Ok(node)
+}
+
+fn on_loopback() -> TcpListen {
+    TcpListen {
+        listen: HostPort {
+            host: Ipv4Addr::LOCALHOST.to_string(),
+            port: 0,
+        },
+    }
 }
 
 /// Completes when the descriptor reports its end, or fails. What comes before is ignored. A thread of its own does the

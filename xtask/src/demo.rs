@@ -9,7 +9,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::sample::{Run, run as sample};
-use crate::step::{Step, StepError, release_folder, target_folder};
+use crate::step::{StepError, build_programs, release_folder, target_folder};
 
 /// How many lines are sorted; each has close to a kilobyte, so that sorting needs some 240 MiB.
 const LINES: u64 = 250_000;
@@ -43,15 +43,7 @@ impl Drop for Scratch {
 
 /// Builds, runs, compares, explains.
 pub(crate) fn run() -> Result<(), DemoError> {
-    Step::cargo(&[
-        "build",
-        "--release",
-        "-p",
-        "farpage-cli",
-        "-p",
-        "farpage-preload",
-    ])
-    .run()?;
+    build_programs()?;
     let farpage = release_folder()
         .join("farpage")
         .canonicalize()

@@ -30,7 +30,26 @@ pub(crate) fn run(tally: &mut Tally) {
             tally.skip(name, "not installed; rustup component add rustfmt clippy");
         }
     }
+    shell(tally);
     deny(tally);
+}
+
+/// The lab's scripts.
+fn shell(tally: &mut Tally) {
+    if installed("shellcheck").is_none() {
+        tally.skip("shellcheck", "not installed; cargo xtask setup");
+        return;
+    }
+    let scripts = [
+        "lab",
+        "build-machine",
+        "machine-init",
+        "rdma-up",
+        "check",
+        "lab-control",
+    ];
+    let scripts = scripts.map(|name| format!("deploy/softroce/{name}"));
+    check(tally, "shellcheck", Step::new("shellcheck").args(scripts));
 }
 
 fn check(tally: &mut Tally, name: &str, step: Step) {

@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod demo;
+mod lab;
 mod lint;
 mod sample;
 mod setup;
@@ -41,6 +42,19 @@ enum Task {
     Lint,
     /// Install the Debian packages that the tests need
     Setup,
+    /// Run a command on virtual machines with real RDMA (SoftRoCE); without one, the fabric's tests for it on each kernel
+    #[command(after_help = "Example:\n  cargo xtask lab --kernel 6.1 -- ibv_devinfo")]
+    Lab {
+        /// Two: the command runs on the first, with a memory node on the second (coordinator: http://10.77.0.2:7400)
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+        machines: u8,
+        /// Debian kernel to boot
+        #[arg(long, value_name = "VERSION", default_value = lab::KERNELS[0])]
+        kernel: String,
+        /// What to run
+        #[arg(last = true)]
+        command: Vec<OsString>,
+    },
     /// Build in release and run `farpage bench` with these arguments
     Bench {
         /// As for `farpage bench`
@@ -59,6 +73,19 @@ fn main() -> ExitCode {
             tally.close()
         }
         Task::Setup => setup::run().map_err(|error| error.to_string()),
+        Task::Lab { command, .. } if command.is_empty() => {
+            let mut tally = Tally::default();
+            lab::test(&mut tally);
+            tally.close()
+        }
+        Task::Lab {
+            machines,
+            kernel,
+            command,
+        } => match lab::run(machines, &kernel, &command) {
+            Ok(status) => return ExitCode::from(status),
+            Err(error) => Err(error.to_string()),
+        },
         Task::Bench { arguments } => bench(arguments).map_err(|error| error.to_string()),
     };
     match done {
@@ -71,15 +98,7 @@ fn main() -> ExitCode {
 }
 
 fn bench(arguments: Vec<OsString>) -> Result<(), StepError> {
-    Step::cargo(&[
-        "build",
-        "--release",
-        "-p",
-        "farpage-cli",
-        "-p",
-        "farpage-preload",
-    ])
-    .run()?;
+    step::build_programs()?;
     Step::new(step::release_folder().join("farpage"))
         .arg("bench")
         .args(arguments)

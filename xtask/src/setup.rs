@@ -20,7 +20,7 @@ const fn package(name: &'static str, sign: &'static str, purpose: &'static str) 
     }
 }
 
-const PACKAGES: [Package; 12] = [
+const PACKAGES: [Package; 26] = [
     package(
         "gcc",
         "gcc",
@@ -53,6 +53,44 @@ const PACKAGES: [Package; 12] = [
         "tests of programs with capabilities",
     ),
     package("procps", "ps", "tests that look at sessions"),
+    package(
+        "libibverbs-dev",
+        "/usr/include/infiniband/verbs.h",
+        "building the RDMA fabric",
+    ),
+    package(
+        "librdmacm-dev",
+        "/usr/include/rdma/rdma_cma.h",
+        "building the RDMA fabric",
+    ),
+    package(
+        "libclang-dev",
+        "/usr/share/doc/libclang-dev",
+        "building the RDMA fabric: bindgen reads its headers with it",
+    ),
+    package("pkg-config", "pkg-config", "building the RDMA fabric"),
+    package(
+        "ibverbs-providers",
+        "/etc/libibverbs.d/rxe.driver",
+        "RDMA in the lab",
+    ),
+    package("ibverbs-utils", "ibv_rc_pingpong", "checking the lab"),
+    package("perftest", "ib_read_lat", "checking the lab"),
+    package("iproute2", "rdma", "RDMA in the lab"),
+    package(
+        "qemu-system-x86",
+        "qemu-system-x86_64",
+        "the lab's machines",
+    ),
+    package("busybox-static", "busybox", "the lab's machines"),
+    package("cpio", "cpio", "the lab's machines"),
+    package("kmod", "depmod", "the lab's machines"),
+    package(
+        "rdma-core",
+        "/etc/rdma",
+        "RDMA on hosts with hardware, and its udev rules",
+    ),
+    package("shellcheck", "shellcheck", "checking the lab's scripts"),
 ];
 
 /// Why something is still missing.

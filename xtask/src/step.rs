@@ -102,6 +102,32 @@ impl Step {
     }
 }
 
+/// What building the RDMA fabric takes: two headers and pkg-config. (And libclang, which has many names and comes with them by setup.)
+const FOR_VERBS: [&str; 2] = [
+    "/usr/include/infiniband/verbs.h",
+    "/usr/include/rdma/rdma_cma.h",
+];
+
+/// Builds the `farpage` command and its shim in release, without RDMA where the packages for it are missing.
+pub(crate) fn build_programs() -> Result<(), StepError> {
+    let mut arguments = vec![
+        "build",
+        "--release",
+        "-p",
+        "farpage-cli",
+        "-p",
+        "farpage-preload",
+    ];
+    let there = FOR_VERBS.iter().all(|file| Path::new(file).exists());
+    if !there || installed("pkg-config").is_none() {
+        println!(
+            "Without --fabric rdma, for lack of packages that building it takes: cargo xtask setup"
+        );
+        arguments.push("--no-default-features");
+    }
+    Step::cargo(&arguments).run()
+}
+
 /// The workspace's root.
 pub(crate) fn root() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));

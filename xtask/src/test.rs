@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::step::{Step, root, target_folder};
 use crate::tally::Tally;
-use crate::{lint, setup};
+use crate::{lab, lint, setup};
 
 /// Runs everything, also after something has failed, and prints the sums.
 pub(crate) fn run() -> Result<(), String> {
@@ -28,6 +28,7 @@ pub(crate) fn run() -> Result<(), String> {
         &mut tally,
         Step::cargo(&["test", "--release", "-p", "farpage-cli"]).args(show),
     );
+    lab::test(&mut tally);
     for (name, _) in crates_with_models() {
         // A target folder of its own: the flag rebuilds everything.
         let step = Step::cargo(&["test", "--release", "-p", &name, "--lib", "loom"]).args(show);

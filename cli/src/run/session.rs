@@ -62,7 +62,7 @@ impl Session {
     /// Brings far memory up, or connects to the agent that has it.
     pub(crate) fn open(options: &RunOptions) -> Result<Self, SessionError> {
         let shim = preload::find()?;
-        if options.fabric == Fabric::Rdma {
+        if options.fabric == Fabric::Rdma && !cfg!(feature = "verbs") {
             return Err(SessionError::NoRdma);
         }
         let (agent, socket) = match &options.agent {

@@ -25,7 +25,7 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
 const KEEPALIVE_PROBES: u32 = 3;
 
 /// What both ends want of their socket.
-fn tune(socket: impl AsFd) -> std::io::Result<()> {
+pub(crate) fn tune(socket: impl AsFd) -> std::io::Result<()> {
     let socket = socket.as_fd();
     sockopt::set_tcp_nodelay(socket, true)?;
     sockopt::set_socket_keepalive(socket, true)?;

@@ -1,4 +1,4 @@
-//! What the fabric's tests share: a pool, a responder of either transport, and an endpoint that can be waited for.
+//! What the fabric's tests share: a pool, a responder of any transport, and an endpoint that can be waited for.
 
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
@@ -11,6 +11,8 @@ use farpage_fabric::access::AccessTable;
 use farpage_fabric::memory::MemoryOptions;
 use farpage_fabric::shm::{ShmEndpoint, ShmLimits, ShmResponder};
 use farpage_fabric::tcp::{ResponderLimits, TcpEndpoint, TcpResponder};
+#[cfg(feature = "verbs")]
+use farpage_fabric::verbs::{DeviceChoice, VerbsEndpoint, VerbsLimits, VerbsResponder};
 use farpage_fabric::{
     Completion, Endpoint, LocalSlice, PoolGeometry, RegionId, RegisteredMemory, RemoteSlice,
     ShmAddress, WorkError, WorkId,
@@ -23,8 +25,11 @@ pub const EXTENTS: u32 = 4;
 pub const LOCAL_BYTES: usize = 4 << 20;
 pub const WINDOW: usize = 32;
 
+/// [`PATIENCE`] from now; or so many seconds as `FARPAGE_TEST_PATIENCE` says, on emulated machines.
 pub fn deadline() -> Instant {
-    Instant::now() + PATIENCE
+    let seconds = std::env::var("FARPAGE_TEST_PATIENCE").ok();
+    let seconds = seconds.and_then(|seconds| seconds.parse().ok());
+    Instant::now() + seconds.map_or(PATIENCE, Duration::from_secs)
 }
 
 pub fn memory(len: usize) -> Arc<RegisteredMemory> {
@@ -39,13 +44,33 @@ pub fn memory(len: usize) -> Arc<RegisteredMemory> {
 pub enum Transport {
     Tcp,
     Shm,
+    #[cfg(feature = "verbs")]
+    Rdma {
+        windows: bool,
+    },
 }
 
+/// Whether this host has what the transport takes. If not, says so for the test of this name.
+pub fn can_run(test: &str, transport: Transport) -> bool {
+    #[cfg(feature = "verbs")]
+    if let Transport::Rdma { .. } = transport
+        && let Err(why) = farpage_fabric::verbs::usable_device()
+    {
+        println!("SKIPPED: {test} over rdma: {why}");
+        return false;
+    }
+    let _ = (test, transport);
+    true
+}
+
+/// Those that every host has.
 pub const TRANSPORTS: [Transport; 2] = [Transport::Tcp, Transport::Shm];
 
 pub enum Responder {
     Tcp(TcpResponder),
     Shm(ShmResponder),
+    #[cfg(feature = "verbs")]
+    Rdma(VerbsResponder),
 }
 
 impl Responder {
@@ -53,6 +78,8 @@ impl Responder {
         match self {
             Self::Tcp(responder) => responder.stop(),
             Self::Shm(responder) => responder.stop(),
+            #[cfg(feature = "verbs")]
+            Self::Rdma(responder) => responder.stop(),
         }
     }
 }
@@ -93,6 +120,19 @@ impl Node {
                     ShmResponder::start(&address, pool.clone(), access.clone(), limits).unwrap(),
                 )
             }
+            #[cfg(feature = "verbs")]
+            Transport::Rdma { windows } => {
+                let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+                let limits = VerbsLimits {
+                    windows,
+                    ..VerbsLimits::default()
+                };
+                let choice = DeviceChoice::default();
+                let (pool, access) = (pool.clone(), access.clone());
+                Responder::Rdma(
+                    VerbsResponder::start(listener, &choice, pool, access, limits).unwrap(),
+                )
+            }
         };
         Self {
             pool,
@@ -112,6 +152,11 @@ impl Node {
             }
             Responder::Shm(responder) => {
                 Box::new(ShmEndpoint::connect(responder.address(), window, deadline()).unwrap())
+            }
+            #[cfg(feature = "verbs")]
+            Responder::Rdma(responder) => {
+                let (at, choice) = (responder.local_addr(), DeviceChoice::default());
+                Box::new(VerbsEndpoint::connect(at, &choice, window, deadline()).unwrap())
             }
         }
     }
@@ -228,7 +273,7 @@ pub fn sleep_on(endpoint: &dyn Endpoint) {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     if let Some(fd) = endpoint.wait_fd() {
         let timeout = Timespec {
-            tv_sec: 5,
+            tv_sec: 20,
             tv_nsec: 0,
         };
         let ready = poll(

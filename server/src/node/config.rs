@@ -23,6 +23,8 @@ pub struct NodeConfig {
     pub shm: Option<String>,
     /// Serve the data path over TCP.
     pub tcp: Option<TcpListen>,
+    /// Serve the data path over RDMA; this is where the control connections come to.
+    pub rdma: Option<TcpListen>,
     /// Where to serve the node's own gRPC; port 0 takes any.
     pub control: EndpointUrl,
     /// The host name or address that others reach this node by, when it listens on all addresses. `None`: the address that
@@ -36,7 +38,7 @@ pub struct NodeConfig {
     pub lock: bool,
 }
 
-/// Where to serve the TCP data path.
+/// Where to listen for the data path.
 #[derive(Clone, Debug)]
 pub struct TcpListen {
     /// Host or address, and port (0: any).
@@ -57,7 +59,7 @@ impl Shape {
 }
 
 impl NodeConfig {
-    /// A node with the usual settings, which serves nothing yet: set `shm` or `tcp`.
+    /// A node with the usual settings, which serves nothing yet: set `shm`, `tcp` or `rdma`.
     pub fn new(id: NodeId, capacity: ByteCount, coordinator: EndpointUrl) -> Self {
         let control = EndpointUrl::Tcp(HostPort {
             host: Ipv4Addr::LOCALHOST.to_string(),
@@ -70,6 +72,7 @@ impl NodeConfig {
             coordinator,
             shm: None,
             tcp: None,
+            rdma: None,
             control,
             advertise_host: None,
             labels: Labels::new(),

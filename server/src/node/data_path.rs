@@ -7,6 +7,8 @@ use std::sync::Arc;
 use farpage_fabric::address::{AddressError, ShmAddress};
 use farpage_fabric::shm::{ShmLimits, ShmResponder};
 use farpage_fabric::tcp::{ResponderLimits, TcpResponder};
+#[cfg(feature = "verbs")]
+use farpage_fabric::verbs::{DeviceChoice, VerbsLimits, VerbsResponder};
 use farpage_proto::{DataAddress, FieldError};
 
 use super::config::{NodeConfig, TcpListen, advertise_at};
@@ -16,7 +18,7 @@ use super::pool::Pool;
 #[derive(Debug, thiserror::Error)]
 pub enum DataPathError {
     /// Nothing to serve.
-    #[error("no fabric is chosen; choose shm, tcp, or both")]
+    #[error("no fabric is chosen; choose shm, tcp or rdma")]
     NoFabric,
     /// An address cannot be told to others.
     #[error(transparent)]
@@ -24,6 +26,19 @@ pub enum DataPathError {
     /// An address is none of the fabric's.
     #[error(transparent)]
     Form(#[from] AddressError),
+    /// Verbs are not built in.
+    #[cfg(not(feature = "verbs"))]
+    #[error("this build has no rdma transport; choose tcp or shm, or build with the feature verbs")]
+    NoRdma,
+    /// No device, or none that works.
+    #[cfg(feature = "verbs")]
+    #[error("cannot serve {address}: {source}")]
+    Rdma {
+        /// Where the control connections were to come.
+        address: String,
+        /// What is missing.
+        source: io::Error,
+    },
     /// An address cannot be had.
     #[error("cannot serve {address}: {source}; choose another address, or stop its holder")]
     Start {
@@ -40,6 +55,8 @@ pub(crate) struct DataPath {
     addresses: Vec<DataAddress>,
     tcp: Option<TcpResponder>,
     shm: Option<ShmResponder>,
+    #[cfg(feature = "verbs")]
+    rdma: Option<VerbsResponder>,
 }
 
 impl DataPath {
@@ -53,9 +70,14 @@ impl DataPath {
             addresses: Vec::new(),
             tcp: None,
             shm: None,
+            #[cfg(feature = "verbs")]
+            rdma: None,
         };
         if let Some(listen) = &config.tcp {
             path.start_tcp(listen, pool, advertised)?;
+        }
+        if let Some(listen) = &config.rdma {
+            path.start_rdma(listen, pool, advertised)?;
         }
         if let Some(name) = &config.shm {
             path.start_shm(name, pool)?;
@@ -93,6 +115,38 @@ impl DataPath {
         Ok(())
     }
 
+    #[cfg(not(feature = "verbs"))]
+    fn start_rdma(&mut self, _: &TcpListen, _: &Pool, _: &str) -> Result<(), DataPathError> {
+        Err(DataPathError::NoRdma)
+    }
+
+    #[cfg(feature = "verbs")]
+    fn start_rdma(
+        &mut self,
+        rdma: &TcpListen,
+        pool: &Pool,
+        advertised: &str,
+    ) -> Result<(), DataPathError> {
+        let address = format!("rdma:{}", rdma.listen);
+        let listener =
+            TcpListener::bind((rdma.listen.host.as_str(), rdma.listen.port)).map_err(|source| {
+                DataPathError::Start {
+                    address: address.clone(),
+                    source,
+                }
+            })?;
+        let (memory, access) = (Arc::clone(pool.memory()), Arc::clone(pool.access()));
+        let (choice, limits) = (DeviceChoice::default(), VerbsLimits::default());
+        let responder = VerbsResponder::start(listener, &choice, memory, access, limits)
+            .map_err(|source| DataPathError::Rdma { address, source })?;
+        tracing::info!(device = responder.device(), "memory is served by RDMA");
+        let mut at = advertise_at(&rdma.listen, advertised);
+        at.port = responder.local_addr().port();
+        self.addresses.push(DataAddress::Rdma(at));
+        self.rdma = Some(responder);
+        Ok(())
+    }
+
     fn start_shm(&mut self, name: &str, pool: &Pool) -> Result<(), DataPathError> {
         let address: DataAddress = format!("shm:{name}").parse()?;
         let socket: ShmAddress = name.parse()?;
@@ -116,5 +170,7 @@ impl DataPath {
     pub(crate) fn stop(mut self) {
         self.tcp.iter_mut().for_each(TcpResponder::stop);
         self.shm.iter_mut().for_each(ShmResponder::stop);
+        #[cfg(feature = "verbs")]
+        self.rdma.iter_mut().for_each(VerbsResponder::stop);
     }
 }

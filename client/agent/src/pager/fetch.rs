@@ -302,6 +302,7 @@ impl Pager {
             let work = Work::Read {
                 place: place as u8,
                 index: index as u8,
+                ahead: !fetch.wanted,
             };
             let to = LocalSlice {
                 region: self.links.frames_region(),

@@ -21,18 +21,23 @@ const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 /// What a work request was for. Its 64 bits come back in the completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Work {
-    /// A read of a fetch.
-    Read { place: u8, index: u8 },
+    /// A read of a fetch; ahead when nobody waits for it yet.
+    Read { place: u8, index: u8, ahead: bool },
     /// A write of a staging area's run.
     Write { area: u8, index: u8 },
 }
 
 const WRITE: u64 = 1 << 63;
+const AHEAD: u64 = 1 << 62;
 
 impl Work {
     fn id(self) -> WorkId {
         match self {
-            Self::Read { place, index } => Pager::read_id(place, index),
+            Self::Read {
+                place,
+                index,
+                ahead,
+            } => WorkId(Pager::read_id(place, index).0 | if ahead { AHEAD } else { 0 }),
             Self::Write { area, index } => WorkId(WRITE | u64::from(area) << 8 | u64::from(index)),
         }
     }
@@ -43,6 +48,7 @@ impl Work {
             Self::Read {
                 place: high,
                 index: low,
+                ahead: id.0 & AHEAD != 0,
             }
         } else {
             Self::Write {
@@ -157,7 +163,10 @@ impl Links {
     ) -> Result<(), LinkError> {
         let (extent, remote) = far.locate(slot).ok_or(LinkError::Unreachable)?;
         let link = self.link(&extent.grant.address, frames)?;
-        link.post(|endpoint| endpoint.post_read(work.id(), to, remote))
+        link.post(|endpoint| match work {
+            Work::Read { ahead: true, .. } => endpoint.post_read_ahead(work.id(), to, remote),
+            _ => endpoint.post_read(work.id(), to, remote),
+        })
     }
 
     /// Posts a write to a slot (and its neighbours).
