@@ -151,3 +151,19 @@ fn all_locked() {
 fn all_to_come_locked() {
     unbounded_case("lock_future");
 }
+
+#[test]
+fn more_that_cannot_be_managed_than_may_stay() {
+    let expect = Expect {
+        status: 1,
+        ended: true,
+        ..Expect::default()
+    };
+    if let Some(outcome) = run_case("hostile", &["crowd"], expect) {
+        assert!(
+            outcome.errors.contains("give --local more than that"),
+            "{}",
+            outcome.errors
+        );
+    }
+}

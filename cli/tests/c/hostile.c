@@ -167,6 +167,20 @@ static void limited(void)
 	MUST(mmap(NULL, 500 * MIB, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED && errno == ENOMEM);
 }
 
+/* More than may stay here, in mappings that are too small to be managed. */
+static void crowd(void)
+{
+	size_t each = 64 << 10;
+	for (size_t i = 0; i < 40 * MIB / each; i++) {
+		char *at = map(each + PAGE);
+		MUST(mprotect(at + each, PAGE, PROT_NONE) == 0);
+		fill(at, each, i);
+	}
+	/* Ended by now, or soon: the deadline is the agent's. */
+	for (int i = 0; i < 300; i++)
+		usleep(100000);
+}
+
 /* Works for as long as the outside needs to stop, debug and continue it; says so by a file. */
 static void long_work(void)
 {
@@ -193,7 +207,7 @@ static const struct test_case cases[] = {
 	{"filtered_child", filtered_child}, {"child_of_filtered", child_of_filtered}, {"other_user", other_user},
 	{"lock_all", lock_all}, {"lock_future", lock_future}, {"title", title}, {"limited", limited},
 	{"long_work", long_work}, {"work", work},
-	{"cgroup", cgroup},
+	{"cgroup", cgroup}, {"crowd", crowd},
 };
 
 __attribute__((constructor)) static void remember(int argc, char **argv)

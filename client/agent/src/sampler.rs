@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::job::Job;
 use crate::mailbox::{Request, SpaceHandle};
@@ -33,6 +33,9 @@ const MARGIN_MOST_PAGES: u64 = 6144;
 const RELEASE_PAGES: i64 = 32;
 const _: () = assert!(RELEASE_PAGES < crate::pager::FREE_LEAST as i64);
 
+/// How long what cannot be managed may exceed the limit by itself before the job is ended.
+const CROWDED_DEADLINE: Duration = Duration::from_secs(3);
+
 /// Resident pages that no table explains, beyond which the mappings are looked at again.
 const UNEXPLAINED_PAGES: u64 = 128;
 
@@ -41,7 +44,7 @@ pub fn run(spaces: &Arc<Spaces>, ended: &dyn Fn() -> bool) {
     crate::sys::process::raise_priority(0, crate::sys::process::FIRST);
     crate::sys::process::run_at_once(true);
     let mut watched: HashMap<u64, Watched> = HashMap::new();
-    let mut trees: HashMap<u64, Tree> = HashMap::new();
+    let mut jobs: HashMap<u64, WatchedJob> = HashMap::new();
     while !ended() {
         let mut tick = LONGEST_TICK;
         let mut live = Vec::new();
@@ -52,11 +55,11 @@ pub fn run(spaces: &Arc<Spaces>, ended: &dyn Fn() -> bool) {
                 &job,
                 &handles,
                 &mut watched,
-                trees.entry(job.token).or_default(),
+                jobs.entry(job.token).or_default(),
             ));
         }
         watched.retain(|id, _| live.contains(id));
-        trees.retain(|token, _| spaces.job(*token).is_some());
+        jobs.retain(|token, _| spaces.job(*token).is_some());
         std::thread::sleep(tick);
     }
 }
@@ -70,11 +73,44 @@ struct Watched {
     accepted: u64,
 }
 
+/// A job's tree, and since when what cannot be managed of it is more than it may have.
+#[derive(Debug, Default)]
+struct WatchedJob {
+    tree: Tree,
+    crowded_since: Option<Instant>,
+}
+
+impl WatchedJob {
+    /// Ends a job whose unmanageable memory alone exceeds its limit: nothing could be taken out to keep it.
+    fn end_if_crowded(&mut self, job: &Job, handles: &[Arc<SpaceHandle>]) {
+        let floor: u64 = handles
+            .iter()
+            .map(|handle| handle.figures.unmanaged.load(Ordering::Relaxed))
+            .sum();
+        if floor <= job.limits.local_pages {
+            self.crowded_since = None;
+        } else if self
+            .crowded_since
+            .get_or_insert_with(Instant::now)
+            .elapsed()
+            > CROWDED_DEADLINE
+        {
+            let mib = |pages: u64| (pages * 4096) >> 20;
+            job.fail(format!(
+                "{} MiB of its memory are stacks and small or locked mappings, which cannot be taken out, and --local allows \
+                 {} MiB; give --local more than that",
+                mib(floor),
+                mib(job.limits.local_pages),
+            ));
+        }
+    }
+}
+
 fn sample(
     job: &Arc<Job>,
     handles: &[Arc<SpaceHandle>],
     watched: &mut HashMap<u64, Watched>,
-    tree: &mut Tree,
+    watched_job: &mut WatchedJob,
 ) -> Duration {
     let managed = job.managed();
     if job.is_for_regions() {
@@ -83,7 +119,7 @@ fn sample(
         hold_back(job, handles);
         return ARMED_TICK;
     }
-    let strangers = tree.unmanaged_pages(job);
+    let strangers = watched_job.tree.unmanaged_pages(job);
     let (mut measured, mut floor, mut grown) = (strangers, strangers, false);
     for handle in handles {
         let Some(seen) = watch(handle, watched) else {
@@ -127,6 +163,7 @@ fn sample(
     }
     tracing::trace!(measured, managed, floor, room = job.room(), grown, "sample");
     hold_back(job, handles);
+    watched_job.end_if_crowded(job, handles);
     if grown { SHORTEST_TICK } else { ARMED_TICK }
 }
 

@@ -200,14 +200,14 @@ impl Pager {
     fn turn(&mut self) -> bool {
         let mut worked = self.poll_links();
         worked |= self.poll_helper();
-        if self.uffd_has_news {
-            worked |= self.read_messages();
-        }
+        let read = self.uffd_has_news && self.read_messages();
         worked |= self.retry_waiting();
         worked |= self.evict_ahead();
         worked |= self.retry_writes();
         worked |= self.serve_requests();
-        worked
+        // Who works does not sleep, and so is not told that there are messages.
+        self.uffd_has_news |= worked;
+        worked | read
     }
 
     /// Reads the uffd, if the gate allows it, and handles what it says: events before faults, since the read

@@ -97,26 +97,28 @@ impl Pager {
         // Drops of our own look like changes of the program's.
         self.settle_batch();
         let mut fresh = Vec::new();
-        let mut settled = false;
+        let mut settled = None;
         for _ in 0..LOOKS {
             let Ok(mappings) = process::mappings(pid) else {
                 return;
             };
             fresh = self.worth_managing(&mappings);
             fresh.retain(|range| self.uffd.register(range, true).is_ok());
-            settled = !self.uffd.is_changing();
-            if settled {
-                self.count_unmanaged(pid, &mappings);
+            if !self.uffd.is_changing() {
+                settled = Some(mappings);
                 break;
             }
             self.settle_batch();
             self.read_messages();
         }
-        if !settled {
-            fresh.clear();
-            self.handle.ask_rescan();
+        match settled {
+            Some(mappings) => {
+                self.take_in(pid, &fresh);
+                // Only now: what has just been taken in is not unmanaged.
+                self.count_unmanaged(pid, &mappings);
+            }
+            None => self.handle.ask_rescan(),
         }
-        self.take_in(pid, &fresh);
         crate::sys::process::run_at_once(false);
         tracing::debug!(
             space = self.handle.id,
