@@ -8,10 +8,10 @@
 
 mod common;
 
-use common::programs_in_c::{Expect, run_case};
+use common::programs_in_c::run_registered;
 
 fn case(name: &str) {
-    run_case("forks", &[name], Expect::default());
+    run_registered("forks", name);
 }
 
 #[test]
@@ -47,4 +47,14 @@ fn children_killed_at_any_moment() {
 #[test]
 fn ranges_not_inherited() {
     case("not_inherited");
+}
+
+#[test]
+fn trees_verify_every_page() {
+    run_registered("fork_tree", "verify");
+}
+
+#[test]
+fn trees_with_processes_killed() {
+    run_registered("fork_tree", "kill");
 }
