@@ -1,11 +1,15 @@
 /* Trees of processes that each write their own pages and verify all of them against a model.
  * fork_tree verify|kill short|long SEED */
 #include "far.h"
-#include <time.h>
+
+enum { AT_WORK = 4 };
 
 /* What the whole tree shares, in shared memory, which stays here. */
 static struct {
 	volatile uint32_t processes, failures, killed;
+	/* Who works now, by process: a processor or two do not serve hundreds at once, and who is killed frees his place. */
+	volatile int32_t at_work[AT_WORK];
+	volatile int32_t pids[256];
 } *tree;
 
 static size_t bytes, pages;
@@ -29,6 +33,27 @@ static void *unmanaged(size_t size)
 	return at;
 }
 
+static volatile int32_t *place;
+
+static void begin_work(void)
+{
+	for (;; usleep(5000))
+		for (int i = 0; i < AT_WORK; i++) {
+			int32_t holder = tree->at_work[i];
+			if (holder && kill(holder, 0) == 0)
+				continue;
+			if (__atomic_compare_exchange_n(&tree->at_work[i], &holder, getpid(), 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
+				place = &tree->at_work[i];
+				return;
+			}
+		}
+}
+
+static void end_work(void)
+{
+	__atomic_store_n(place, 0, __ATOMIC_RELEASE);
+}
+
 /* A few words of each page of the whole: its ends and one that wanders. */
 static int is_right(const uint64_t *words, size_t page)
 {
@@ -39,6 +64,7 @@ static int is_right(const uint64_t *words, size_t page)
 
 static void verify(const char *at, const char *when)
 {
+	begin_work();
 	for (size_t page = 0; page < pages; page++) {
 		const uint64_t *words = (const uint64_t *)(at + page * PAGE);
 		/* One in eight as a whole. */
@@ -49,24 +75,36 @@ static void verify(const char *at, const char *when)
 		fail("%s: page %zu at %p, word %ld, salt %u: %016lx instead of %016lx", when, page, (const void *)words, wrong,
 		     salts[page], wrong < 0 ? 0 : words[wrong], wrong < 0 ? 0 : word_of(page, salts[page], (uint64_t)wrong));
 	}
+	end_work();
 }
 
 static void write_some(char *at, uint32_t one_in)
 {
+	begin_work();
 	for (size_t i = 0; i < pages / one_in; i++) {
 		size_t page = draw((uint32_t)pages);
 		salts[page] = draw(1u << 30);
 		fill_page(at + page * PAGE, page, salts[page]);
 	}
+	end_work();
 }
 
-/* Waits for children; who was killed is in order where killing is. */
+static int is_ours(pid_t pid)
+{
+	for (uint32_t i = 0; i < sizeof tree->pids / sizeof *tree->pids; i++)
+		if (tree->pids[i] == pid)
+			return 1;
+	return 0;
+}
+
+/* Waits for children; who was killed is in order where killing is. The root, a subreaper, is also given farpage's helpers of
+ * processes that have ended. */
 static void reap(void)
 {
 	int status;
 	pid_t pid;
 	while ((pid = wait(&status)) > 0) {
-		if (status == 0 || (kills && WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL))
+		if (status == 0 || !is_ours(pid) || (kills && WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL))
 			continue;
 		__atomic_fetch_add(&tree->failures, 1, __ATOMIC_RELAXED);
 		fprintf(stderr, "%d ended with status %x\n", pid, status);
@@ -90,6 +128,7 @@ static void live(char *at, int depth)
 		pid_t child = fork();
 		MUST(child >= 0);
 		if (!child) {
+			tree->pids[number] = getpid();
 			munmap(salts, pages * sizeof *salts);
 			salts = theirs;
 			lot = lot * 31 + child_lot;
@@ -102,7 +141,11 @@ static void live(char *at, int depth)
 		/* Some are killed at once, some in the middle of their own forks. */
 		if (kills && draw(3) == 0) {
 			usleep(draw(200) * 1000);
-			kill(children[draw((uint32_t)born)], SIGKILL);
+			/* It is waited for at once, or its place would seem taken. */
+			int victim = (int)draw((uint32_t)born), status;
+			kill(children[victim], SIGKILL);
+			MUST(waitpid(children[victim], &status, 0) == children[victim]);
+			children[victim] = children[--born];
 			__atomic_fetch_add(&tree->killed, 1, __ATOMIC_RELAXED);
 		}
 	}

@@ -18,6 +18,8 @@ struct model {
 	uint8_t mapped, prot, on_fork;
 	/* MADV_FREE: zeros may be found instead. */
 	uint8_t given_back;
+	/* A hole that others may have mapped something into. */
+	uint8_t foreign;
 };
 enum { PATCHED = 7 };
 
@@ -141,10 +143,27 @@ static void through_file(size_t from, size_t count)
 	}
 }
 
+/* Holes are held by an inaccessible mapping: what is mapped next, by whomever, would come to lie in them. */
+static void reserve(size_t from, size_t count)
+{
+	const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE;
+	MUST(mmap(at(from), count * PAGE, PROT_NONE, flags, -1, 0) == at(from));
+	memset(&model[from], 0, count * sizeof *model);
+}
+
 static void unmap(size_t from, size_t count)
 {
 	MUST(munmap(at(from), count * PAGE) == 0);
-	memset(&model[from], 0, count * sizeof *model);
+	reserve(from, count);
+}
+
+/* How many pages from here on, at most so many, are the arena's. */
+static size_t own(size_t from, size_t count)
+{
+	size_t n = 0;
+	while (n < count && !model[from + n].foreign)
+		n++;
+	return n;
 }
 
 static void map_anew(size_t from, size_t count, int flags)
@@ -181,7 +200,7 @@ static void discard(size_t from, size_t count, int advice)
 /* To a place that is free; one page after the other where the kernel has several mappings in that range. */
 static void move(size_t from, size_t count, size_t to, int flags)
 {
-	if (to + count > PAGES || (to < from + count && from < to + count))
+	if (to + count > PAGES || own(to, count) < count || (to < from + count && from < to + count))
 		return;
 	unmap(to, count);
 	flags |= MREMAP_MAYMOVE | MREMAP_FIXED;
@@ -193,11 +212,10 @@ static void move(size_t from, size_t count, size_t to, int flags)
 				fail("mremap of page %zu of %zu from %zu to %zu", i, count, from, to);
 	}
 	memcpy(&model[to], &model[from], count * sizeof *model);
+	if (!(flags & MREMAP_DONTUNMAP))
+		reserve(from, count);
 	for (size_t page = from; page < from + count; page++)
-		if (flags & MREMAP_DONTUNMAP)
-			model[page].salt = model[page].patch = model[page].given_back = 0;
-		else
-			model[page] = (struct model){0};
+		model[page].salt = model[page].patch = model[page].given_back = 0;
 }
 
 static void advise(size_t from, size_t count)
@@ -257,7 +275,7 @@ static void fork_child(int depth)
 		if (model[page].on_fork == WIPED)
 			model[page].salt = model[page].patch = model[page].given_back = 0;
 		if (model[page].on_fork == LEFT_OUT)
-			model[page] = (struct model){0};
+			model[page] = (struct model){.foreign = 1};
 	}
 	for (uint32_t i = 0; i < calls; i++)
 		any_call(depth + 1);
@@ -273,6 +291,9 @@ static void any_call(int depth)
 	uint32_t what = draw(20);
 	size_t count = 1 + draw(draw(2) ? 32 : 1024), from = draw((uint32_t)(PAGES - count)), to = draw(PAGES);
 	uint32_t detail = draw(1u << 20);
+	count = own(from, count);
+	if (!count)
+		return;
 	if (what == 19) {
 		fork_child(depth);
 		return;
