@@ -7,7 +7,7 @@
 
 enum { PAGES = 40 * MIB / PAGE, CALLS = 150, CHILDREN = 3, TRIES = 3 };
 /* A round that takes longer hangs, seconds; and how long to make a failing one shorter. */
-enum { ROUND_DEADLINE = 60, SHRINKING = 300 };
+enum { ROUND_DEADLINE = 60, SHRINKING = 45 };
 
 enum { AS_EVER, WIPED, LEFT_OUT };
 
