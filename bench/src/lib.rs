@@ -2,7 +2,8 @@
 //!
 //! Every measurement has a baseline that was taken in turn with it, within the same run and under the same
 //! regime, several times; both are reported as the median over the turns. [`fault`] compares page faults with a
-//! bare userfaultfd loop, [`fits`] compares whole programs that fit in local memory with native runs.
+//! bare userfaultfd loop, [`fits`] compares whole programs that fit in local memory with native runs. [`conformance`] measures
+//! nothing: it says which of its cases pass.
 //!
 //! What is measured runs in processes of its own: this very binary under a hidden subcommand, whose side is
 //! [`child`].
@@ -10,6 +11,7 @@
 mod awake;
 mod bare;
 pub mod child;
+pub mod conformance;
 mod far;
 pub mod fault;
 pub mod fits;
@@ -47,7 +49,16 @@ pub struct Benchmark {
     /// What it measures, in one line.
     pub measures: &'static str,
     /// Runs it.
-    pub run: fn(&Options) -> Result<Report, BenchError>,
+    pub run: Run,
+}
+
+/// What kind of answer a benchmark gives.
+#[derive(Clone, Copy, Debug)]
+pub enum Run {
+    /// Figures.
+    Measure(fn(&Options) -> Result<Report, BenchError>),
+    /// Verdicts: [`conformance::run`].
+    Judge,
 }
 
 /// All benchmarks.
@@ -55,12 +66,17 @@ pub const BENCHMARKS: &[Benchmark] = &[
     Benchmark {
         name: "fault",
         measures: "page faults on far pages, against a bare userfaultfd loop in another process",
-        run: fault::run,
+        run: Run::Measure(fault::run),
     },
     Benchmark {
         name: "fits",
         measures: "whole programs that fit in local memory, against native runs",
-        run: fits::run,
+        run: Run::Measure(fits::run),
+    },
+    Benchmark {
+        name: "conformance",
+        measures: "memory's semantics: every case passes, fails or is skipped",
+        run: Run::Judge,
     },
 ];
 

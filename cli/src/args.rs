@@ -253,7 +253,8 @@ pub(crate) struct DoctorArgs {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  farpage bench --list\n  farpage bench fault --fabric tcp --json fault.json\n  \
-                  farpage bench fits --seconds 10"
+                  farpage bench fits --seconds 10\n  farpage bench conformance --case forks --case anon.write\n  \
+                  farpage bench conformance --long --case fork_tree --seed 7"
 )]
 pub(crate) struct BenchArgs {
     /// Which benchmark
@@ -274,6 +275,15 @@ pub(crate) struct BenchArgs {
     /// About how long one run of a whole program lasts (bench fits)
     #[arg(long, value_name = "SECONDS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub(crate) seconds: u32,
+    /// Only cases with this in their name; may be given again (bench conformance)
+    #[arg(long = "case", value_name = "NAME")]
+    pub(crate) cases: Vec<String>,
+    /// The long forms, which take minutes each, instead of the short ones (bench conformance)
+    #[arg(long)]
+    pub(crate) long: bool,
+    /// What the cases that draw lots begin with (bench conformance)
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
 }
 
 #[derive(Debug, Args)]

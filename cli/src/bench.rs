@@ -2,7 +2,8 @@
 
 use std::io::{self, Write};
 
-use farpage_bench::{BENCHMARKS, Options};
+use farpage_bench::conformance::{self, Choice, Outcome, Verdicts};
+use farpage_bench::{BENCHMARKS, Options, Run};
 
 use crate::args::{BenchArgs, Fabric};
 
@@ -15,6 +16,10 @@ pub(crate) enum BenchError {
     NoRdma,
     #[error("cannot find this executable, which the measuring processes run: {0}")]
     Executable(io::Error),
+    #[error("{0} cases failed; the lines above say why")]
+    Failed(usize),
+    #[error("no case has such a name; farpage bench conformance without --case shows all")]
+    NoCase,
     #[error("nothing was measured: {0}")]
     Bench(#[from] farpage_bench::BenchError),
     #[error("--json: cannot write {path}: {error}")]
@@ -44,27 +49,53 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
     };
     // Opened before anything is measured: a path that cannot be written is found out at once.
     let mut json = match &args.json {
-        Some(path) => Some(
-            std::fs::File::create(path).map_err(|error| BenchError::Json {
-                path: path.display().to_string(),
-                error,
-            })?,
-        ),
+        Some(path) => Some(std::fs::File::create(path).map_err(|error| json_error(args, error))?),
         None => None,
     };
-    let report = (benchmark.run)(&options)?;
-    write!(io::stdout(), "{report}")?;
-    if let Some(file) = &mut json {
-        let written = serde_json::to_writer_pretty(&mut *file, &report)
+    let mut write_json = |value: serde_json::Result<String>| match &mut json {
+        Some(file) => value
             .map_err(io::Error::from)
-            .and_then(|()| writeln!(file));
-        written.map_err(|error| BenchError::Json {
-            path: args
-                .json
-                .as_ref()
-                .map_or(String::new(), |path| path.display().to_string()),
-            error,
-        })?;
+            .and_then(|text| writeln!(file, "{text}"))
+            .map_err(|error| json_error(args, error)),
+        None => Ok(()),
+    };
+    match benchmark.run {
+        Run::Measure(run) => {
+            let report = run(&options)?;
+            write!(io::stdout(), "{report}")?;
+            write_json(serde_json::to_string_pretty(&report))
+        }
+        Run::Judge => {
+            let verdicts = judged(&options, args)?;
+            write_json(serde_json::to_string_pretty(&verdicts))?;
+            match verdicts.count(Outcome::Fail) {
+                0 if verdicts.cases.is_empty() => Err(BenchError::NoCase),
+                0 => Ok(()),
+                failed => Err(BenchError::Failed(failed)),
+            }
+        }
     }
-    Ok(())
+}
+
+fn judged(options: &Options, args: &BenchArgs) -> Result<Verdicts, BenchError> {
+    let choice = Choice {
+        names: args.cases.clone(),
+        long: args.long,
+        seed: args.seed,
+    };
+    let verdicts = conformance::run(options, &choice, &mut |verdict| {
+        writeln!(io::stdout(), "{verdict}")
+    })?;
+    writeln!(io::stdout(), "{verdicts}")?;
+    Ok(verdicts)
+}
+
+fn json_error(args: &BenchArgs, error: io::Error) -> BenchError {
+    BenchError::Json {
+        path: args
+            .json
+            .as_ref()
+            .map_or(String::new(), |path| path.display().to_string()),
+        error,
+    }
 }

@@ -7,6 +7,9 @@ use crate::args::FarMemoryArgs;
 use crate::daemon;
 use crate::run::READY;
 
+/// The nice value of pagers.
+const PRECEDENCE: i32 = -19;
+
 /// Why there is no far memory.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FarMemoryError {
@@ -21,6 +24,8 @@ pub(crate) enum FarMemoryError {
 /// Serves until the lifeline ends it.
 pub(crate) fn command(args: &FarMemoryArgs) -> Result<(), FarMemoryError> {
     daemon::start_logging();
+    // As the agent's pagers have: many of them would leave this process no time to let them in.
+    crate::sys::take_precedence(PRECEDENCE);
     let name = args.socket.trim_start_matches('@');
     let extent = farpage_proto::limits::DEFAULT_EXTENT_BYTES;
     let capacity = args.capacity.bytes().next_multiple_of(extent);

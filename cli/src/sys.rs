@@ -358,3 +358,9 @@ pub(crate) fn group_id(name: &str) -> Option<u32> {
         (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok())?
     })
 }
+
+/// Gives the calling thread this nice value, and those that it starts, if this account may.
+pub(crate) fn take_precedence(nice: i32) {
+    // SAFETY: integers only.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
+}

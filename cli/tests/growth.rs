@@ -8,10 +8,10 @@
 
 mod common;
 
-use common::programs_in_c::{Expect, run_case};
+use common::programs_in_c::run_registered;
 
 fn case(name: &str) {
-    run_case("growth", &[name], Expect::default());
+    run_registered("growth", name);
 }
 
 #[test]

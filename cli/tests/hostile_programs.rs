@@ -12,20 +12,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use common::programs_in_c::{Expect, run_case};
+use common::programs_in_c::{Expect, run_case, run_registered};
 use common::{eventually, skip, sys};
 
 fn case(name: &str) {
-    run_case("hostile", &[name], Expect::default());
-}
-
-/// What is locked, and what lives under a filter that keeps helpers away, is outside the limit.
-fn unbounded_case(name: &str) {
-    let expect = Expect {
-        bounded: false,
-        ..Expect::default()
-    };
-    run_case("hostile", &[name], expect);
+    run_registered("hostile", name);
 }
 
 /// Runs the long work, and does something to it meanwhile. The file that says it is ready ends it when removed.
@@ -139,17 +130,17 @@ fn address_space_limited() {
 
 #[test]
 fn a_child_of_a_filtered_program() {
-    unbounded_case("child_of_filtered");
+    case("child_of_filtered");
 }
 
 #[test]
 fn all_locked() {
-    unbounded_case("lock_all");
+    case("lock_all");
 }
 
 #[test]
 fn all_to_come_locked() {
-    unbounded_case("lock_future");
+    case("lock_future");
 }
 
 #[test]

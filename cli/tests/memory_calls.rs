@@ -9,23 +9,10 @@
 
 mod common;
 
-use common::programs_in_c::{Expect, run_case};
+use common::programs_in_c::run_registered;
 
-/// One case, by `UFFDIO_MOVE` and as on kernels that have none.
 fn case(name: &str) {
-    case_with_moves_within(name, true);
-}
-
-fn case_with_moves_within(name: &str, bounded: bool) {
-    for without_move in [false, true] {
-        let expect = Expect {
-            without_move,
-            // Open: without moves eviction is too slow to hold back a mapping just made (41 MiB seen at 16M).
-            bounded: bounded && !without_move,
-            ..Expect::default()
-        };
-        run_case("memory_calls", &[name], expect);
-    }
+    run_registered("memory_calls", name);
 }
 
 #[test]
@@ -80,8 +67,7 @@ fn mremap_over_far_memory() {
 
 #[test]
 fn brk_given_back() {
-    // Open: at times the peak is missed by more than the slack; 24 MiB above the limit seen.
-    case_with_moves_within("brk_shrink", false);
+    case("brk_shrink");
 }
 
 #[test]
@@ -91,8 +77,7 @@ fn inaccessible_keeps_contents() {
 
 #[test]
 fn read_only_keeps_contents() {
-    // Open: at times the peak is missed by more than the slack; 25 MiB above the limit seen.
-    case_with_moves_within("protect_read", false);
+    case("protect_read");
 }
 
 #[test]
@@ -102,19 +87,10 @@ fn exit_without_unmapping() {
 
 #[test]
 fn exec_frees_the_old_image() {
-    // Open: it ends in `read_only_keeps_contents`, whose peak is missed at times.
-    case_with_moves_within("exec", false);
+    case("exec");
 }
 
 #[test]
 fn sigkill_frees_everything() {
-    for without_move in [false, true] {
-        let expect = Expect {
-            without_move,
-            bounded: !without_move,
-            status: 128 + 9,
-            ..Expect::default()
-        };
-        run_case("memory_calls", &["killed"], expect);
-    }
+    case("killed");
 }

@@ -20,7 +20,7 @@ const fn package(name: &'static str, sign: &'static str, purpose: &'static str) 
     }
 }
 
-const PACKAGES: [Package; 26] = [
+const PACKAGES: [Package; 27] = [
     package(
         "gcc",
         "gcc",
@@ -43,6 +43,11 @@ const PACKAGES: [Package; 26] = [
         "stress-ng",
         "stress-ng",
         "a program that checks its own memory",
+    ),
+    package(
+        "redis-server",
+        "redis-server",
+        "a server to run with far memory",
     ),
     package("gdb", "gdb", "tests of programs under a debugger"),
     package("strace", "strace", "tests of programs that are traced"),

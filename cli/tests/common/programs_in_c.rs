@@ -1,20 +1,20 @@
-//! The C programs of `tests/c`: compiled once per test binary, run with far memory, judged by what they say.
+//! The C programs of `bench/c`: run with far memory as `farpage bench conformance` does, but watched from outside.
 
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
+
+use farpage_bench::conformance::{Form, SKIPPED, allowed_bytes, cases, programs, shell_status};
 
 use super::runs::{Outcome, run_far_with};
 use super::{alone, skip, without_far_memory, without_program};
 
 /// A run that takes longer hangs.
-const DEADLINE: Duration = Duration::from_secs(60);
-/// What a program ends with that misses a feature of the kernel's.
-const SKIPPED: i32 = 77;
+const DEADLINE: Duration = Duration::from_secs(90);
 /// What the tree may have above its limit: the larger of this and a twentieth of the limit.
 pub const SLACK_BYTES: u64 = 16 << 20;
+/// What the cases that draw lots begin with.
+const SEED: u64 = 1;
 /// What the programs may keep here: a third of their smallest data.
 pub const LOCAL: u64 = 16 << 20;
 
@@ -29,24 +29,9 @@ fn folder() -> &'static Path {
     })
 }
 
-/// Compiles `tests/c/NAME.c`, and returns where the program is.
+/// Compiles a program of `bench/c`, and returns where it is.
 pub fn compiled(name: &str) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/c/{name}.c"));
-    let program = folder().join(name);
-    // Its own name until it is whole: test binaries may run side by side.
-    let fresh = folder().join(format!("{name}.{}", std::process::id()));
-    let out = Command::new("gcc")
-        .args(["-O2", "-Wall", "-Werror", "-pthread", "-o"])
-        .args([&fresh, &source])
-        .output()
-        .unwrap();
-    assert!(
-        out.status.success(),
-        "{name}: {}",
-        String::from_utf8_lossy(&out.stderr)
-    );
-    std::fs::rename(&fresh, &program).unwrap();
-    program
+    programs::compile(name, folder()).unwrap()
 }
 
 /// How a case is run and what it must come to.
@@ -79,11 +64,35 @@ impl Default for Expect {
     }
 }
 
+/// Runs a case of the conformance table in all its forms.
+pub fn run_registered(program: &str, name: &str) {
+    let forms = [Form::Plain, Form::WithoutMove];
+    run_in_forms(program, name, &forms);
+}
+
+/// The same in those of its forms that are named.
+pub fn run_in_forms(program: &str, name: &str, forms: &[Form]) {
+    let case =
+        cases::find(program, name).unwrap_or_else(|| panic!("{program}.{name} is in no table"));
+    let words = case.words(SEED);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    for form in case.forms().iter().filter(|form| forms.contains(form)) {
+        let expect = Expect {
+            local: case.local,
+            without_move: *form == Form::WithoutMove,
+            evicts: true,
+            bounded: case.is_bounded(*form),
+            status: case.status,
+        };
+        run_case(program, &words, expect);
+    }
+}
+
 /// Runs one case of a program. `None`, said by a line, where this machine cannot.
 pub fn run_case(program: &str, case: &[&str], expect: Expect) -> Option<Outcome> {
     let _alone = alone();
     let test = format!("{program} {}", case.join(" "));
-    if without_far_memory(&test) || without_program(&test, "gcc") {
+    if without_far_memory(&test) || without_program(&test, "cc") {
         return None;
     }
     let path = compiled(program);
@@ -115,12 +124,8 @@ pub fn run_words(test: &str, words: &[&str], expect: Expect) -> Option<Outcome> 
         outcome.elapsed,
         over >> 10
     );
-    let status = outcome
-        .status
-        .code()
-        .or(outcome.status.signal().map(|signal| 128 + signal));
     assert_eq!(
-        status,
+        shell_status(outcome.status),
         Some(expect.status),
         "{test}: {}: {}",
         outcome.status,
@@ -149,7 +154,7 @@ fn judge(test: &str, outcome: &Outcome, expect: Expect) {
         );
     }
     if expect.bounded {
-        let allowed = expect.local + SLACK_BYTES.max(expect.local / 20);
+        let allowed = allowed_bytes(expect.local);
         assert!(
             outcome.seen.peak_bytes <= allowed,
             "{test}: {:?} above {allowed}: {summary}",

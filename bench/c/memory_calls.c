@@ -121,9 +121,6 @@ static void remap_shrink(void)
 
 static void remap_dontunmap(void)
 {
-#ifndef MREMAP_DONTUNMAP
-#define MREMAP_DONTUNMAP 4
-#endif
 	char *at = far_map(DATA, 4);
 	char *to = mremap(at, DATA, DATA, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, NULL);
 	if (to == MAP_FAILED)

@@ -1,0 +1,323 @@
+//! `bench conformance`: does a program's memory mean under farpage what it means without?
+//!
+//! The cases are C programs that judge themselves ([`programs`]) and a table of them ([`cases`]). They are compiled here and
+//! run under `farpage run`, on this kernel, with so little memory that most of theirs is far. The cargo tests of `cli/` run
+//! the same table, watched from outside.
+
+pub mod cases;
+pub mod programs;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::{BenchError, Options};
+pub use cases::{CASES, Case, Form};
+use programs::CompileError;
+
+/// What the tree may have above its limit: the larger of this and a twentieth of the limit.
+const SLACK_BYTES: u64 = 16 << 20;
+/// What a program ends with that misses a feature of the kernel's; it says which on a line that begins with `SKIP`.
+pub const SKIPPED: i32 = 77;
+/// How often to look whether a case is over.
+const LOOK: Duration = Duration::from_millis(5);
+/// How much of what a failed program said is repeated.
+const REASON_CHARS: usize = 600;
+
+/// Which cases to run, and how.
+#[derive(Clone, Debug, Default)]
+pub struct Choice {
+    /// Those whose name has one of these in it; all if empty.
+    pub names: Vec<String>,
+    /// The long forms instead of the short ones.
+    pub long: bool,
+    /// What the cases that draw lots begin with.
+    pub seed: u64,
+}
+
+/// How a case came out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// As without farpage.
+    Pass,
+    /// Not so.
+    Fail,
+    /// It could not be run here.
+    Skip,
+}
+
+/// One case's entry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Verdict {
+    /// Of the case and its form, as `forks.child_reads` and `memory_calls.dontneed.without_move`.
+    pub name: String,
+    /// How it came out.
+    pub result: Outcome,
+    /// What a passed case shows; why it failed or was skipped.
+    pub reason: String,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let result = match self.result {
+            Outcome::Pass => "pass",
+            Outcome::Fail => "fail",
+            Outcome::Skip => "skip",
+        };
+        write!(f, "{result}  {}: {}", self.name, self.reason)
+    }
+}
+
+/// All cases' verdicts. Its last line is the sums.
+#[derive(Clone, Debug, Serialize)]
+pub struct Verdicts {
+    bench: &'static str,
+    kernel: String,
+    fabric: String,
+    /// One entry per case and form.
+    pub cases: Vec<Verdict>,
+}
+
+impl Verdicts {
+    /// How many came out so.
+    #[must_use]
+    pub fn count(&self, result: Outcome) -> usize {
+        self.cases.iter().filter(|one| one.result == result).count()
+    }
+}
+
+impl fmt::Display for Verdicts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [passed, failed, skipped] =
+            [Outcome::Pass, Outcome::Fail, Outcome::Skip].map(|result| self.count(result));
+        write!(f, "{passed} passed, {failed} failed, {skipped} skipped")
+    }
+}
+
+/// Runs the chosen cases and tells of each as soon as it is judged.
+///
+/// # Errors
+/// [`BenchError`] where no case can be tried at all, or where `tell` fails.
+pub fn run(
+    options: &Options,
+    choice: &Choice,
+    tell: &mut dyn FnMut(&Verdict) -> io::Result<()>,
+) -> Result<Verdicts, BenchError> {
+    let folder = std::env::temp_dir().join(format!("farpage-conformance-{}", std::process::id()));
+    std::fs::create_dir_all(&folder)
+        .map_err(BenchError::system("making a folder for the programs"))?;
+    let runner = Runner {
+        options,
+        folder: &folder,
+        missing: missing(options)?,
+        seed: choice.seed,
+    };
+    let verdicts = runner.run(choice, tell);
+    let _ = std::fs::remove_dir_all(&folder);
+    Ok(Verdicts {
+        bench: "conformance",
+        kernel: rustix::system::uname()
+            .release()
+            .to_string_lossy()
+            .into_owned(),
+        fabric: options.fabric.clone(),
+        cases: verdicts?,
+    })
+}
+
+/// What `farpage doctor` finds missing, without which no program has far memory; empty if nothing.
+fn missing(options: &Options) -> Result<String, BenchError> {
+    let out = Command::new(&options.farpage)
+        .args(["doctor", "--json"])
+        .stdin(Stdio::null())
+        .output()
+        .map_err(BenchError::system("starting farpage doctor"))?;
+    let report: Value =
+        serde_json::from_slice(&out.stdout).map_err(|error| BenchError::Result {
+            what: "farpage doctor --json".to_owned(),
+            error,
+        })?;
+    let checks = report["checks"].as_array().map_or(&[][..], Vec::as_slice);
+    let missing = checks.iter().filter(|check| check["level"] == "missing");
+    // An installation without its shim is broken, which the cases are to show.
+    let names = missing.filter_map(|check| check["id"].as_str().filter(|id| *id != "preload_shim"));
+    Ok(names.collect::<Vec<_>>().join(", "))
+}
+
+struct Runner<'a> {
+    options: &'a Options,
+    folder: &'a Path,
+    /// Why nothing can be run here, if so.
+    missing: String,
+    seed: u64,
+}
+
+impl Runner<'_> {
+    fn run(
+        &self,
+        choice: &Choice,
+        tell: &mut dyn FnMut(&Verdict) -> io::Result<()>,
+    ) -> Result<Vec<Verdict>, BenchError> {
+        let mut compiled: BTreeMap<&str, Result<PathBuf, CompileError>> = BTreeMap::new();
+        let mut verdicts = Vec::new();
+        for case in CASES.iter().filter(|case| case.long == choice.long) {
+            for form in case.forms() {
+                let name = case.full_name(*form);
+                if !choice.names.is_empty() && !choice.names.iter().any(|part| name.contains(part))
+                {
+                    continue;
+                }
+                let program = compiled
+                    .entry(case.program)
+                    .or_insert_with(|| programs::compile(case.program, self.folder));
+                let (result, reason) = match program {
+                    _ if !self.missing.is_empty() => (
+                        Outcome::Skip,
+                        format!(
+                            "no far memory on this machine, farpage doctor misses {}",
+                            self.missing
+                        ),
+                    ),
+                    Err(error @ CompileError::NoCompiler(_)) => (Outcome::Skip, error.to_string()),
+                    Err(error) => (Outcome::Fail, error.to_string()),
+                    Ok(program) => self.one(case, *form, program)?,
+                };
+                let verdict = Verdict {
+                    name,
+                    result,
+                    reason,
+                };
+                tell(&verdict).map_err(BenchError::system("writing a verdict"))?;
+                verdicts.push(verdict);
+            }
+        }
+        Ok(verdicts)
+    }
+
+    /// Runs one case to its end or its deadline.
+    fn one(
+        &self,
+        case: &Case,
+        form: Form,
+        program: &Path,
+    ) -> Result<(Outcome, String), BenchError> {
+        let (said, account) = (self.folder.join("said"), self.folder.join("account.json"));
+        let _ = std::fs::remove_file(&account);
+        let errors = File::create(&said).map_err(BenchError::system("making a file"))?;
+        let mut command = Command::new(&self.options.farpage);
+        command
+            .args(["run", "--local", &case.local.to_string(), "--fabric"])
+            .arg(&self.options.fabric)
+            .args(["--summary", "json", "--summary-file"])
+            .arg(&account)
+            .arg("--")
+            .arg(program)
+            .args(case.words(self.seed))
+            .env_remove("FARPAGE_AGENT")
+            .env_remove("FARPAGE_COORDINATOR")
+            .envs(form.environment().iter().copied())
+            .current_dir(self.folder)
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(errors);
+        let child = command
+            .spawn()
+            .map_err(BenchError::system("starting farpage run"))?;
+        let status =
+            wait(child, case.deadline).map_err(BenchError::system("waiting for a case"))?;
+        let said = std::fs::read(&said).unwrap_or_default();
+        let said = String::from_utf8_lossy(&said);
+        let Some(status) = status else {
+            let reason = format!(
+                "it did not end within {} s: {}",
+                case.deadline.as_secs(),
+                end_of(&said)
+            );
+            return Ok((Outcome::Fail, reason));
+        };
+        if status.code() == Some(SKIPPED) {
+            let why = said.lines().find_map(|line| line.strip_prefix("SKIP "));
+            return Ok((
+                Outcome::Skip,
+                why.unwrap_or("the program does not say why").to_owned(),
+            ));
+        }
+        if shell_status(status) != Some(case.status) {
+            return Ok((Outcome::Fail, format!("{status}: {}", end_of(&said))));
+        }
+        let account = std::fs::read(&account).unwrap_or_default();
+        let account: Value = serde_json::from_slice(&account).unwrap_or(Value::Null);
+        Ok(match judge(case, form, &account) {
+            Ok(()) => (Outcome::Pass, case.shows.to_owned()),
+            Err(reason) => (Outcome::Fail, reason),
+        })
+    }
+}
+
+/// What every run must come to, by farpage's own account of it.
+fn judge(case: &Case, form: Form, account: &Value) -> Result<(), String> {
+    let number = |key: &str| {
+        let value = account[key].as_u64();
+        value.ok_or_else(|| format!("the summary has no {key}: {account}"))
+    };
+    let left = number("far_slots_in_use_at_exit")?;
+    if left != 0 {
+        return Err(format!("{left} far slots are in use after its end"));
+    }
+    if number("pages_evicted")? == 0 {
+        return Err("nothing went far".to_owned());
+    }
+    let (peak, allowed) = (number("local_peak_bytes")?, allowed_bytes(case.local));
+    // The account counts what a fork shares once for each process: those peaks are judged by the tests, from outside.
+    if number("processes")? == 1 && case.is_bounded(form) && peak > allowed {
+        return Err(format!("{peak} bytes were here, {allowed} were allowed"));
+    }
+    Ok(())
+}
+
+/// What a tree may have here whose limit is `local`.
+#[must_use]
+pub fn allowed_bytes(local: u64) -> u64 {
+    local + SLACK_BYTES.max(local / 20)
+}
+
+/// The status as a shell has it: 128 and the signal's number if it ended by one.
+#[must_use]
+pub fn shell_status(status: ExitStatus) -> Option<i32> {
+    status.code().or(status.signal().map(|signal| 128 + signal))
+}
+
+/// Waits for a process that leads a group; none if the group had to be killed.
+fn wait(mut child: Child, deadline: Duration) -> io::Result<Option<ExitStatus>> {
+    let began = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if began.elapsed() > deadline {
+            let group = Pid::from_raw(child.id() as i32).ok_or(io::ErrorKind::NotFound)?;
+            kill_process_group(group, Signal::KILL)?;
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// The last of what a program said, on one line.
+fn end_of(said: &str) -> String {
+    let line = said.trim().replace('\n', " | ");
+    let skip = line.chars().count().saturating_sub(REASON_CHARS);
+    line.chars().skip(skip).collect()
+}

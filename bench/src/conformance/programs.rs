@@ -1,0 +1,96 @@
+//! The C programs, which are part of this crate and compiled where they are run.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// What all programs include.
+const HEADER: (&str, &str) = ("far.h", include_str!("../../c/far.h"));
+
+/// The programs by name.
+const SOURCES: &[(&str, &str)] = &[
+    ("anon", include_str!("../../c/anon.c")),
+    ("fork_tree", include_str!("../../c/fork_tree.c")),
+    ("forks", include_str!("../../c/forks.c")),
+    ("growth", include_str!("../../c/growth.c")),
+    ("hostile", include_str!("../../c/hostile.c")),
+    ("kernel_access", include_str!("../../c/kernel_access.c")),
+    ("memory_calls", include_str!("../../c/memory_calls.c")),
+    ("random_calls", include_str!("../../c/random_calls.c")),
+    ("threads", include_str!("../../c/threads.c")),
+];
+
+/// Why there is no program to run.
+#[derive(Debug, thiserror::Error)]
+pub enum CompileError {
+    /// Nothing to compile with.
+    #[error("no C compiler to make its program with (cc: {0}); install gcc and libc6-dev")]
+    NoCompiler(io::Error),
+    /// It does not compile here.
+    #[error("{program}.c does not compile: {stderr}")]
+    Source {
+        /// Which.
+        program: String,
+        /// What the compiler said.
+        stderr: String,
+    },
+    /// A file could not be written.
+    #[error("{path}: {error}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// Asked for by a name that none has.
+    #[error("there is no program called {0}")]
+    Unknown(String),
+}
+
+/// Compiles a program in `folder`, which may be shared with others who do the same, and returns where it is.
+///
+/// # Errors
+/// [`CompileError`].
+pub fn compile(program: &str, folder: &Path) -> Result<PathBuf, CompileError> {
+    let found = SOURCES.iter().find(|(name, _)| *name == program);
+    let (_, source) = found.ok_or_else(|| CompileError::Unknown(program.to_owned()))?;
+    // A folder of its own until it is whole.
+    let fresh = folder.join(format!("{program}.{}", std::process::id()));
+    let write = |name: &str, text: &str| {
+        let path = fresh.join(name);
+        std::fs::write(&path, text).map_err(|error| CompileError::File { path, error })
+    };
+    std::fs::create_dir_all(&fresh).map_err(|error| CompileError::File {
+        path: fresh.clone(),
+        error,
+    })?;
+    write(HEADER.0, HEADER.1)?;
+    write("program.c", source)?;
+    let compiled = Command::new("cc")
+        .args([
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-pthread",
+            "-o",
+            "program",
+            "program.c",
+        ])
+        .current_dir(&fresh)
+        .stdin(Stdio::null())
+        .output();
+    let out = compiled.map_err(CompileError::NoCompiler)?;
+    if !out.status.success() {
+        return Err(CompileError::Source {
+            program: program.to_owned(),
+            stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
+        });
+    }
+    let path = folder.join(program);
+    std::fs::rename(fresh.join("program"), &path).map_err(|error| CompileError::File {
+        path: path.clone(),
+        error,
+    })?;
+    let _ = std::fs::remove_dir_all(&fresh);
+    Ok(path)
+}
