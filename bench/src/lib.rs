@@ -2,8 +2,9 @@
 //!
 //! Every measurement has a baseline that was taken in turn with it, within the same run and under the same
 //! regime, several times; both are reported as the median over the turns. [`fault`] compares page faults with a
-//! bare userfaultfd loop, [`fits`] compares whole programs that fit in local memory with native runs. [`conformance`] measures
-//! nothing: it says which of its cases pass.
+//! bare userfaultfd loop, [`fits`] compares whole programs that fit in local memory with native runs, [`fabric`] compares
+//! reads and writes of pages with what perftest gets out of the same device. [`conformance`] measures nothing: it says
+//! which of its cases pass.
 //!
 //! What is measured runs in processes of its own: this very binary under a hidden subcommand, whose side is
 //! [`child`].
@@ -12,10 +13,13 @@ mod awake;
 mod bare;
 pub mod child;
 pub mod conformance;
+pub mod fabric;
 mod far;
 pub mod fault;
 pub mod fits;
 mod median;
+#[cfg(feature = "verbs")]
+mod perftest;
 mod region;
 pub mod report;
 mod sys;
@@ -33,8 +37,12 @@ pub const CHILD_COMMAND: &str = "bench-touch";
 pub struct Options {
     /// The `farpage` binary.
     pub farpage: PathBuf,
-    /// How pages travel: `shm` or `tcp`.
+    /// How pages travel: `shm`, `tcp` or `rdma`.
     pub fabric: String,
+    /// Where `farpage bench fabric --serve` listens on another machine.
+    pub peer: Option<String>,
+    /// Which RDMA device to use, as `device=NAME&port=N&gid=N`; empty for the best one.
+    pub device: String,
     /// How many times ours and the baseline take turns.
     pub turns: u32,
     /// How long one native run of a whole program lasts, about, seconds.
@@ -69,6 +77,11 @@ pub const BENCHMARKS: &[Benchmark] = &[
         run: Run::Measure(fault::run),
     },
     Benchmark {
+        name: "fabric",
+        measures: "reads and writes of pages, over rdma against perftest on the same device",
+        run: Run::Measure(fabric::run),
+    },
+    Benchmark {
         name: "fits",
         measures: "whole programs that fit in local memory, against native runs",
         run: Run::Measure(fits::run),
@@ -101,6 +114,14 @@ pub enum BenchError {
         /// What it said.
         stderr: String,
     },
+    /// The fabric, or who is to serve it.
+    #[error("{what}: {reason}")]
+    Fabric {
+        /// Doing what.
+        what: String,
+        /// Why not.
+        reason: String,
+    },
     /// A measuring process printed something else.
     #[error("{what} printed no result: {error}; are all parts of one version?")]
     Result {
@@ -114,5 +135,12 @@ pub enum BenchError {
 impl BenchError {
     fn system(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |error| Self::System { what, error }
+    }
+
+    fn fabric<E: ToString>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
+        move |error| Self::Fabric {
+            what: what.into(),
+            reason: error.to_string(),
+        }
     }
 }

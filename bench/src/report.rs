@@ -15,12 +15,12 @@ pub struct Measurement {
     pub unit: &'static str,
     /// With farpage: the median over the turns.
     pub ours: f64,
-    /// Without: the median over the turns.
-    pub baseline: f64,
+    /// Without: the median over the turns; none where there is nothing to compare with.
+    pub baseline: Option<f64>,
     /// What the baseline is.
     pub baseline_name: String,
     /// `ours / baseline`.
-    pub ratio: f64,
+    pub ratio: Option<f64>,
     /// How many turns.
     pub runs: u32,
     /// The kernel's release.
@@ -30,7 +30,7 @@ pub struct Measurement {
 }
 
 impl Measurement {
-    /// From what was measured in each turn.
+    /// From what was measured in each turn; an empty baseline is none.
     pub(crate) fn new(
         name: impl Into<String>,
         unit: &'static str,
@@ -39,15 +39,16 @@ impl Measurement {
         baseline_name: &str,
         fabric: &str,
     ) -> Self {
-        let (our_median, baseline_median) = (median(ours), median(baseline));
+        let our_median = median(ours);
+        let baseline_median = (!baseline.is_empty()).then(|| median(baseline));
         Self {
             name: name.into(),
             unit,
             ours: rounded(our_median),
-            baseline: rounded(baseline_median),
+            baseline: baseline_median.map(rounded),
             baseline_name: baseline_name.to_owned(),
-            ratio: rounded(our_median / baseline_median),
-            runs: ours.len().min(baseline.len()) as u32,
+            ratio: baseline_median.map(|baseline| rounded(our_median / baseline)),
+            runs: baseline_median.map_or(ours.len(), |_| ours.len().min(baseline.len())) as u32,
             kernel: rustix::system::uname()
                 .release()
                 .to_string_lossy()
@@ -80,14 +81,21 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:30} {:>12} {:>12} {:>8}  unit",
+            "{:30} {:>15} {:>15} {:>8}  unit",
             "", "ours", "baseline", "ratio"
         )?;
         for one in &self.measurements {
+            let figure =
+                |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.3}"));
             writeln!(
                 f,
-                "{:30} {:>12.3} {:>12.3} {:>8.3}  {}, against {}",
-                one.name, one.ours, one.baseline, one.ratio, one.unit, one.baseline_name
+                "{:30} {:>15.3} {:>15} {:>8}  {}, against {}",
+                one.name,
+                one.ours,
+                figure(one.baseline),
+                figure(one.ratio),
+                one.unit,
+                one.baseline_name
             )?;
         }
         for note in &self.notes {
@@ -124,6 +132,8 @@ mod tests {
             "unit",
         ];
         assert_eq!(keys, contract);
-        assert_eq!((one.ours, one.ratio, one.runs), (2.0, 0.5, 3));
+        assert_eq!((one.ours, one.ratio, one.runs), (2.0, Some(0.5), 3));
+        let alone = Measurement::new("a.b", "us", &[1.0, 3.0, 2.0], &[], "none", "shm");
+        assert_eq!((alone.baseline, alone.ratio, alone.runs), (None, None, 3));
     }
 }

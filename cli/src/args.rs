@@ -142,6 +142,14 @@ pub(crate) struct NodeArgs {
     /// Where the data path is served
     #[arg(long, value_name = "ADDR:PORT")]
     pub(crate) listen: Option<String>,
+    /// Which RDMA device, port and address, as device=NAME&port=N&gid=N, or a part of it [default: the best]
+    #[arg(
+        long,
+        value_name = "CHOICE",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub(crate) device: String,
     /// The node's name, unique in the cluster [default: the host name]
     #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) id: Option<String>,
@@ -254,7 +262,9 @@ pub(crate) struct DoctorArgs {
 #[command(
     after_help = "Examples:\n  farpage bench --list\n  farpage bench fault --fabric tcp --json fault.json\n  \
                   farpage bench fits --seconds 10\n  farpage bench conformance --case forks --case anon.write\n  \
-                  farpage bench conformance --long --case fork_tree --seed 7"
+                  farpage bench conformance --long --case fork_tree --seed 7\n  \
+                  farpage bench fabric --fabric rdma --serve 10.0.0.2:7700\n  \
+                  farpage bench fabric --fabric rdma --peer 10.0.0.2:7700"
 )]
 pub(crate) struct BenchArgs {
     /// Which benchmark
@@ -269,10 +279,24 @@ pub(crate) struct BenchArgs {
     /// How pages travel
     #[arg(long, value_enum, default_value_t = Fabric::Shm)]
     pub(crate) fabric: Fabric,
+    /// The other machine, where --serve runs (bench fabric) [default: this one]
+    #[arg(long, value_name = "ADDR:PORT", conflicts_with = "serve")]
+    pub(crate) peer: Option<String>,
+    /// Be the other machine, until a signal comes (bench fabric); over rdma the three ports above this one serve perftest
+    #[arg(long, value_name = "ADDR:PORT", conflicts_with = "json")]
+    pub(crate) serve: Option<std::net::SocketAddr>,
+    /// Which RDMA device, port and address, as device=NAME&port=N&gid=N, or a part of it [default: the best]
+    #[arg(
+        long,
+        value_name = "CHOICE",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub(crate) device: String,
     /// How many times ours and the baseline take turns; the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) turns: u32,
-    /// About how long one run of a whole program lasts (bench fits)
+    /// About how long one run of a whole program lasts (bench fits), or one stream of pages (bench fabric)
     #[arg(long, value_name = "SECONDS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub(crate) seconds: u32,
     /// Only cases with this in their name; may be given again (bench conformance)

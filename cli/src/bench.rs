@@ -1,11 +1,14 @@
 //! `farpage bench`: the benchmarks.
 
 use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use farpage_bench::conformance::{self, Choice, Outcome, Verdicts};
 use farpage_bench::{BENCHMARKS, Options, Run};
 
 use crate::args::{BenchArgs, Fabric};
+use crate::daemon;
 
 /// Why nothing was measured.
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +17,8 @@ pub(crate) enum BenchError {
     Unknown(String),
     #[error("--fabric rdma: this build has no rdma transport; use tcp or shm")]
     NoRdma,
+    #[error("--peer and --serve are for bench fabric; bench {0} runs on one machine")]
+    OneMachine(String),
     #[error("cannot find this executable, which the measuring processes run: {0}")]
     Executable(io::Error),
     #[error("{0} cases failed; the lines above say why")]
@@ -38,12 +43,30 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
     };
     let found = BENCHMARKS.iter().find(|benchmark| benchmark.name == name);
     let benchmark = found.ok_or_else(|| BenchError::Unknown(name.clone()))?;
-    if args.fabric == Fabric::Rdma {
+    if args.fabric == Fabric::Rdma && !cfg!(feature = "verbs") {
         return Err(BenchError::NoRdma);
+    }
+    if benchmark.name != "fabric" && (args.peer.is_some() || args.serve.is_some()) {
+        return Err(BenchError::OneMachine(name.clone()));
+    }
+    if let Some(listen) = args.serve {
+        let stop = Arc::new(AtomicBool::new(false));
+        daemon::stop_on_signals(&stop)?;
+        let ready = || daemon::say(&format!("serving bench fabric at {listen}\n"));
+        let fabric = args.fabric.name();
+        return Ok(farpage_bench::fabric::serve(
+            fabric,
+            listen,
+            &args.device,
+            &stop,
+            ready,
+        )?);
     }
     let options = Options {
         farpage: std::env::current_exe().map_err(BenchError::Executable)?,
         fabric: args.fabric.name().to_owned(),
+        peer: args.peer.clone(),
+        device: args.device.clone(),
         turns: args.turns,
         seconds: f64::from(args.seconds),
     };

@@ -208,13 +208,13 @@ pub const CASES: &[Case] = &[
     // It ends in protect_read.
     case("memory_calls", "exec", "exec frees the old image's far slots").both().unbounded(),
 
-    case("forks", "child_reads", "a child reads what is far"),
-    case("forks", "both_write", "both sides write their own"),
-    case("forks", "outlives", "a child outlives its parent"),
-    case("forks", "generations", "four generations write their own"),
-    case("forks", "fork_in_transit", "fork while pages come and go"),
-    case("forks", "storm", "children killed at any moment"),
-    case("forks", "not_inherited", "ranges that a child does not inherit"),
+    case("forks", "child_reads", "a child reads what is far").both(),
+    case("forks", "both_write", "both sides write their own").both(),
+    case("forks", "outlives", "a child outlives its parent").both(),
+    case("forks", "generations", "four generations write their own").both(),
+    case("forks", "fork_in_transit", "fork while pages come and go").both(),
+    case("forks", "storm", "children killed at any moment").both(),
+    case("forks", "not_inherited", "ranges that a child does not inherit").both(),
 
     case("kernel_access", "plain", "read and write"),
     case("kernel_access", "direct", "O_DIRECT"),

@@ -80,9 +80,9 @@ pub fn run_in_forms(program: &str, name: &str, forms: &[Form]) {
         let expect = Expect {
             local: case.local,
             without_move: *form == Form::WithoutMove,
-            evicts: true,
             bounded: case.is_bounded(*form),
             status: case.status,
+            ..Expect::default()
         };
         run_case(program, &words, expect);
     }

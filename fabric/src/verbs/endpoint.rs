@@ -410,14 +410,18 @@ pub(super) fn our_port(device: &Device) -> Port {
 }
 
 impl Endpoint for VerbsEndpoint {
-    /// Memory that the device does not take (RLIMIT_MEMLOCK) ends the connection.
+    /// Memory that the device does not take (RLIMIT_MEMLOCK) ends the connection, and is logged.
     fn register(&mut self, memory: Arc<RegisteredMemory>) -> RegionId {
         let id = self.regions.register(Arc::clone(&memory));
         if id.0 as usize == self.link.regions.len() {
             let len = memory.len();
             match MemoryRegion::new(&self.link.domain, memory, 0, len, Granted::Local) {
                 Ok(region) => self.link.regions.push(region),
-                Err(_) => self.die(WorkError::Disconnected),
+                Err(error) => {
+                    let reason = explain("registering local memory", &error);
+                    tracing::error!(%reason, bytes = len, "no pages can travel over this connection");
+                    self.die(WorkError::Disconnected);
+                }
             }
         }
         id

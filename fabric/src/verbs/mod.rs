@@ -44,3 +44,20 @@ pub fn usable_device() -> Result<String, String> {
         .map(|device| device.name)
         .map_err(|error| error.to_string())
 }
+
+/// The choice completed: which device, port and address a connection from this host's address `from` uses.
+///
+/// # Errors
+/// What is missing, and what to do about it.
+pub fn chosen(
+    choice: &DeviceChoice,
+    from: Option<std::net::IpAddr>,
+) -> Result<DeviceChoice, String> {
+    device::Device::open(choice, from)
+        .map(|device| DeviceChoice {
+            device: Some(device.name),
+            port: Some(device.port),
+            gid: Some(device.gid_index),
+        })
+        .map_err(|error| error.to_string())
+}

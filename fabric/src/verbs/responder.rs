@@ -13,7 +13,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::net::{RecvFlags, recv};
 
 use super::DeviceChoice;
-use super::device::Device;
+use super::device::{Device, explain};
 use super::door::VerbsDoor;
 use super::endpoint::our_port;
 use super::wire::{Answer, Ask, FRAME_BYTES, HELLO_BYTES, Port, Tell, VERSION, decode_hello};
@@ -277,9 +277,14 @@ fn serve(socket: &TcpStream, shared: &Shared) {
         &shared.access,
         shared.limits.windows,
     );
-    let Ok(door) = door.map(Arc::new) else {
-        count(&shared.counters.failed);
-        return;
+    let door = match door {
+        Ok(door) => Arc::new(door),
+        Err(error) => {
+            count(&shared.counters.failed);
+            let reason = explain("taking a connection in", &error);
+            tracing::warn!(%reason, "a connection is turned away");
+            return;
+        }
     };
     let as_door: Arc<dyn Door> = door.clone();
     if shared.access.add_door(Arc::clone(&as_door)).is_err() {
@@ -288,11 +293,13 @@ fn serve(socket: &TcpStream, shared: &Shared) {
         return;
     }
     count(&shared.counters.connections);
-    if answer(socket, &door, shared)
-        .is_err_and(|error| error.kind() != io::ErrorKind::UnexpectedEof)
+    if let Err(error) = answer(socket, &door, shared)
+        && error.kind() != io::ErrorKind::UnexpectedEof
         && !shared.stopping.load(Ordering::Acquire)
     {
         count(&shared.counters.failed);
+        let reason = explain("serving a connection", &error);
+        tracing::warn!(%reason, "a connection is given up");
     }
     // Revocations pass it by once it is removed, so it must be closed first.
     door.close();

@@ -25,6 +25,8 @@ pub struct NodeConfig {
     pub tcp: Option<TcpListen>,
     /// Serve the data path over RDMA; this is where the control connections come to.
     pub rdma: Option<TcpListen>,
+    /// By which RDMA device, port and address, as `device=NAME&port=N&gid=N` or a part of it; empty for the best.
+    pub rdma_device: String,
     /// Where to serve the node's own gRPC; port 0 takes any.
     pub control: EndpointUrl,
     /// The host name or address that others reach this node by, when it listens on all addresses. `None`: the address that
@@ -73,6 +75,7 @@ impl NodeConfig {
             shm: None,
             tcp: None,
             rdma: None,
+            rdma_device: String::new(),
             control,
             advertise_host: None,
             labels: Labels::new(),

@@ -30,6 +30,10 @@ pub enum DataPathError {
     #[cfg(not(feature = "verbs"))]
     #[error("this build has no rdma transport; choose tcp or shm, or build with the feature verbs")]
     NoRdma,
+    /// No choice of a device.
+    #[cfg(feature = "verbs")]
+    #[error(transparent)]
+    Device(#[from] farpage_fabric::verbs::DeviceChoiceError),
     /// No device, or none that works.
     #[cfg(feature = "verbs")]
     #[error("cannot serve {address}: {source}")]
@@ -77,7 +81,7 @@ impl DataPath {
             path.start_tcp(listen, pool, advertised)?;
         }
         if let Some(listen) = &config.rdma {
-            path.start_rdma(listen, pool, advertised)?;
+            path.start_rdma(listen, &config.rdma_device, pool, advertised)?;
         }
         if let Some(name) = &config.shm {
             path.start_shm(name, pool)?;
@@ -116,7 +120,13 @@ impl DataPath {
     }
 
     #[cfg(not(feature = "verbs"))]
-    fn start_rdma(&mut self, _: &TcpListen, _: &Pool, _: &str) -> Result<(), DataPathError> {
+    fn start_rdma(
+        &mut self,
+        _: &TcpListen,
+        _: &str,
+        _: &Pool,
+        _: &str,
+    ) -> Result<(), DataPathError> {
         Err(DataPathError::NoRdma)
     }
 
@@ -124,6 +134,7 @@ impl DataPath {
     fn start_rdma(
         &mut self,
         rdma: &TcpListen,
+        device: &str,
         pool: &Pool,
         advertised: &str,
     ) -> Result<(), DataPathError> {
@@ -136,7 +147,12 @@ impl DataPath {
                 }
             })?;
         let (memory, access) = (Arc::clone(pool.memory()), Arc::clone(pool.access()));
-        let (choice, limits) = (DeviceChoice::default(), VerbsLimits::default());
+        let choice = if device.is_empty() {
+            DeviceChoice::default()
+        } else {
+            device.parse()?
+        };
+        let limits = VerbsLimits::default();
         let responder = VerbsResponder::start(listener, &choice, memory, access, limits)
             .map_err(|source| DataPathError::Rdma { address, source })?;
         tracing::info!(device = responder.device(), "memory is served by RDMA");

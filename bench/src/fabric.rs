@@ -1,0 +1,412 @@
+//! `bench fabric`: what reading and writing pages of a memory node costs, without any pager.
+//!
+//! Latency is of one read at a time; bandwidth of a stream that keeps [`DEPTH`] requests under way. Ours polls as perftest
+//! does, and goes through its whole way: keys, windows, lanes. What is compared moves the same bytes over the same device at
+//! the same depth, one right after the other.
+
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use farpage_fabric::memory::MemoryOptions;
+use farpage_fabric::shm::{ShmLimits, ShmResponder};
+use farpage_fabric::tcp::{ResponderLimits, TcpResponder};
+#[cfg(feature = "verbs")]
+use farpage_fabric::verbs::{DeviceChoice, VerbsLimits, VerbsResponder};
+use farpage_fabric::{
+    AccessTable, Completion, Endpoint, FabricAddress, LocalSlice, PoolGeometry, RegionId,
+    RegisteredMemory, RemoteSlice, ShmAddress, WorkId, connect,
+};
+
+use crate::median::quantile;
+#[cfg(feature = "verbs")]
+use crate::perftest::{self, Servers};
+use crate::region::PAGE;
+use crate::report::{Measurement, Report};
+use crate::{BenchError, Options, bare};
+
+/// Requests under way at a time in a stream; perftest's own default.
+const DEPTH: usize = 128;
+
+/// What the serving side lends: an extent without anything in it, under a key that everybody may know.
+const EXTENT_BYTES: u64 = 2 << 20;
+const KEY: u64 = 0x0066_6172_7061_6765;
+
+/// The other machine may be booting yet.
+const THERE_WITHIN: Duration = Duration::from_secs(60);
+
+/// Nothing completes for so long only if the connection is broken, or the other machine is.
+const STALL: Duration = Duration::from_secs(30);
+
+/// Requests by which the length of a stream is judged.
+const TRIAL: usize = 256;
+
+/// Bounds of a stream's length, in requests.
+const STREAM: std::ops::RangeInclusive<usize> = 1000..=1_000_000;
+
+/// One latency is enough to know the next ones' order; a stream needs more.
+const LATENCY_ROUNDS: std::ops::RangeInclusive<usize> = 200..=10_000;
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum What {
+    ReadLatency,
+    ReadBandwidth,
+    WriteBandwidth,
+}
+
+impl What {
+    pub(crate) const ALL: [Self; 3] =
+        [Self::ReadLatency, Self::ReadBandwidth, Self::WriteBandwidth];
+
+    fn measurement(self) -> &'static str {
+        match self {
+            Self::ReadLatency => "read4k.latency.p50",
+            Self::ReadBandwidth => "read4k.bandwidth",
+            Self::WriteBandwidth => "write4k.bandwidth",
+        }
+    }
+
+    fn unit(self) -> &'static str {
+        match self {
+            Self::ReadLatency => "us",
+            Self::ReadBandwidth | Self::WriteBandwidth => "B/s",
+        }
+    }
+}
+
+/// Who serves the fabric, until it is dropped.
+#[derive(Debug)]
+enum Responder {
+    Shm(#[expect(dead_code, reason = "serves until dropped")] ShmResponder),
+    Tcp(TcpResponder),
+    #[cfg(feature = "verbs")]
+    Rdma(VerbsResponder),
+}
+
+#[derive(Debug)]
+struct Served {
+    responder: Responder,
+    #[cfg(feature = "verbs")]
+    _perftest: Option<Servers>,
+    shm: ShmAddress,
+}
+
+impl Served {
+    fn start(fabric: &str, listen: SocketAddr, device: &str) -> Result<Self, BenchError> {
+        let what = || format!("serving {fabric}");
+        let geometry = PoolGeometry::new(EXTENT_BYTES, 1).map_err(BenchError::fabric(what()))?;
+        let pool = memory("pool", EXTENT_BYTES as usize)?;
+        let access = AccessTable::new(geometry).map_err(BenchError::fabric(what()))?;
+        access.grant(0, KEY).map_err(BenchError::fabric(what()))?;
+        let shm = ShmAddress::Abstract(format!("farpage-bench-{}", std::process::id()));
+        let bind =
+            || TcpListener::bind(listen).map_err(BenchError::fabric(format!("--serve {listen}")));
+        let (tcp, at_shm) = (ResponderLimits::default(), ShmLimits::default());
+        let responder = match fabric {
+            "tcp" => TcpResponder::start(bind()?, pool, access, tcp).map(Responder::Tcp),
+            #[cfg(feature = "verbs")]
+            "rdma" => {
+                let choice = perftest::device(device, listen)?;
+                VerbsResponder::start(bind()?, &choice, pool, access, VerbsLimits::default())
+                    .map(Responder::Rdma)
+            }
+            _ => ShmResponder::start(&shm, pool, access, at_shm).map(Responder::Shm),
+        };
+        let responder = responder.map_err(BenchError::fabric(what()))?;
+        #[cfg(not(feature = "verbs"))]
+        let _ = device;
+        #[cfg(feature = "verbs")]
+        let perftest = match &responder {
+            Responder::Rdma(responder) => {
+                let at = responder.local_addr();
+                Some(Servers::start(&perftest::device(device, at)?, at)?)
+            }
+            _ => None,
+        };
+        Ok(Self {
+            responder,
+            #[cfg(feature = "verbs")]
+            _perftest: perftest,
+            shm,
+        })
+    }
+
+    fn listens_at(&self) -> Option<SocketAddr> {
+        match &self.responder {
+            Responder::Shm(_) => None,
+            Responder::Tcp(responder) => Some(responder.local_addr()),
+            #[cfg(feature = "verbs")]
+            Responder::Rdma(responder) => Some(responder.local_addr()),
+        }
+    }
+}
+
+fn memory(name: &str, len: usize) -> Result<Arc<RegisteredMemory>, BenchError> {
+    RegisteredMemory::create(name, len, MemoryOptions::default())
+        .map(|(memory, _)| Arc::new(memory))
+        .map_err(BenchError::fabric("mapping memory"))
+}
+
+/// Is the other machine of a [`run`] until `stop` is set; says when it is `ready`.
+///
+/// # Errors
+/// [`BenchError`] where nothing can be served.
+pub fn serve(
+    fabric: &str,
+    listen: SocketAddr,
+    device: &str,
+    stop: &AtomicBool,
+    ready: impl FnOnce(),
+) -> Result<(), BenchError> {
+    if fabric == "shm" {
+        return Err(one_machine("--serve"));
+    }
+    let served = Served::start(fabric, listen, device)?;
+    ready();
+    while !stop.load(Ordering::Acquire) {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    drop(served);
+    Ok(())
+}
+
+fn one_machine(flag: &str) -> BenchError {
+    BenchError::Fabric {
+        what: flag.into(),
+        reason: "shared memory is shared within one machine; use --fabric tcp or rdma".into(),
+    }
+}
+
+/// The first address of HOST:PORT.
+fn resolve(text: &str) -> Result<SocketAddr, BenchError> {
+    let what = || format!("--peer {text}");
+    let mut found = text.to_socket_addrs().map_err(BenchError::fabric(what()))?;
+    found.next().ok_or_else(|| BenchError::Fabric {
+        what: what(),
+        reason: "the name has no address".into(),
+    })
+}
+
+/// What ours is compared with.
+enum Baseline {
+    None,
+    /// Of TCP on this machine: latency only.
+    RoundTrip,
+    #[cfg(feature = "verbs")]
+    Perftest(DeviceChoice, SocketAddr),
+}
+
+impl Baseline {
+    fn of(options: &Options, peer: Option<SocketAddr>) -> Result<Self, BenchError> {
+        match (options.fabric.as_str(), peer) {
+            #[cfg(feature = "verbs")]
+            ("rdma", Some(peer)) => {
+                perftest::device(&options.device, peer).map(|device| Self::Perftest(device, peer))
+            }
+            ("tcp", _) if options.peer.is_none() => Ok(Self::RoundTrip),
+            _ => Ok(Self::None),
+        }
+    }
+
+    fn name(&self, what: What) -> &'static str {
+        match (self, what) {
+            #[cfg(feature = "verbs")]
+            (Self::Perftest(..), what) => what.perftest(),
+            (Self::RoundTrip, What::ReadLatency) => "bare 4 KiB round trip over TCP",
+            _ => "none",
+        }
+    }
+
+    fn take(&self, options: &Options, what: What, count: usize) -> Result<Option<f64>, BenchError> {
+        match (self, what) {
+            #[cfg(feature = "verbs")]
+            (Self::Perftest(device, peer), what) => {
+                what.perftest_run(device, *peer, count, DEPTH).map(Some)
+            }
+            (Self::RoundTrip, What::ReadLatency) => {
+                bare::tcp_round_trip(options, count).map(|(p50, _)| Some(p50))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn note(&self) -> String {
+        match self {
+            #[cfg(feature = "verbs")]
+            Self::Perftest(device, _) => format!(
+                "perftest and ours on {device}, as many requests each; perftest uses one page, ours all of an extent"
+            ),
+            Self::RoundTrip => {
+                "streams over TCP have no baseline: there is no tool that reads pages by it".into()
+            }
+            Self::None => "there is no tool to compare this transport with".into(),
+        }
+    }
+}
+
+/// Our side: an endpoint, and pages to read into and write from.
+struct Requester {
+    endpoint: Box<dyn Endpoint>,
+    region: RegionId,
+    done: Vec<Completion>,
+}
+
+impl Requester {
+    fn connect(address: &FabricAddress) -> Result<Self, BenchError> {
+        let give_up = Instant::now() + THERE_WITHIN;
+        let mut endpoint = loop {
+            match connect(address, DEPTH, Instant::now() + THERE_WITHIN) {
+                Ok(endpoint) => break endpoint,
+                Err(error) if Instant::now() >= give_up => {
+                    return Err(BenchError::fabric("connecting")(error));
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(200)),
+            }
+        };
+        let region = endpoint.register(memory("local", DEPTH * PAGE)?);
+        Ok(Self {
+            endpoint,
+            region,
+            done: Vec::with_capacity(DEPTH),
+        })
+    }
+
+    /// How many requests take about so many seconds.
+    fn count(&mut self, what: What, seconds: f64) -> Result<usize, BenchError> {
+        let began = Instant::now();
+        let (bounds, trial) = match what {
+            What::ReadLatency => (LATENCY_ROUNDS, TRIAL / 4),
+            What::ReadBandwidth | What::WriteBandwidth => (STREAM, TRIAL),
+        };
+        self.measure(what, trial)?;
+        let each = began.elapsed().as_secs_f64() / trial as f64;
+        Ok(((seconds / each) as usize).clamp(*bounds.start(), *bounds.end()))
+    }
+
+    /// Microseconds, or bytes per second, over `count` requests.
+    fn measure(&mut self, what: What, count: usize) -> Result<f64, BenchError> {
+        if what == What::ReadLatency {
+            let mut times = Vec::with_capacity(count);
+            for round in 0..count {
+                let began = Instant::now();
+                self.stream(false, round, 1)?;
+                times.push(began.elapsed().as_secs_f64() * 1e6);
+            }
+            return Ok(quantile(&mut times, 0.5));
+        }
+        let began = Instant::now();
+        self.stream(what == What::WriteBandwidth, 0, count)?;
+        Ok((count * PAGE) as f64 / began.elapsed().as_secs_f64())
+    }
+
+    /// Moves `count` pages from page `first` on, round and round, [`DEPTH`] at a time.
+    fn stream(&mut self, write: bool, first: usize, count: usize) -> Result<(), BenchError> {
+        let (mut posted, mut ended) = (0, 0);
+        let mut moved = Instant::now();
+        while ended < count {
+            while posted < count && self.endpoint.credits() > 0 {
+                let page = first + posted;
+                let id = WorkId(page as u64);
+                let local = LocalSlice {
+                    region: self.region,
+                    offset: (page % DEPTH * PAGE) as u64,
+                    len: PAGE as u32,
+                };
+                let remote = RemoteSlice {
+                    extent: 0,
+                    key: KEY,
+                    offset: (page * PAGE) as u64 % EXTENT_BYTES,
+                };
+                let taken = if write {
+                    self.endpoint.post_write(id, local, remote)
+                } else {
+                    self.endpoint.post_read(id, local, remote)
+                };
+                taken.map_err(BenchError::fabric("moving pages"))?;
+                posted += 1;
+            }
+            self.endpoint.flush();
+            self.done.clear();
+            if self.endpoint.poll(&mut self.done) > 0 {
+                moved = Instant::now();
+            } else if moved.elapsed() > STALL {
+                return Err(BenchError::fabric("moving pages")(
+                    "nothing completes any more",
+                ));
+            }
+            for completion in &self.done {
+                completion
+                    .result
+                    .map_err(BenchError::fabric("moving pages"))?;
+            }
+            ended += self.done.len();
+        }
+        Ok(())
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// [`BenchError`] where nothing can be measured.
+pub fn run(options: &Options) -> Result<Report, BenchError> {
+    let fabric = options.fabric.as_str();
+    // Held until all is measured.
+    let (served, peer) = match &options.peer {
+        Some(_) if fabric == "shm" => return Err(one_machine("--peer")),
+        Some(peer) => (None, Some(resolve(peer)?)),
+        None => {
+            let served = Served::start(fabric, ([127, 0, 0, 1], 0).into(), &options.device)?;
+            let at = served.listens_at();
+            (Some(served), at)
+        }
+    };
+    let address = match (peer, &served) {
+        (None, Some(served)) => format!("shm:{}", served.shm),
+        (None, None) => return Err(one_machine("--peer")),
+        (Some(at), _) if fabric == "rdma" && !options.device.is_empty() => {
+            format!("rdma:{at}?{}", options.device)
+        }
+        (Some(at), _) => format!("{fabric}:{at}"),
+    };
+    let address = address.parse().map_err(BenchError::fabric("--peer"))?;
+    let baseline = Baseline::of(options, peer)?;
+    let mut requester = Requester::connect(&address)?;
+    let mut figures = Vec::new();
+    for what in What::ALL {
+        let count = requester.count(what, options.seconds)?;
+        figures.push((what, count, Vec::new(), Vec::new()));
+    }
+    for _ in 0..options.turns.max(1) {
+        for (what, count, ours, theirs) in &mut figures {
+            ours.push(requester.measure(*what, *count)?);
+            theirs.extend(baseline.take(options, *what, *count)?);
+        }
+    }
+    let mut report = Report {
+        bench: "fabric",
+        ..Report::default()
+    };
+    for (what, _, ours, theirs) in &figures {
+        let name = if theirs.is_empty() {
+            "none"
+        } else {
+            baseline.name(*what)
+        };
+        let (unit, measurement) = (what.unit(), what.measurement());
+        let one = Measurement::new(measurement, unit, ours, theirs, name, fabric);
+        report.measurements.push(one);
+    }
+    report.notes.push(format!(
+        "4 KiB each; latency of one read at a time, bandwidth with {DEPTH} requests under way; {}",
+        if options.peer.is_some() {
+            "memory of another machine"
+        } else {
+            "memory of this machine; --peer measures another's"
+        },
+    ));
+    report.notes.push(baseline.note());
+    Ok(report)
+}

@@ -1,0 +1,232 @@
+//! The baselines over RDMA: perftest's programs, on the same device, port and address as ours.
+
+use std::io::Read;
+use std::net::SocketAddr;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use farpage_fabric::verbs::{DeviceChoice, chosen};
+
+use crate::BenchError;
+use crate::fabric::What;
+
+/// How often a program's end is looked for.
+const TICK: Duration = Duration::from_millis(20);
+
+/// The other machine's side is started anew after each run, which takes a moment; an emulated one takes seconds.
+const THERE_WITHIN: Duration = Duration::from_secs(60);
+
+/// No run lasts so long; one that hangs is ended.
+const RUN_WITHIN: Duration = Duration::from_secs(300);
+
+/// perftest counts bandwidth in these per second.
+const MEGABYTE: f64 = (1 << 20) as f64;
+
+/// perftest has a program for each.
+impl What {
+    pub(crate) fn perftest(self) -> &'static str {
+        match self {
+            Self::ReadLatency => "ib_read_lat",
+            Self::ReadBandwidth => "ib_read_bw",
+            Self::WriteBandwidth => "ib_write_bw",
+        }
+    }
+
+    /// Each has a port of its own, next to that of the fabric.
+    fn port(self, fabric: u16) -> u16 {
+        fabric.wrapping_add(1 + self as u16)
+    }
+
+    /// Which column of its one line of figures counts: the typical latency, the average bandwidth.
+    fn column(self) -> usize {
+        match self {
+            Self::ReadLatency => 4,
+            Self::ReadBandwidth | Self::WriteBandwidth => 3,
+        }
+    }
+
+    fn command(self, device: &DeviceChoice, at: u16) -> Command {
+        let mut command = Command::new(self.perftest());
+        command.args(["-F", "-s", "4096", "-p", &at.to_string()]);
+        if let Some(name) = &device.device {
+            command.args(["-d", name]);
+        }
+        if let Some(port) = device.port {
+            command.args(["-i", &port.to_string()]);
+        }
+        if let Some(gid) = device.gid {
+            command.args(["-x", &gid.to_string()]);
+        }
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Runs it against `peer` and returns what it found: microseconds, or bytes per second.
+    pub(crate) fn perftest_run(
+        self,
+        device: &DeviceChoice,
+        peer: SocketAddr,
+        count: usize,
+        depth: usize,
+    ) -> Result<f64, BenchError> {
+        let give_up = Instant::now() + THERE_WITHIN;
+        loop {
+            let mut command = self.command(device, self.port(peer.port()));
+            command.args(["-n", &count.to_string()]);
+            if self != Self::ReadLatency {
+                command.args(["-t", &depth.to_string()]);
+            }
+            command.arg(peer.ip().to_string());
+            let printed = outcome(command);
+            match printed.as_deref().map(|text| figure(text, self.column())) {
+                Ok(Some(value)) if self == Self::ReadLatency => return Ok(value),
+                Ok(Some(value)) => return Ok(value * MEGABYTE),
+                Ok(None) => {
+                    return Err(BenchError::Fabric {
+                        what: self.perftest().into(),
+                        reason: format!("prints no figures: {}", printed.unwrap_or_default()),
+                    });
+                }
+                Err(reason) if Instant::now() >= give_up => {
+                    return Err(BenchError::Fabric {
+                        what: format!("{} against {peer}", self.perftest()),
+                        reason: reason.clone(),
+                    });
+                }
+                Err(_) => std::thread::sleep(10 * TICK),
+            }
+        }
+    }
+}
+
+/// The line of figures is the last one that begins with a number: bytes, iterations, and so on.
+fn figure(printed: &str, column: usize) -> Option<f64> {
+    let fields = printed
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .rfind(|fields| fields.first().is_some_and(|first| *first == "4096"))?;
+    fields.get(column)?.parse().ok()
+}
+
+/// What a command prints, within its time; why not, otherwise.
+fn outcome(mut command: Command) -> Result<String, String> {
+    let spawned = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut child = spawned.map_err(|error| {
+        format!("cannot be started: {error}; install perftest on both machines")
+    })?;
+    let deadline = Instant::now() + RUN_WITHIN;
+    // What it prints fits into a pipe.
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break status,
+            Ok(None) if Instant::now() < deadline => std::thread::sleep(TICK),
+            _ => {
+                end(&mut child);
+                return Err(format!("did not end within {} s", RUN_WITHIN.as_secs()));
+            }
+        }
+    };
+    let (mut printed, mut complaint) = (String::new(), String::new());
+    if let (Some(mut out), Some(mut err)) = (child.stdout.take(), child.stderr.take()) {
+        // Bytes that are no text leave it without figures, which is told.
+        let _ = (
+            out.read_to_string(&mut printed),
+            err.read_to_string(&mut complaint),
+        );
+    }
+    if status.success() {
+        Ok(printed)
+    } else {
+        Err(format!("{status}: {}", complaint.trim()))
+    }
+}
+
+fn end(child: &mut Child) {
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// The serving side of all of perftest's programs, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Servers {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Servers {
+    pub(crate) fn start(device: &DeviceChoice, at: SocketAddr) -> Result<Self, BenchError> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut servers = Self {
+            stop: Arc::clone(&stop),
+            threads: Vec::new(),
+        };
+        for what in What::ALL {
+            let (device, stop) = (device.clone(), Arc::clone(&stop));
+            let thread = std::thread::Builder::new()
+                .name(what.perftest().into())
+                .spawn(move || serve(what, &device, at.port(), &stop))
+                .map_err(BenchError::system("serving perftest"))?;
+            servers.threads.push(thread);
+        }
+        Ok(servers)
+    }
+}
+
+/// Starts the program again whenever it has served a run.
+fn serve(what: What, device: &DeviceChoice, fabric: u16, stop: &AtomicBool) {
+    while !stop.load(Ordering::Acquire) {
+        let mut command = what.command(device, what.port(fabric));
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        if let Ok(mut child) = child {
+            while !stop.load(Ordering::Acquire) && matches!(child.try_wait(), Ok(None)) {
+                std::thread::sleep(TICK);
+            }
+            end(&mut child);
+        }
+        std::thread::sleep(TICK);
+    }
+}
+
+impl Drop for Servers {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The device for a connection from, or to, this address.
+pub(crate) fn device(choice: &str, at: SocketAddr) -> Result<DeviceChoice, BenchError> {
+    let choice = if choice.is_empty() {
+        DeviceChoice::default()
+    } else {
+        choice.parse().map_err(BenchError::fabric("--device"))?
+    };
+    let from = std::net::UdpSocket::bind(if at.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" })
+        .and_then(|socket| socket.connect(at).and_then(|()| socket.local_addr()))
+        .map(|address| address.ip());
+    chosen(&choice, from.ok()).map_err(BenchError::fabric("choosing an RDMA device"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_of_perftest_are_found() {
+        let latency = " #bytes #iterations    t_min[usec]    t_max[usec]  t_typical[usec]    t_avg[usec]\n 4096    500          \
+                       561.12         1871.29      688.46     \t       701.26  \t 92.33  \t 1021.10   1871.29\n----\n";
+        assert_eq!(figure(latency, What::ReadLatency.column()), Some(688.46));
+        let bandwidth = " #bytes     #iterations    BW peak[MiB/sec]    BW average[MiB/sec]   MsgRate[Mpps]\n 4096       \
+                         1000             12.57              12.06\t\t     0.003088\n";
+        assert_eq!(figure(bandwidth, What::ReadBandwidth.column()), Some(12.06));
+        assert_eq!(figure("no device\n", 3), None);
+    }
+}
