@@ -44,17 +44,8 @@ pub fn skip(test: &str, reason: &str) {
     println!("SKIPPED: {test}: {reason}");
 }
 
-/// True while `run/session.rs` brings nothing up: then there is no far side to test.
-pub fn far_memory_is_a_stub() -> bool {
-    include_str!("../../src/run/session.rs").contains("const WIRED: bool = false")
-}
-
 /// Says so and returns true if this machine or account cannot run `test` with far memory.
 pub fn without_far_memory(test: &str) -> bool {
-    if far_memory_is_a_stub() {
-        skip(test, "run/session.rs brings up no far memory yet");
-        return true;
-    }
     let out = Command::new(farpage())
         .args(["doctor", "--json"])
         .output()

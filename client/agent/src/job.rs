@@ -212,9 +212,7 @@ impl Job {
             "a job is ended"
         );
         let _ = self.failure.set(reason);
-        for pid in self.spaces().iter().filter_map(|handle| handle.pid()) {
-            crate::sys::process::kill(pid);
-        }
+        crate::tree::end(self);
     }
 
     /// Whether it is a library's: its limit holds for the regions named to it, not for the program's memory, and

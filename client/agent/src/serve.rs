@@ -148,13 +148,8 @@ fn wait_for_end(stop: &AtomicBool, launcher: Option<&OwnedFd>, spaces: &Spaces) 
     }
     spaces.wake_control_plane();
     // Programs whose pages nobody would bring any more must not be left waiting for them.
-    for pid in spaces
-        .jobs()
-        .iter()
-        .flat_map(|job| job.spaces())
-        .filter_map(|handle| handle.pid())
-    {
-        crate::sys::process::kill(pid);
+    for job in spaces.jobs() {
+        crate::tree::end(&job);
     }
 }
 

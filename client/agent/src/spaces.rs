@@ -168,18 +168,10 @@ impl Spaces {
     /// The launcher is gone. Its programs are ended with it if it did not finish; those that outlive an orderly
     /// end keep their memory, and the job lasts as long as the last of them.
     pub fn end_job(&self, job: &Arc<Job>, kill: bool) {
-        loop {
-            let spaces = job.spaces();
-            if spaces.is_empty() {
-                break;
-            }
-            for pid in spaces
-                .iter()
-                .filter_map(|handle| handle.pid())
-                .filter(|_| kill)
-            {
-                crate::sys::process::kill(pid);
-            }
+        if kill {
+            crate::tree::end(job);
+        }
+        while !job.spaces().is_empty() {
             std::thread::sleep(LAST_PROCESS_POLL);
         }
         self.lock_jobs().remove(&job.token);

@@ -1,11 +1,11 @@
-//! The process tree of a job as `/proc` shows it: who is in it without having come to the door.
+//! The process tree of a job as `/proc` shows it: who is in it without having come to the door, and the end of all of it.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::job::Job;
-use crate::sys::process::{Process, is_running, share_memory};
+use crate::sys::process::{Process, is_running, kill, share_memory};
 
 /// Between two looks at a tree.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
@@ -15,6 +15,15 @@ const ARRIVAL: Duration = Duration::from_secs(1);
 const MAX_PROCESSES: usize = 4096;
 /// The name of our own helpers.
 const HELPER: &str = "farpage-helper";
+
+/// The variable by which `farpage run` names the job to its programs.
+const JOB_VARIABLE: &str = "FARPAGE_JOB";
+/// Between two looks whether all of a job has ended.
+const END_POLL: Duration = Duration::from_millis(1);
+/// How long nothing must have been found: a process that is being replaced by another shows no environment meanwhile.
+const END_SETTLED: Duration = Duration::from_millis(20);
+/// How long the processes of a job may take to die of SIGKILL. Those that take longer are in the kernel's hands.
+const END_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What is known of one job's tree.
 #[derive(Debug, Default)]
@@ -99,6 +108,46 @@ impl Tree {
     }
 }
 
+/// Ends all processes of a job: those that attached, those whose environment names the job (they may be on their way to
+/// a door that will be closed when they arrive), and those that descend from them. What any of them starts before it
+/// dies is found at the next look.
+pub fn end(job: &Job) {
+    let began = Instant::now();
+    let mut last_found = began;
+    let mark = format!("{JOB_VARIABLE}={:x}", job.token);
+    while last_found.elapsed() < END_SETTLED && began.elapsed() < END_DEADLINE {
+        let attached = job.spaces();
+        let members: HashSet<i32> = attached
+            .iter()
+            .filter_map(|handle| handle.pid())
+            .chain(named(mark.as_bytes()))
+            .flat_map(descendants)
+            .filter(|pid| is_running(*pid))
+            .collect();
+        if !members.is_empty() {
+            last_found = Instant::now();
+        }
+        for pid in members {
+            kill(pid);
+        }
+        std::thread::sleep(END_POLL);
+    }
+}
+
+/// Processes with this among the variables of their environment.
+fn named(variable: &[u8]) -> impl Iterator<Item = i32> {
+    let carries = move |pid: i32| {
+        std::fs::read(format!("/proc/{pid}/environ"))
+            .is_ok_and(|text| text.split(|byte| *byte == 0).any(|one| one == variable))
+    };
+    std::fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+        .filter(move |pid| carries(*pid))
+}
+
 /// A process and all that descend from it, as far as their parents still live.
 fn descendants(root: i32) -> Vec<i32> {
     let mut found = vec![root];
@@ -125,6 +174,24 @@ fn descendants(root: i32) -> Vec<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_that_carry_a_job_are_ended() {
+        let limits = crate::job::Limits {
+            local_pages: 1,
+            far_pages: 1,
+        };
+        let job = Job::new(0xfeed_f00d_0123_4567, 0, limits);
+        let mut orphans = std::process::Command::new("sh")
+            .args(["-c", "sleep 5 & sleep 5 & wait"])
+            .env(JOB_VARIABLE, format!("{:x}", job.token))
+            .spawn()
+            .unwrap();
+        end(&job);
+        assert!(!orphans.wait().unwrap().success());
+        let mark = format!("{JOB_VARIABLE}={:x}", job.token);
+        assert!(!named(mark.as_bytes()).any(is_running));
+    }
 
     #[test]
     fn a_child_is_found() {

@@ -172,10 +172,7 @@ fn take_out(args: &HelperArgs, batch: &Batch, count: usize, unshare: bool) {
     let mut index = 0;
     while index < count {
         let start = page(batch, index);
-        let mut len = 1;
-        while index + len < count && page(batch, index + len) == start + len * PAGE_BYTES {
-            len += 1;
-        }
+        let len = run_len(batch, index, count);
         if unshare {
             memory::make_exclusive(start, len * PAGE_BYTES);
         }
@@ -292,23 +289,62 @@ fn empty_holding(args: &HelperArgs, index: usize, len: usize) {
     memory::drop_drained(to, len * PAGE_BYTES);
 }
 
-/// Drops pages that the agent has write-protected and copied, where they are still the same pages.
+/// Drops pages that the agent has write-protected and copied, where they are still the same pages: run by run, since each
+/// drop waits for the agent to read its event.
 fn drop_protected(batch: &Batch, count: usize) {
-    for index in 0..count {
-        let address = page(batch, index);
-        let protected =
-            calls::pagemap_word(fd::PAGEMAP, address).is_ok_and(|word| word & PAGEMAP_UFFD_WP != 0);
-        let result = if protected {
-            memory::drop_page(address)
+    let mut index = 0;
+    while index < count {
+        let start = page(batch, index);
+        let len = run_len(batch, index, count);
+        let dropped = if protected_pages(start, len) == len {
+            match memory::drop_pages(start, len * PAGE_BYTES) {
+                Ok(()) => len,
+                // It came as far as the first mapping that the kernel keeps it out of.
+                Err(_) => unprotected_pages(start, len),
+            }
         } else {
-            Err(calls::Errno(ENOENT))
+            0
         };
-        set(
-            batch,
-            index,
-            result.err().map_or(outcome::TAKEN, |errno| errno.0),
-        );
+        for i in index..index + dropped {
+            set(batch, i, outcome::TAKEN);
+        }
+        for i in index + dropped..index + len {
+            set(batch, i, drop_one(page(batch, i)));
+        }
+        index += len;
     }
+}
+
+/// Drops a page if it is still protected; returns its outcome.
+fn drop_one(address: usize) -> u32 {
+    if protected_pages(address, 1) == 0 {
+        return ENOENT;
+    }
+    match memory::drop_pages(address, PAGE_BYTES) {
+        Ok(()) => outcome::TAKEN,
+        Err(errno) => errno.0,
+    }
+}
+
+/// How many pages from `start` on, of `len`, are write-protected, up to the first that is not.
+fn protected_pages(start: usize, len: usize) -> usize {
+    leading(start, len, |word| word & PAGEMAP_UFFD_WP != 0)
+}
+
+/// How many are not, up to the first that is.
+fn unprotected_pages(start: usize, len: usize) -> usize {
+    leading(start, len, |word| word & PAGEMAP_UFFD_WP == 0)
+}
+
+fn leading(start: usize, len: usize, holds: impl Fn(u64) -> bool) -> usize {
+    let mut words = [0; BATCH_PAGES];
+    let words = words.get_mut(..len).unwrap_or_default();
+    let read = calls::pagemap_words(fd::PAGEMAP, start, words).unwrap_or(0);
+    words
+        .iter()
+        .take(read)
+        .take_while(|word| holds(**word))
+        .count()
 }
 
 /// Moves pages; returns how many went and what stopped the next.
@@ -324,6 +360,16 @@ fn move_pages(uffd: i32, to: usize, from: usize, pages: usize, mode: u64) -> (us
         }
     }
     (moved, None)
+}
+
+/// How many pages of a batch, from one on, lie one behind the other in the program's memory.
+fn run_len(batch: &Batch, index: usize, count: usize) -> usize {
+    let start = page(batch, index);
+    let mut len = 1;
+    while index + len < count && page(batch, index + len) == start + len * PAGE_BYTES {
+        len += 1;
+    }
+    len
 }
 
 fn page(batch: &Batch, index: usize) -> usize {

@@ -253,14 +253,20 @@ impl Pager {
     /// Reads what there is but for what our own drops say. Those are told apart here, when they are read: the batch they
     /// belong to may be over before the messages before them are dealt with.
     fn read_uffd(&mut self, messages: &mut Vec<Message>) -> io::Result<usize> {
-        let mut at = messages.len();
+        let at = messages.len();
         let read = self.uffd.read(messages)?;
-        while let Some(message) = messages.get(at) {
-            match message {
-                Message::Remove(range) if self.is_own_drop(&range.clone()) => {
-                    messages.remove(at);
+        if self.is_dropping() {
+            for message in messages.split_off(at) {
+                match message {
+                    Message::Remove(range) => {
+                        messages.extend(
+                            self.without_own_drops(range)
+                                .into_iter()
+                                .map(Message::Remove),
+                        );
+                    }
+                    message => messages.push(message),
                 }
-                _ => at += 1,
             }
         }
         Ok(read)

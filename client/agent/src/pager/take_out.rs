@@ -1,5 +1,8 @@
 //! Taking pages out: victims are chosen ahead of need, the helper moves them, what it got is staged.
 
+use std::collections::HashSet;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -8,7 +11,7 @@ use farpage_attach::control::{BATCH_PAGES, Control, method, outcome, staging_off
 use super::Pager;
 use crate::entry::Entry;
 use crate::sys::uffd::Message;
-use crate::table::Page;
+use crate::table::{Page, pages_of};
 
 /// Frames kept free, as a share of the limit, and its bounds: so much may be installed before an eviction must
 /// have finished.
@@ -38,7 +41,7 @@ pub(crate) struct TakeOut {
     method: u32,
     since: Instant,
     /// Own discards whose events are still to be read (kernels without `UFFDIO_MOVE`).
-    drops_unread: Vec<Page>,
+    drops_unread: HashSet<Page>,
 }
 
 impl TakeOut {
@@ -84,7 +87,7 @@ impl Pager {
         if self.shared.kernel.has_move && how != method::DROP {
             self.move_out(pages, area, how)
         } else {
-            self.drop_out(pages, area)
+            self.drop_out(&pages, area)
         }
     }
 
@@ -164,33 +167,27 @@ impl Pager {
             area,
             method: how,
             since: Instant::now(),
-            drops_unread: Vec::new(),
+            drops_unread: HashSet::new(),
         });
         true
     }
 
     /// Without `UFFDIO_MOVE`: protect, copy, have the helper drop what is still protected. The helper's drops
     /// raise events like the program's own, and are told apart by this batch's list.
-    fn drop_out(&mut self, pages: Vec<Page>, area: usize) -> bool {
+    fn drop_out(&mut self, pages: &[Page], area: usize) -> bool {
         let Some(process) = &self.process else {
             return false;
         };
         let memory = std::fs::File::open(format!("/proc/{}/mem", process.pid()));
         // One that cannot be protected or read keeps none of the others back.
-        let (pages, kept): (Vec<Page>, Vec<Page>) = pages.into_iter().partition(|page| {
-            self.uffd
-                .write_protect(&(page.address()..page.plus(1).address()), true)
-                .is_ok()
-        });
+        let (pages, kept) = self.protect(pages);
         self.turn_round(&kept);
         let (pages, kept) = match &memory {
-            Ok(memory) => self.copy_to_staging(memory, pages, area),
+            Ok(memory) => self.copy_to_staging(memory, &pages, area),
             Err(_) => (Vec::new(), pages),
         };
         for page in &kept {
-            let _ = self
-                .uffd
-                .write_protect(&(page.address()..page.plus(1).address()), false);
+            let _ = self.uffd.write_protect(&addresses(&[*page]), false);
         }
         self.turn_round(&kept);
         let Some(helper) = self.helper.as_ref().filter(|_| !pages.is_empty()) else {
@@ -200,7 +197,7 @@ impl Pager {
         let command = self.gate.batch_without_moves();
         write_batch(helper.control(), &pages, area, method::DROP);
         helper.publish(command);
-        let drops_unread = pages.clone();
+        let drops_unread = pages.iter().copied().collect();
         self.take_out = Some(TakeOut {
             command,
             pages,
@@ -212,47 +209,86 @@ impl Pager {
         true
     }
 
+    /// Protects pages against writing, run by run. Returns those that are, and those that cannot be.
+    fn protect(&self, pages: &[Page]) -> (Vec<Page>, Vec<Page>) {
+        let (mut protected, mut kept) = (Vec::with_capacity(pages.len()), Vec::new());
+        let protects = |pages: &[Page]| self.uffd.write_protect(&addresses(pages), true).is_ok();
+        for run in runs(pages) {
+            if protects(run) {
+                protected.extend_from_slice(run);
+                continue;
+            }
+            for page in run {
+                let to = if protects(&[*page]) {
+                    &mut protected
+                } else {
+                    &mut kept
+                };
+                to.push(*page);
+            }
+        }
+        (protected, kept)
+    }
+
     /// Copies pages of the program's to staging by `/proc/PID/mem`, which never faults a managed page in.
     /// Returns those that were copied, in the order of their places there, and those that are not present.
     fn copy_to_staging(
         &self,
         memory: &std::fs::File,
-        pages: Vec<Page>,
+        pages: &[Page],
         area: usize,
     ) -> (Vec<Page>, Vec<Page>) {
-        use std::os::unix::fs::FileExt;
         let Some(helper) = &self.helper else {
-            return (Vec::new(), pages);
+            return (Vec::new(), pages.to_vec());
         };
         let (mut copied, mut kept) = (Vec::with_capacity(pages.len()), Vec::new());
-        let mut bytes = [0u8; 4096];
-        for page in pages {
-            let offset = staging_offset(area, copied.len()) as u64;
-            let done = memory.read_exact_at(&mut bytes, page.address()).is_ok()
-                && helper.shared().memory().write(offset, &bytes).is_ok();
-            if done {
-                copied.push(page);
-            } else {
-                kept.push(page);
+        let mut buffer = vec![0; pages.len() * 4096];
+        for run in runs(pages) {
+            let mut rest = run;
+            while let [first, ..] = rest {
+                let wanted = buffer.get_mut(..rest.len() * 4096).unwrap_or_default();
+                let read = memory.read_at(wanted, first.address()).unwrap_or(0) / 4096;
+                let offset = staging_offset(area, copied.len()) as u64;
+                let bytes = buffer.get(..read * 4096).unwrap_or_default();
+                let read = match helper.shared().memory().write(offset, bytes) {
+                    Ok(()) => read,
+                    Err(_) => 0,
+                };
+                let (there, beyond) = rest.split_at(read);
+                copied.extend_from_slice(there);
+                rest = beyond;
+                if let [missing, others @ ..] = rest {
+                    kept.push(*missing);
+                    rest = others;
+                }
             }
         }
         (copied, kept)
     }
 
-    /// An own discard's event, not the program's.
-    pub(super) fn is_own_drop(&mut self, range: &std::ops::Range<u64>) -> bool {
-        let page = Page::of(range.start);
-        if range.end - range.start != 4096 {
-            return false;
-        }
+    /// What the program itself discarded, of what the kernel says was. The helper's drops say the same as the program's: of
+    /// pages that are being dropped the first to come is taken for the helper's, the second for the program's. Which is
+    /// which does not matter, since these pages are touched by nobody before the batch is over.
+    pub(super) fn without_own_drops(&mut self, range: Range<u64>) -> Vec<Range<u64>> {
         let Some(batch) = &mut self.take_out else {
-            return false;
+            return vec![range];
         };
-        let Some(at) = batch.drops_unread.iter().position(|own| *own == page) else {
-            return false;
-        };
-        batch.drops_unread.swap_remove(at);
-        true
+        let pages = pages_of(range.clone());
+        let pages = || (pages.start.0..pages.end.0).map(Page);
+        if !pages().all(|page| batch.pages.binary_search(&page).is_ok()) {
+            return vec![range];
+        }
+        pages()
+            .filter(|page| !batch.drops_unread.remove(page))
+            .map(|page| addresses(&[page]))
+            .collect()
+    }
+
+    /// Whether events may come of drops of our own.
+    pub(super) fn is_dropping(&self) -> bool {
+        self.take_out
+            .as_ref()
+            .is_some_and(|batch| batch.method == method::DROP)
     }
 
     /// Looks after the helper: takes over a batch that is done. Returns whether there was one.
@@ -316,9 +352,7 @@ impl Pager {
             "was not taken out"
         );
         if how == method::DROP {
-            let _ = self
-                .uffd
-                .write_protect(&(page.address()..page.plus(1).address()), false);
+            let _ = self.uffd.write_protect(&addresses(&[page]), false);
         }
         if self.table.change(page, Entry::turned_round).is_none() {
             // Discarded while it was claimed.
@@ -401,11 +435,7 @@ impl Pager {
                 break;
             }
             let mut worked = self.poll_links() | self.poll_helper() | self.post_writes();
-            if self
-                .take_out
-                .as_ref()
-                .is_some_and(|batch| batch.method == method::DROP)
-            {
+            if self.is_dropping() {
                 worked |= matches!(self.read_uffd(&mut kept), Ok(1..));
             }
             if !worked {
@@ -414,6 +444,17 @@ impl Pager {
         }
         kept
     }
+}
+
+/// Runs of pages that lie one behind the other.
+fn runs(pages: &[Page]) -> impl Iterator<Item = &[Page]> {
+    pages.chunk_by(|page, next| page.plus(1) == *next)
+}
+
+/// Where the pages of a run lie.
+fn addresses(run: &[Page]) -> Range<u64> {
+    let first = run.first().map_or(0, |page| page.address());
+    first..first + run.len() as u64 * 4096
 }
 
 fn write_batch(control: &Control, pages: &[Page], area: usize, how: u32) {

@@ -238,20 +238,19 @@ pub fn signal_event(fd: i32) {
     );
 }
 
-/// Reads one word of `/proc/self/pagemap` through an open descriptor.
+/// Reads what pagemap says of as many pages from `page_address` on as there are words; returns how many words it read.
 ///
 /// # Errors
 /// The kernel's errno.
-pub fn pagemap_word(fd: i32, page_address: usize) -> Result<u64, Errno> {
-    let mut word = 0u64;
-    call!(
+pub fn pagemap_words(fd: i32, page_address: usize, words: &mut [u64]) -> Result<usize, Errno> {
+    let bytes = call!(
         k::__NR_pread64,
         fd as isize,
-        core::ptr::from_mut(&mut word),
-        8usize,
+        words.as_mut_ptr(),
+        core::mem::size_of_val(words),
         page_address / 4096 * 8
     )?;
-    Ok(word)
+    Ok(bytes / 8)
 }
 
 /// Notes in `resident` which pages from `address` on are there, one byte each, not zero for yes. A place that is not

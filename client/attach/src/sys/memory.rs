@@ -111,14 +111,15 @@ pub fn drop_drained(address: usize, len: usize) {
     );
 }
 
-/// Drops one page of the program's that the agent holds a copy of. Blocks until the agent has read the event.
+/// Drops pages of the program's that the agent holds copies of. Blocks until the agent has read the events, one for each
+/// mapping.
 ///
 /// # Errors
 /// The kernel's errno.
-pub fn drop_page(address: usize) -> Result<(), Errno> {
+pub fn drop_pages(address: usize, len: usize) -> Result<(), Errno> {
     call(
         k::__NR_madvise,
-        [address, PAGE_BYTES, k::MADV_DONTNEED as usize, 0, 0, 0],
+        [address, len, k::MADV_DONTNEED as usize, 0, 0, 0],
     )
     .map(drop)
 }
