@@ -170,8 +170,28 @@ static void not_inherited(void)
 	check(left_out, DATA / 4, 2, "the parent's");
 }
 
+/* What holds for a child is what was set when it was forked, though the parent sets something else at once. */
+static void changed_after_fork(void)
+{
+	char *at = far_map(DATA / 4, 1);
+	push_far(at, DATA / 4);
+	for (int turn = 0; turn < 20; turn++) {
+		int wipes = turn % 2;
+		MUST(madvise(at, DATA / 4, wipes ? MADV_WIPEONFORK : MADV_KEEPONFORK) == 0);
+		pid_t child = fork();
+		MUST(child >= 0);
+		if (!child) {
+			wipes ? check_zeros(at, DATA / 4, "wiped on fork") : check(at, DATA / 4, 1, "inherited");
+			_exit(0);
+		}
+		MUST(madvise(at, DATA / 4, wipes ? MADV_KEEPONFORK : MADV_WIPEONFORK) == 0);
+		wait_for(child, "the child");
+	}
+}
+
 static const struct test_case cases[] = {
 	{"child_reads", child_reads}, {"both_write", both_write}, {"outlives", outlives}, {"generations", generations},
 	{"fork_in_transit", fork_in_transit}, {"storm", storm}, {"not_inherited", not_inherited},
+	{"changed_after_fork", changed_after_fork},
 };
 MAIN(cases)

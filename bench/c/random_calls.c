@@ -121,12 +121,11 @@ static void patch_pages(size_t from, size_t count)
 	}
 }
 
-/* The kernel reads from these pages and writes to them. */
+/* The kernel reads from these pages and writes to them. The file is nobody else's: a child would write over its parent's. */
 static void through_file(size_t from, size_t count)
 {
-	static int fd;
-	if (!fd)
-		MUST((fd = memfd_create("pages", MFD_CLOEXEC)) > 0);
+	int fd = memfd_create("pages", MFD_CLOEXEC);
+	MUST(fd > 0);
 	for (size_t page = from; page < from + count && page < from + 32; page++) {
 		struct model *m = &model[page];
 		char copy[PAGE];
@@ -141,6 +140,7 @@ static void through_file(size_t from, size_t count)
 			MUST(pwrite(fd, copy, PAGE, 0) == PAGE && pread(fd, at(page), PAGE, 0) == PAGE);
 		}
 	}
+	close(fd);
 }
 
 /* Holes are held by an inaccessible mapping: what is mapped next, by whomever, would come to lie in them. */
@@ -197,20 +197,34 @@ static void discard(size_t from, size_t count, int advice)
 	}
 }
 
-/* To a place that is free; one page after the other where the kernel has several mappings in that range. */
+/* Whether the kernel has it as one mapping. */
+static int is_one_mapping(size_t from, size_t count)
+{
+	FILE *maps = fopen("/proc/self/maps", "r");
+	MUST(maps);
+	char line[512];
+	int found = 0;
+	while (!found && fgets(line, sizeof line, maps)) {
+		uintptr_t start, end;
+		if (sscanf(line, "%lx-%lx", &start, &end) == 2)
+			found = start <= (uintptr_t)at(from) && end >= (uintptr_t)at(from + count);
+	}
+	fclose(maps);
+	return found;
+}
+
+/* To a place that is free; one page after the other where the kernel has several mappings in that range. It would move
+ * the first ones and then stop at one that is managed. */
 static void move(size_t from, size_t count, size_t to, int flags)
 {
 	if (to + count > PAGES || own(to, count) < count || (to < from + count && from < to + count))
 		return;
 	unmap(to, count);
 	flags |= MREMAP_MAYMOVE | MREMAP_FIXED;
-	if (mremap(at(from), count * PAGE, count * PAGE, flags, at(to)) == MAP_FAILED) {
-		if (errno != EFAULT)
-			fail("mremap of %zu pages from %zu to %zu", count, from, to);
-		for (size_t i = 0; i < count; i++)
-			if (mremap(at(from + i), PAGE, PAGE, flags, at(to + i)) == MAP_FAILED)
-				fail("mremap of page %zu of %zu from %zu to %zu", i, count, from, to);
-	}
+	size_t step = is_one_mapping(from, count) ? count : 1;
+	for (size_t i = 0; i < count; i += step)
+		if (mremap(at(from + i), step * PAGE, step * PAGE, flags, at(to + i)) == MAP_FAILED)
+			fail("mremap of %zu pages from %zu to %zu", step, from + i, to + i);
 	memcpy(&model[to], &model[from], count * sizeof *model);
 	if (!(flags & MREMAP_DONTUNMAP))
 		reserve(from, count);

@@ -12,8 +12,8 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 
-use common::programs_in_c::{run_in_forms, run_registered};
-use farpage_bench::conformance::{CASES, Form};
+use common::programs_in_c::run_registered;
+use farpage_bench::conformance::CASES;
 
 /// A case without a test would be run by nobody but `farpage bench conformance`.
 #[test]
@@ -90,12 +90,6 @@ fn the_bench_tells_and_counts() {
 /// All memory calls by lot, against a model; a failing round is made shorter and told.
 #[test]
 fn calls_drawn_by_lot() {
-    run_in_forms("random_calls", "run", &[Form::Plain]);
-}
-
-#[test]
-#[ignore = "open: without UFFDIO_MOVE a forked child finds zeros in a page that its parent wrote: seed 100000, every run so far"]
-fn calls_drawn_by_lot_without_move() {
     run_registered("random_calls", "run");
 }
 
@@ -205,7 +199,6 @@ fn anon_advice() {
 }
 
 #[test]
-#[ignore = "open: with a quarter of what is far locked the program is ended now and then, though enough could be taken out"]
 fn anon_locked() {
     run_registered("anon", "locked");
 }

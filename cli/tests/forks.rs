@@ -51,12 +51,16 @@ fn ranges_not_inherited() {
 }
 
 #[test]
+fn what_is_inherited_is_settled_by_the_fork() {
+    case("changed_after_fork");
+}
+
+#[test]
 fn trees_verify_every_page() {
     run_registered("fork_tree", "verify");
 }
 
 #[test]
-#[ignore = "open: on a loaded machine about every other run is ended with `nothing of it can be taken out any more`"]
 fn trees_with_processes_killed() {
     run_registered("fork_tree", "kill");
 }

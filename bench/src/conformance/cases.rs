@@ -215,6 +215,7 @@ pub const CASES: &[Case] = &[
     case("forks", "fork_in_transit", "fork while pages come and go").both(),
     case("forks", "storm", "children killed at any moment").both(),
     case("forks", "not_inherited", "ranges that a child does not inherit").both(),
+    case("forks", "changed_after_fork", "what a child inherits is what was set when it was forked").both(),
 
     case("kernel_access", "plain", "read and write"),
     case("kernel_access", "direct", "O_DIRECT"),

@@ -56,6 +56,9 @@ const ROOM_BEYOND: i64 = 256;
 impl Pager {
     /// Answers a fault, or gives it back where that cannot be done now.
     pub(super) fn answer(&mut self, fault: Fault) -> Option<Fault> {
+        if !self.is_inheritance_known() {
+            self.leave_out_if_guessed(fault.page);
+        }
         let entry = self.table.get(fault.page);
         match entry.state() {
             State::Untouched | State::Zero => self.answer_with_zeros(fault),

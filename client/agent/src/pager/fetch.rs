@@ -175,7 +175,10 @@ impl Pager {
         let Some(place) = self.free_place() else {
             return Some(fault);
         };
-        let window = self.prefetcher.fault(fault.page);
+        let mut window = self.prefetcher.fault(fault.page);
+        if !self.is_inheritance_known() {
+            window.pages = 1;
+        }
         self.job
             .counters
             .prefetch_hits

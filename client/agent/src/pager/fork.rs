@@ -1,18 +1,75 @@
 //! Fork: the table is cloned, every slot gains a reference, and what was writable becomes readable in both.
+//!
+//! What the program has set to be left out of its children, or wiped in them (MADV_DONTFORK, MADV_WIPEONFORK), is cloned
+//! too: the event does not say what was set when it was made, and by the time it is handled the program may have set
+//! something else. The child's own mappings say it, as soon as the child stands at the door; see [`Inheritance`].
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::{Pager, Registered};
 use crate::entry::State;
+use crate::sys::process::{Process, ranges_not_inherited};
 use crate::sys::uffd::Uffd;
 use crate::table::{Page, PageTable, pages_of};
 
+/// What is known of what a forked child did not inherit although its table says so.
+#[derive(Debug)]
+pub(crate) enum Inheritance {
+    /// The table is right.
+    Known,
+    /// The child has not come to the door, and may never do (a raw clone).
+    Unknown {
+        /// Whose child it is.
+        parent: Option<i32>,
+    },
+    /// As before, and it has touched something already: what its parent would not hand on.
+    Guessed(Vec<Range<Page>>),
+}
+
 impl Pager {
+    /// Whether a table says nothing yet of pages but that somebody had them: no other than those asked for may be brought.
+    pub(super) fn is_inheritance_known(&self) -> bool {
+        matches!(self.inheritance, Inheritance::Known)
+    }
+
+    /// Before a page of a forked child is brought that has not come to the door: if its parent would not hand it on, the
+    /// child has zeros there. The parent may have changed its mind since the fork; this is as near as can be come.
+    pub(super) fn leave_out_if_guessed(&mut self, page: Page) {
+        if self.guess().iter().any(|range| range.contains(&page)) {
+            self.discard_pages(page..page.plus(1));
+        }
+    }
+
+    fn guess(&mut self) -> &[Range<Page>] {
+        if let Inheritance::Unknown { parent } = self.inheritance {
+            let ranges = parent.and_then(|pid| ranges_not_inherited(pid).ok());
+            let pages = ranges.into_iter().flatten().map(pages_of);
+            self.inheritance = Inheritance::Guessed(pages.collect());
+        }
+        match &self.inheritance {
+            Inheritance::Guessed(ranges) => ranges,
+            _ => &[],
+        }
+    }
+
+    /// A child that forks is past the door, or will not come to it: what it hands on is what was guessed.
+    fn settle_for_the_guess(&mut self) {
+        for range in self.guess().to_vec() {
+            let touched: Vec<_> = self.table.touched(range).collect();
+            for (page, _) in touched.into_iter().filter(|(_, entry)| entry.is_far()) {
+                self.discard_pages(page..page.plus(1));
+            }
+        }
+        self.inheritance = Inheritance::Known;
+    }
+
     /// The program has forked; reading the event has let the parent go on, and the child may run. Neither can
     /// get at a far page but through us, so the clone below is as if made at that moment: pages on their way
     /// out are settled first, pages on their way in are found far by the child.
     pub(super) fn forked(&mut self, uffd: Uffd) {
         let kept = self.settle(super::SETTLE_DEADLINE);
+        self.settle_for_the_guess();
         let (table, local) = self.clone_table();
         let registered = self.registered.clone();
         match self.start_child(uffd, table, registered) {
@@ -25,20 +82,9 @@ impl Pager {
     }
 
     fn clone_table(&mut self) -> (PageTable, u64) {
-        let left_out: Vec<_> = self
-            .process
-            .as_ref()
-            .and_then(|process| crate::sys::process::ranges_not_inherited(process.pid()).ok())
-            .unwrap_or_default()
-            .into_iter()
-            .map(pages_of)
-            .collect();
         let mut child = PageTable::default();
         let everything = Page(0)..Page(u64::MAX >> 12);
         for (page, entry) in self.table.touched(everything).collect::<Vec<_>>() {
-            if left_out.iter().any(|range| range.contains(&page)) {
-                continue;
-            }
             let Some((ours, theirs)) = entry.forked() else {
                 continue;
             };
@@ -74,6 +120,9 @@ impl Pager {
         }
         child.table = table;
         child.registered = registered;
+        child.inheritance = Inheritance::Unknown {
+            parent: self.process.as_ref().map(Process::pid),
+        };
         self.shared
             .spawner
             .start_forked(self.handle.id, child, handle)

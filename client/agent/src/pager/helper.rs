@@ -134,7 +134,7 @@ impl Pager {
             tracing::error!(%error, pid, "a helper cannot be waited for; its program is ended");
             self.closing = true;
         }
-        self.keep_only_registered(pid);
+        self.keep_only_inherited(pid);
         Ok(uffd)
     }
 

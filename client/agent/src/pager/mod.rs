@@ -43,6 +43,7 @@ use wakeups::Source;
 
 pub(crate) use fault::Fault;
 pub(crate) use fetch::Fetches;
+pub(crate) use fork::Inheritance;
 pub(crate) use helper::Helper;
 pub(crate) use links::Links;
 pub(crate) use register::Registered;
@@ -98,6 +99,7 @@ pub struct Pager {
     uffd_has_news: bool,
     table: PageTable,
     registered: Registered,
+    inheritance: Inheritance,
     residents: Residents,
     prefetcher: Prefetcher,
     links: Links,
@@ -154,6 +156,7 @@ impl Pager {
             uffd_has_news: true,
             table: PageTable::default(),
             registered: Registered::default(),
+            inheritance: Inheritance::Known,
             residents: Residents::default(),
             prefetcher: Prefetcher::default(),
             links,

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::Pager;
+use super::{Inheritance, Pager};
 use crate::entry::{Entry, State};
 use crate::sys::pagemap::Pagemap;
 use crate::sys::process::{self, Mapping};
@@ -237,9 +237,10 @@ impl Pager {
         false
     }
 
-    /// A forked child stands still at the door: what its memory really has registered decides what its table may
-    /// say. The parent's calls may have crossed the fork, and a page that is not under this uffd must never be taken out.
-    pub(super) fn keep_only_registered(&mut self, pid: i32) {
+    /// A forked child stands still at the door: what its memory really has registered, and was not wiped, decides what its
+    /// table may say. The parent's calls may have crossed the fork, and a page that is not under this uffd must never be
+    /// taken out.
+    pub(super) fn keep_only_inherited(&mut self, pid: i32) {
         let Ok(ranges) = process::registered_ranges(pid) else {
             tracing::error!(
                 pid,
@@ -247,8 +248,11 @@ impl Pager {
             );
             return;
         };
-        let mut real = Registered::default();
-        for range in ranges {
+        let (mut real, mut inherited) = (Registered::default(), Registered::default());
+        for (range, wiped) in ranges {
+            if !wiped {
+                inherited.insert(range.clone());
+            }
             real.insert(range);
         }
         let everything = Page(0)..Page(u64::MAX >> 12);
@@ -256,12 +260,13 @@ impl Pager {
             .table
             .touched(everything)
             .map(|(page, _)| page)
-            .filter(|page| !real.contains(*page))
+            .filter(|page| !inherited.contains(*page))
             .collect();
         for page in strays {
             self.discard_pages(page..page.plus(1));
         }
         self.registered = real;
+        self.inheritance = Inheritance::Known;
     }
 
     /// Resident anonymous pages that are not managed: stacks, small mappings, written pages of private files, our own.

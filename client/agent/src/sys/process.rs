@@ -255,27 +255,40 @@ impl Mapping {
 /// # Errors
 /// The kernel's errno.
 pub fn ranges_not_inherited(pid: i32) -> io::Result<Vec<Range<u64>>> {
-    ranges_with_flags(pid, &["dc", "wf"])
+    let changed = |flags: &[&str]| {
+        ["dc", "wf"]
+            .iter()
+            .any(|flag| flags.contains(flag))
+            .then_some(())
+    };
+    Ok(ranges_with_flags(pid, changed)?
+        .into_iter()
+        .map(|(range, ())| range)
+        .collect())
 }
 
-/// The ranges registered with a uffd.
+/// The ranges registered with a uffd, and of each whether a fork wipes it, as one has wiped it if this is a forked child.
 ///
 /// # Errors
 /// The kernel's errno.
-pub fn registered_ranges(pid: i32) -> io::Result<Vec<Range<u64>>> {
-    ranges_with_flags(pid, &["um"])
+pub fn registered_ranges(pid: i32) -> io::Result<Vec<(Range<u64>, bool)>> {
+    ranges_with_flags(pid, |flags| {
+        flags.contains(&"um").then(|| flags.contains(&"wf"))
+    })
 }
 
-/// The mappings that have any of these two-letter flags of `/proc/PID/smaps`.
-fn ranges_with_flags(pid: i32, wanted: &[&str]) -> io::Result<Vec<Range<u64>>> {
+/// The mappings of whose two-letter flags in `/proc/PID/smaps` something can be said, with what is said.
+fn ranges_with_flags<T>(
+    pid: i32,
+    say: impl Fn(&[&str]) -> Option<T>,
+) -> io::Result<Vec<(Range<u64>, T)>> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     let mut current = None;
     let mut found = Vec::new();
     for line in text.lines() {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
-            if flags.split(' ').any(|flag| wanted.contains(&flag)) {
-                found.extend(current.take());
-            }
+            let flags: Vec<&str> = flags.split_ascii_whitespace().collect();
+            found.extend(current.take().zip(say(&flags)));
         } else if let Some(mapping) = parse_mapping(line) {
             current = Some(mapping.range);
         }
