@@ -66,17 +66,11 @@ impl Default for Expect {
 
 /// Runs a case of the conformance table in all its forms.
 pub fn run_registered(program: &str, name: &str) {
-    let forms = [Form::Plain, Form::WithoutMove];
-    run_in_forms(program, name, &forms);
-}
-
-/// The same in those of its forms that are named.
-pub fn run_in_forms(program: &str, name: &str, forms: &[Form]) {
     let case =
         cases::find(program, name).unwrap_or_else(|| panic!("{program}.{name} is in no table"));
     let words = case.words(SEED);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    for form in case.forms().iter().filter(|form| forms.contains(form)) {
+    for form in case.forms() {
         let expect = Expect {
             local: case.local,
             without_move: *form == Form::WithoutMove,
