@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::latency::Latencies;
 use crate::mailbox::SpaceHandle;
 use crate::protocol::Account;
+use crate::sharing::Sharing;
 
 /// How long an account waits for address spaces whose process has ended.
 const ACCOUNT_DEADLINE: Duration = Duration::from_secs(5);
@@ -59,6 +60,8 @@ pub struct Job {
     pub counters: Counters,
     /// How long faults took, from their message to the wake-up.
     pub latencies: Latencies,
+    /// What of it is counted more than once.
+    pub sharing: Sharing,
     /// Resident pages that tables know of, over all address spaces.
     managed: AtomicI64,
     /// Resident pages that no table knows of; measured by the sampler.
@@ -86,6 +89,7 @@ impl Job {
             limits,
             counters: Counters::default(),
             latencies: Latencies::default(),
+            sharing: Sharing::default(),
             managed: AtomicI64::new(0),
             unmanaged: AtomicU64::new(0),
             far_used: AtomicI64::new(0),
@@ -110,7 +114,8 @@ impl Job {
     /// Resident pages as far as is known between two samples.
     #[must_use]
     pub fn resident(&self) -> i64 {
-        self.managed.load(Ordering::Relaxed) + self.unmanaged.load(Ordering::Relaxed) as i64
+        let counted = self.managed.load(Ordering::Relaxed) + self.unmanaged() as i64;
+        counted - self.sharing.pages() as i64
     }
 
     /// Resident pages that no table knows of.
@@ -128,6 +133,12 @@ impl Job {
     /// Counts pages installed (positive) or taken out (negative).
     pub fn charge(&self, pages: i64) {
         self.managed.fetch_add(pages, Ordering::Relaxed);
+    }
+
+    /// Counts pages that a program gave up itself, whether others have them too or not.
+    pub fn discharge(&self, pages: u64) {
+        self.charge(-(pages as i64));
+        self.sharing.went(pages);
     }
 
     /// Counts references to slots taken (positive) or given back (negative).

@@ -1,7 +1,8 @@
 //! The per-host pager.
 //!
 //! One process per host. Programs come to its [`door`]; each address space gets a thread of its own, its
-//! [`pager`]; the [`sampler`] watches what the kernel says is resident; [`control_plane`] holds the lease under
+//! [`pager`]; the [`sampler`] watches what the kernel says is resident and [`sharing`] what of it is counted more than
+//! once; [`control_plane`] holds the lease under
 //! which extents of far memory are granted. Nothing asynchronous is on the path of a fault.
 //!
 //! The pure parts are a crate of their own, `farpage_core`, whose modules appear here under the same names:
@@ -21,6 +22,7 @@ pub mod pager;
 pub mod protocol;
 pub mod sampler;
 pub mod serve;
+pub mod sharing;
 pub mod spaces;
 pub mod sys;
 pub mod tree;

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use crate::job::Job;
@@ -39,8 +40,8 @@ const CROWDED_DEADLINE: Duration = Duration::from_secs(3);
 /// Resident pages that no table explains, beyond which the mappings are looked at again.
 const UNEXPLAINED_PAGES: u64 = 128;
 
-/// Runs until `ended` says so.
-pub fn run(spaces: &Arc<Spaces>, ended: &dyn Fn() -> bool) {
+/// Runs until `ended` says so. `sharing` is the thread that looks at what is counted more than once.
+pub fn run(spaces: &Arc<Spaces>, sharing: &Thread, ended: &dyn Fn() -> bool) {
     crate::sys::process::raise_priority(0, crate::sys::process::FIRST);
     crate::sys::process::run_at_once(true);
     let mut watched: HashMap<u64, Watched> = HashMap::new();
@@ -56,6 +57,7 @@ pub fn run(spaces: &Arc<Spaces>, ended: &dyn Fn() -> bool) {
                 &handles,
                 &mut watched,
                 jobs.entry(job.token).or_default(),
+                sharing,
             ));
         }
         watched.retain(|id, _| live.contains(id));
@@ -87,6 +89,7 @@ impl WatchedJob {
             .iter()
             .map(|handle| handle.figures.unmanaged.load(Ordering::Relaxed))
             .sum();
+        let floor = floor.saturating_sub(job.sharing.pages());
         if floor <= job.limits.local_pages {
             self.crowded_since = None;
         } else if self
@@ -111,6 +114,7 @@ fn sample(
     handles: &[Arc<SpaceHandle>],
     watched: &mut HashMap<u64, Watched>,
     watched_job: &mut WatchedJob,
+    sharing: &Thread,
 ) -> Duration {
     let managed = job.managed();
     if job.is_for_regions() {
@@ -144,11 +148,18 @@ fn sample(
             seen.accepted = accepted.min(unexplained);
         }
     }
-    job.note_sample(measured, measured.saturating_sub(managed).max(floor));
     let limit = job.limits.local_pages;
+    let near = measured > limit - margin(limit);
+    job.sharing.want(near && handles.len() > 1);
+    if job.sharing.is_wanted() {
+        crate::sharing::wake(sharing);
+    }
+    let shared = job.sharing.pages();
+    let unmanaged = measured.saturating_sub(managed).max(floor);
+    job.note_sample(measured.saturating_sub(shared), unmanaged);
     if !job.is_armed() {
         let Some(headroom) = (limit - margin(limit))
-            .checked_sub(measured)
+            .checked_sub(measured.saturating_sub(shared))
             .filter(|room| *room > 0)
         else {
             job.arm();

@@ -100,9 +100,14 @@ pub fn serve(
         peers: AtomicUsize::new(0),
     });
     let ended = Arc::clone(stop);
+    let sharing = spawn("sharing", {
+        let (spaces, ended) = (Arc::clone(&spaces), Arc::clone(&ended));
+        move || crate::sharing::run(&spaces, &|| ended.load(Ordering::Acquire))
+    })?;
     spawn("sampler", {
         let (spaces, ended) = (Arc::clone(&spaces), Arc::clone(&ended));
-        move || crate::sampler::run(&spaces, &|| ended.load(Ordering::Acquire))
+        let sharing = sharing.thread().clone();
+        move || crate::sampler::run(&spaces, &sharing, &|| ended.load(Ordering::Acquire))
     })?;
     spawn("door", {
         let ended = Arc::clone(&ended);

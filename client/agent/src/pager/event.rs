@@ -77,7 +77,7 @@ impl Pager {
 
     fn forget_entry(&mut self, entry: Entry) {
         if entry.state() == State::Local {
-            self.job.charge(-1);
+            self.job.discharge(1);
         }
         self.release_slot_of(entry);
     }

@@ -53,6 +53,14 @@ impl Pager {
         }
     }
 
+    /// Counts what a forked child has here since its fork. While it waits at the door it has nothing for itself, and
+    /// nothing of it could be taken out.
+    pub(super) fn charge_inherited(&mut self) {
+        let pages = std::mem::take(&mut self.uncharged);
+        self.job.sharing.forked(pages);
+        self.job.charge(pages as i64);
+    }
+
     /// A child that forks is past the door, or will not come to it: what it hands on is what was guessed.
     fn settle_for_the_guess(&mut self) {
         for range in self.guess().to_vec() {
@@ -70,18 +78,15 @@ impl Pager {
     pub(super) fn forked(&mut self, uffd: Uffd) {
         let kept = self.settle(super::SETTLE_DEADLINE);
         self.settle_for_the_guess();
-        let (table, local) = self.clone_table();
+        let table = self.clone_table();
         let registered = self.registered.clone();
-        match self.start_child(uffd, table, registered) {
-            Ok(()) => self.job.charge(local as i64),
-            Err(error) => {
-                tracing::error!(%error, pid = self.pid(), "a forked child cannot be served");
-            }
+        if let Err(error) = self.start_child(uffd, table, registered) {
+            tracing::error!(%error, pid = self.pid(), "a forked child cannot be served");
         }
         self.keep_messages(kept);
     }
 
-    fn clone_table(&mut self) -> (PageTable, u64) {
+    fn clone_table(&mut self) -> PageTable {
         let mut child = PageTable::default();
         let everything = Page(0)..Page(u64::MAX >> 12);
         for (page, entry) in self.table.touched(everything).collect::<Vec<_>>() {
@@ -95,8 +100,7 @@ impl Pager {
                 self.job.charge_far(1);
             }
         }
-        let local = child.local_pages();
-        (child, local)
+        child
     }
 
     fn start_child(
@@ -118,6 +122,7 @@ impl Pager {
                 child.residents.arrived(page);
             }
         }
+        child.uncharged = table.local_pages();
         child.table = table;
         child.registered = registered;
         child.inheritance = Inheritance::Unknown {

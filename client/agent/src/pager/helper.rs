@@ -134,6 +134,7 @@ impl Pager {
             tracing::error!(%error, pid, "a helper cannot be waited for; its program is ended");
             self.closing = true;
         }
+        self.charge_inherited();
         self.keep_only_inherited(pid);
         Ok(uffd)
     }

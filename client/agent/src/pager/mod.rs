@@ -100,6 +100,8 @@ pub struct Pager {
     table: PageTable,
     registered: Registered,
     inheritance: Inheritance,
+    /// Pages here that were here at the fork, until they are counted.
+    uncharged: u64,
     residents: Residents,
     prefetcher: Prefetcher,
     links: Links,
@@ -157,6 +159,7 @@ impl Pager {
             table: PageTable::default(),
             registered: Registered::default(),
             inheritance: Inheritance::Known,
+            uncharged: 0,
             residents: Residents::default(),
             prefetcher: Prefetcher::default(),
             links,
@@ -339,7 +342,11 @@ impl Pager {
                     && !self.staging.is_full()
                     && !self.staging.is_busy()
                 {
-                    let stuck = (self.job.unmanaged() * 4096) >> 20;
+                    let stuck = self
+                        .job
+                        .unmanaged()
+                        .saturating_sub(self.job.sharing.pages());
+                    let stuck = (stuck * 4096) >> 20;
                     let limit = (self.job.limits.local_pages * 4096) >> 20;
                     self.job.fail(format!(
                         "nothing of it can be taken out any more to make room: of {limit} MiB allowed, {stuck} MiB are \
@@ -469,12 +476,13 @@ impl Pager {
     /// The process is gone: every slot it named is given back, the helper ended.
     fn close(mut self) {
         self.handle.closed.store(true, Ordering::Release);
+        self.charge_inherited();
         if let Some(helper) = &self.helper {
             helper.end();
         }
         self.finish_transfers();
         if let Some(batch) = self.take_out.take() {
-            self.job.charge(-(batch.pages.len() as i64));
+            self.job.discharge(batch.pages.len() as u64);
         }
         self.discard_pages(crate::table::Page(0)..crate::table::Page(u64::MAX >> 12));
         self.publish();

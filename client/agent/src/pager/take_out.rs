@@ -336,6 +336,10 @@ impl Pager {
             .counters
             .pages_evicted
             .fetch_add(taken.len() as u64, Ordering::Relaxed);
+        if batch.method != method::MOVE {
+            // What a move takes is nobody else's. Of what is dropped that is not known.
+            self.job.sharing.went(taken.len() as u64);
+        }
         self.shrink = self.shrink.saturating_sub(taken.len() as u64);
         self.residents.evicted(taken.len() as u64);
         self.stage(batch.area, &taken);
@@ -356,7 +360,7 @@ impl Pager {
         }
         if self.table.change(page, Entry::turned_round).is_none() {
             // Discarded while it was claimed.
-            self.job.charge(-1);
+            self.job.discharge(1);
             return;
         }
         match i32::try_from(errno).unwrap_or(0) {
@@ -366,7 +370,7 @@ impl Pager {
             libc::ENOENT if how != method::DROP => {
                 if let Some((before, _)) = self.table.change(page, |entry| Some(entry.discarded()))
                 {
-                    self.job.charge(-1);
+                    self.job.discharge(1);
                     self.release_slot_of(before);
                 }
             }

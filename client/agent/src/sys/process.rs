@@ -250,6 +250,51 @@ impl Mapping {
     }
 }
 
+/// How many page faults a process has had.
+#[derive(Debug)]
+pub struct FaultCount(File);
+
+impl FaultCount {
+    /// Of this process.
+    ///
+    /// # Errors
+    /// The kernel's errno, ESRCH when it has gone.
+    pub fn open(pid: i32) -> io::Result<Self> {
+        File::open(format!("/proc/{pid}/stat")).map(Self)
+    }
+
+    /// Minor ones, of all its threads; `None` when it has gone. Those that a uffd answers are major.
+    #[must_use]
+    pub fn minor(&self) -> Option<u64> {
+        let mut buffer = [0u8; 512];
+        let got = self.0.read_at(&mut buffer, 0).ok()?;
+        let text = String::from_utf8_lossy(buffer.get(..got)?);
+        // Behind the name: state, parent, group, session, terminal, its group, flags, minor faults.
+        text.rsplit(") ").next()?.split(' ').nth(7)?.parse().ok()
+    }
+}
+
+/// How many pages of a process's resident anonymous memory other processes account for: all of it less its share.
+///
+/// # Errors
+/// The kernel's errno, ESRCH when the process has gone.
+pub fn shared_pages(pid: i32) -> io::Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let kib = |name: &str| {
+        text.lines().find_map(|line| {
+            line.strip_prefix(name)?
+                .strip_suffix("kB")?
+                .trim()
+                .parse::<u64>()
+                .ok()
+        })
+    };
+    match (kib("Anonymous:"), kib("Pss_Anon:")) {
+        (Some(all), Some(own)) => Ok(all.saturating_sub(own) / 4),
+        _ => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+    }
+}
+
 /// The ranges that a fork does not hand on as they are: left out (DONTFORK) or wiped (WIPEONFORK).
 ///
 /// # Errors
@@ -339,6 +384,10 @@ mod tests {
         let sizes = own.sizes().unwrap();
         assert!(sizes.anonymous > 0 && sizes.total > sizes.anonymous);
         assert!(!own.has_exited());
+        let faults = FaultCount::open(own.pid()).unwrap();
+        let before = faults.minor().unwrap();
+        std::hint::black_box(vec![1u8; 1 << 24]);
+        assert!(faults.minor().unwrap() > before);
         assert_eq!(share_memory(own.pid(), own.pid()), Some(true));
     }
 }
