@@ -299,8 +299,14 @@ impl Door {
         wait_for_forks(job, hello.parent);
         for child in self.shared.spawner.forked_from(hello.parent) {
             let (answer, answered) = mpsc::sync_channel(1);
-            if !child.ask(Request::Adopt(offer, answer)) {
-                return Adoption::Gone;
+            match child.offer(Request::Adopt(offer, answer)) {
+                Ok(()) => {}
+                // A sibling that has ended.
+                Err(Request::Adopt(back, _)) => {
+                    offer = back;
+                    continue;
+                }
+                Err(_) => return Adoption::Gone,
             }
             match answered.recv_timeout(ADOPTION_DEADLINE) {
                 Ok(Ok(uffd)) => {

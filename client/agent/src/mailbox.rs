@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 
 use crate::sys::control::SharedBlock;
 use crate::sys::process::Process;
@@ -16,8 +16,6 @@ const MAX_REQUESTS: usize = 64;
 /// What a pager may be asked.
 #[derive(Debug)]
 pub enum Request {
-    /// Take this many pages out although no fault asks for it.
-    Shrink(u64),
     /// A forked child has come to the door with its own ranges: is it this address space? Answers with the
     /// uffd for its helper, or gives the offer back.
     Adopt(
@@ -83,6 +81,7 @@ pub struct SpaceHandle {
     pub closed: AtomicBool,
     requests: Mutex<VecDeque<Request>>,
     rescan: AtomicBool,
+    shrink: AtomicU64,
     regions_only: AtomicBool,
     control: OnceLock<SharedBlock>,
     doorbell: OwnedFd,
@@ -102,6 +101,7 @@ impl SpaceHandle {
             closed: AtomicBool::new(false),
             requests: Mutex::new(VecDeque::new()),
             rescan: AtomicBool::new(false),
+            shrink: AtomicU64::new(0),
             regions_only: AtomicBool::new(false),
             control: OnceLock::new(),
             doorbell: rustix::event::eventfd(0, flags)?,
@@ -110,14 +110,37 @@ impl SpaceHandle {
 
     /// Puts a request into the mailbox and rings. Returns whether it was taken.
     pub fn ask(&self, request: Request) -> bool {
-        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        self.offer(request).is_ok()
+    }
+
+    /// The same for a request that is of use to another if this one does not take it.
+    ///
+    /// # Errors
+    /// The request, where it was not taken.
+    pub fn offer(&self, request: Request) -> Result<(), Request> {
+        let mut requests = self.lock_requests();
         if requests.len() >= MAX_REQUESTS || self.closed.load(Ordering::Acquire) {
-            return false;
+            return Err(request);
         }
         requests.push_back(request);
         drop(requests);
         self.ring();
-        true
+        Ok(())
+    }
+
+    /// The pager has ended: nothing is taken any more, and nobody waits for an answer to what was.
+    pub fn close(&self) {
+        let mut requests = self.lock_requests();
+        self.closed.store(true, Ordering::Release);
+        for request in requests.drain(..) {
+            if let Request::Adopt(offer, answer) = request {
+                let _ = answer.send(Err(offer));
+            }
+        }
+    }
+
+    fn lock_requests(&self) -> MutexGuard<'_, VecDeque<Request>> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// From now on nothing is managed but the regions that the program names: its mappings are not looked at.
@@ -135,6 +158,18 @@ impl SpaceHandle {
     /// Whether a look at the mappings is asked for; taking the request.
     pub fn take_rescan(&self) -> bool {
         self.rescan.swap(false, Ordering::AcqRel)
+    }
+
+    /// Asks for so many pages to be taken out although no fault asks for it; of several requests the largest counts.
+    pub fn ask_to_shrink(&self, pages: u64) {
+        if self.shrink.fetch_max(pages, Ordering::AcqRel) == 0 {
+            self.ring();
+        }
+    }
+
+    /// How many pages are to be taken out; taking the request.
+    pub fn take_shrink(&self) -> u64 {
+        self.shrink.swap(0, Ordering::AcqRel)
     }
 
     /// The program's control block, once it has one.
@@ -160,10 +195,7 @@ impl SpaceHandle {
 
     /// The next request.
     pub fn next_request(&self) -> Option<Request> {
-        self.requests
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop_front()
+        self.lock_requests().pop_front()
     }
 
     /// Makes the doorbell quiet again.
@@ -184,5 +216,25 @@ impl SpaceHandle {
 impl AsFd for SpaceHandle {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.doorbell.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A door thread waited half a minute for a forked child that had been killed, and a sibling with it.
+    #[test]
+    fn nobody_waits_for_a_pager_that_has_ended() {
+        let handle = SpaceHandle::new(1, 0).unwrap();
+        let (done, is_done) = mpsc::sync_channel(1);
+        assert!(handle.ask(Request::Sync(done)));
+        handle.close();
+        assert_eq!(is_done.try_recv(), Err(mpsc::TryRecvError::Disconnected));
+        let (late, _) = mpsc::sync_channel(1);
+        assert!(matches!(
+            handle.offer(Request::Sync(late)),
+            Err(Request::Sync(_))
+        ));
     }
 }

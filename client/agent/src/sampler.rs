@@ -11,7 +11,7 @@ use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use crate::job::Job;
-use crate::mailbox::{Request, SpaceHandle};
+use crate::mailbox::SpaceHandle;
 use crate::spaces::Spaces;
 use crate::sys::process::{Process, Sizes};
 use crate::tree::Tree;
@@ -221,7 +221,7 @@ fn hold_back(job: &Job, handles: &[Arc<SpaceHandle>]) {
             let local = handle.figures.local.load(Ordering::Relaxed);
             let share = room.unsigned_abs() * local / managed;
             if share > 0 {
-                handle.ask(Request::Shrink(share));
+                handle.ask_to_shrink(share);
             }
         }
     }

@@ -84,7 +84,7 @@ impl Spaces {
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| pager.run()));
             if outcome.is_err() {
                 tracing::error!(space = handle.id, "a pager failed; its program is ended");
-                handle.closed.store(true, Ordering::Release);
+                handle.close();
                 job_of_thread.remove(handle.id);
                 if let Some(pid) = handle.pid() {
                     crate::sys::process::kill(pid);

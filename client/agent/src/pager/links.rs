@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use farpage_fabric::memory::RegisteredMemory;
 use farpage_fabric::{Completion, Endpoint, LocalSlice, PostError, RegionId, WorkId};
 
+use super::patience::Patience;
 use super::wakeups::Source;
 use super::{Pager, Wakeups};
 use crate::entry::Slot;
@@ -74,6 +75,7 @@ struct Link {
     retry_at: Option<Instant>,
     in_flight: usize,
     dirty: bool,
+    patience: Patience,
 }
 
 /// The connections of one pager.
@@ -132,6 +134,7 @@ impl Links {
                     retry_at: None,
                     in_flight: 0,
                     dirty: false,
+                    patience: Patience::default(),
                 });
                 self.links.len() - 1
             }
@@ -163,10 +166,11 @@ impl Links {
     ) -> Result<(), LinkError> {
         let (extent, remote) = far.locate(slot).ok_or(LinkError::Unreachable)?;
         let link = self.link(&extent.grant.address, frames)?;
-        link.post(|endpoint| match work {
-            Work::Read { ahead: true, .. } => endpoint.post_read_ahead(work.id(), to, remote),
-            _ => endpoint.post_read(work.id(), to, remote),
-        })
+        if matches!(work, Work::Read { ahead: true, .. }) {
+            return link.post(|endpoint| endpoint.post_read_ahead(work.id(), to, remote));
+        }
+        link.patience.asked(Instant::now());
+        link.post(|endpoint| endpoint.post_read(work.id(), to, remote))
     }
 
     /// Posts a write to a slot (and its neighbours).
@@ -200,8 +204,16 @@ impl Links {
             if link.in_flight > 0
                 && let Some(endpoint) = &mut link.endpoint
             {
+                let before = out.len();
                 let got = endpoint.poll(out);
                 link.in_flight = link.in_flight.saturating_sub(got);
+                if out
+                    .iter()
+                    .skip(before)
+                    .any(|completion| is_waited_for(completion.id))
+                {
+                    link.patience.answered(Instant::now());
+                }
                 total += got;
             }
         }
@@ -220,6 +232,12 @@ impl Links {
     /// Whether anything is outstanding.
     pub(super) fn any_in_flight(&self) -> bool {
         self.links.iter().any(|link| link.in_flight > 0)
+    }
+
+    /// Whether an answer that a fault waits for is likely to come sooner than a sleeper would wake.
+    pub(super) fn looks_on(&mut self) -> bool {
+        let mut links = self.links.iter_mut().filter(|link| link.in_flight > 0);
+        links.any(|link| link.patience.looks_on(Instant::now()))
     }
 
     /// Some connection has news. One on which nothing is outstanding can only have ended: it is made anew when it is
@@ -248,6 +266,10 @@ impl Links {
             }
         }
     }
+}
+
+fn is_waited_for(id: WorkId) -> bool {
+    matches!(Work::of(id), Work::Read { ahead: false, .. })
 }
 
 impl Link {

@@ -17,6 +17,7 @@ mod fork;
 mod helper;
 mod install;
 mod links;
+mod patience;
 mod register;
 mod take_out;
 mod wakeups;
@@ -195,7 +196,7 @@ impl Pager {
         // Until memory is managed all that is asked of this thread is to do that at once.
         crate::sys::process::run_at_once(!self.job.is_armed());
         while !self.closing {
-            if !self.turn() && !self.wait_for_moves() {
+            if !self.turn() && !self.wait_for_moves() && !self.looks_on() {
                 self.sleep();
             }
         }
@@ -362,6 +363,7 @@ impl Pager {
     }
 
     fn serve_requests(&mut self) -> bool {
+        self.shrink = self.shrink.max(self.handle.take_shrink());
         let mut worked = self.handle.take_rescan();
         if worked {
             self.rescan();
@@ -369,7 +371,6 @@ impl Pager {
         while let Some(request) = self.handle.next_request() {
             worked = true;
             match request {
-                Request::Shrink(pages) => self.shrink = self.shrink.max(pages),
                 Request::Adopt(offer, answer) => {
                     let _ = answer.send(self.adopt(offer));
                 }
@@ -399,6 +400,16 @@ impl Pager {
             return false;
         }
         crate::sys::control::futex_wait(&control.taken, taken, MOVES_WAIT);
+        true
+    }
+
+    /// Whether to look at everything once more rather than to sleep, since an answer is near. Others may run meanwhile.
+    fn looks_on(&mut self) -> bool {
+        if !self.links.looks_on() {
+            return false;
+        }
+        self.uffd_has_news = true;
+        std::thread::yield_now();
         true
     }
 
@@ -475,7 +486,7 @@ impl Pager {
 
     /// The process is gone: every slot it named is given back, the helper ended.
     fn close(mut self) {
-        self.handle.closed.store(true, Ordering::Release);
+        self.handle.close();
         self.charge_inherited();
         if let Some(helper) = &self.helper {
             helper.end();

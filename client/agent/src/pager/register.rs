@@ -12,6 +12,8 @@ use crate::sys::pagemap::Pagemap;
 use crate::sys::process::{self, Mapping};
 use crate::table::Page;
 
+/// The pause after a look that failed.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// Smaller mappings stay the program's own: they are many, and hold little.
 const LEAST_BYTES: u64 = 128 << 10;
 /// A plain mapping right behind an inaccessible one of at most this size looks like a thread's stack behind
@@ -192,8 +194,7 @@ impl Pager {
     /// unmap may have put another mapping in their place.
     fn take_in(&mut self, pid: i32, ranges: &[Range<u64>]) {
         let Ok(pagemap) = Pagemap::open(pid) else {
-            self.handle.ask_rescan();
-            return;
+            return self.look_again();
         };
         for range in ranges {
             let (table, residents) = (&mut self.table, &mut self.residents);
@@ -212,10 +213,20 @@ impl Pager {
                 // Else its pages would be in no table, and never go.
                 Err(error) => {
                     tracing::debug!(%error, ?range, "what is present cannot be read; it is tried again");
-                    self.handle.ask_rescan();
+                    return self.look_again();
                 }
             }
         }
+    }
+
+    /// A look has failed: another soon, unless it did since the process has ended.
+    fn look_again(&mut self) {
+        self.closing |= self
+            .process
+            .as_ref()
+            .is_some_and(process::Process::has_exited);
+        std::thread::sleep(LOOK_AGAIN);
+        self.handle.ask_rescan();
     }
 
     /// Manages one region that the program named.
@@ -293,7 +304,7 @@ impl Pager {
         let began = Instant::now();
         while self.take_out.is_some() && !self.closing && began.elapsed() < SETTLE_BATCH {
             if !self.poll_helper() && !self.read_messages() {
-                std::thread::yield_now();
+                super::take_out::rest_while_settling(began);
             }
         }
     }

@@ -28,6 +28,10 @@ const PINNED_REFRESH: Duration = Duration::from_millis(20);
 /// The pause when a whole batch would not move or no slot was free.
 const REST: Duration = Duration::from_millis(2);
 
+/// How long one that waits for a batch looks for its end all the time, and how it rests then.
+const SETTLED_SOON: Duration = Duration::from_micros(200);
+const SETTLE_REST: Duration = Duration::from_micros(100);
+
 /// How long the helper may take over a batch before the program counts as broken. It may be stopped or
 /// starved for a while on a loaded machine.
 const HELPER_DEADLINE: Duration = Duration::from_secs(30);
@@ -443,10 +447,20 @@ impl Pager {
                 worked |= matches!(self.read_uffd(&mut kept), Ok(1..));
             }
             if !worked {
-                std::thread::yield_now();
+                rest_while_settling(began);
             }
         }
         kept
+    }
+}
+
+/// Lets others run who are to finish what is waited for: mostly it is a matter of microseconds. If it is not, who waits at
+/// the highest precedence would keep the processor from those it waits for.
+pub(super) fn rest_while_settling(began: Instant) {
+    if began.elapsed() < SETTLED_SOON {
+        std::thread::yield_now();
+    } else {
+        std::thread::sleep(SETTLE_REST);
     }
 }
 

@@ -432,7 +432,7 @@ impl Pager {
         let began = Instant::now();
         while self.links.any_in_flight() && began.elapsed() < CLOSE_DEADLINE {
             if !self.poll_links() {
-                std::thread::yield_now();
+                super::take_out::rest_while_settling(began);
             }
         }
         for area in 0..STAGING_AREAS {
