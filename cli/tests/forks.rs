@@ -40,6 +40,27 @@ fn fork_while_pages_come_and_go() {
     case("fork_in_transit");
 }
 
+/// Answers take longer over TCP: a fork falls between question and answer, and what the answer brings to the parent is not
+/// its child's.
+#[test]
+fn fork_while_pages_come_over_tcp() {
+    let test = "fork_while_pages_come_over_tcp";
+    if common::without_far_memory(test) || common::without_program(test, "cc") {
+        return;
+    }
+    let _alone = common::alone();
+    let out = std::process::Command::new(common::farpage())
+        .args(["bench", "conformance", "--fabric", "tcp"])
+        .args(["--case", "forks.fork_in_transit"])
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&out.stdout);
+    assert!(
+        told.ends_with("\n2 passed, 0 failed, 0 skipped\n"),
+        "{told}"
+    );
+}
+
 #[test]
 fn children_killed_at_any_moment() {
     case("storm");

@@ -367,7 +367,7 @@ impl Pager {
         let Some(fetch) = self.fetches.get(place) else {
             return false;
         };
-        if !fetch.is_complete() {
+        if !fetch.is_complete() || self.following {
             return false;
         }
         if fetch.failed {

@@ -96,6 +96,9 @@ pub struct Pager {
     process: Option<Process>,
     uffd: Uffd,
     wakeups: Wakeups,
+    /// Whether events have been read that the table does not follow yet. Nothing is installed meanwhile: a fork that has
+    /// happened already has not handed it on, though the table that is cloned for it would say so.
+    following: bool,
     /// Whether there may be messages to read.
     uffd_has_news: bool,
     table: PageTable,
@@ -156,6 +159,7 @@ impl Pager {
             process,
             uffd,
             wakeups,
+            following: false,
             uffd_has_news: true,
             table: PageTable::default(),
             registered: Registered::default(),
@@ -232,6 +236,7 @@ impl Pager {
         self.uffd_has_news = matches!(read, Ok(MAX_MESSAGES..));
         let began = Instant::now();
         let mut faults = std::mem::take(&mut self.arrived);
+        self.following = true;
         for message in messages.drain(..) {
             match message {
                 Message::Fault {
@@ -245,6 +250,7 @@ impl Pager {
                 event => self.follow(event),
             }
         }
+        self.following = false;
         self.messages = messages;
         for fault in faults.drain(..) {
             self.last_fault = Some(began);

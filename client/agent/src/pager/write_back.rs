@@ -398,7 +398,7 @@ impl Pager {
     }
 
     fn return_home(&mut self, area: usize, staged: Staged) -> bool {
-        let Some(helper) = &self.helper else {
+        let Some(helper) = self.helper.as_ref().filter(|_| !self.following) else {
             return false;
         };
         let source = helper.shared().address(staging_offset(area, staged.index));
