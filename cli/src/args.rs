@@ -125,6 +125,19 @@ pub(crate) struct RunArgs {
     pub(crate) program: Vec<OsString>,
 }
 
+/// How a side that serves or measures RDMA does it.
+#[derive(Debug, Args)]
+pub(crate) struct RdmaArgs {
+    /// Which RDMA device, port and address, as device=NAME&port=N&gid=N, or a part of it [default: the best]
+    #[arg(
+        long,
+        value_name = "CHOICE",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub(crate) device: String,
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
@@ -142,14 +155,8 @@ pub(crate) struct NodeArgs {
     /// Where the data path is served
     #[arg(long, value_name = "ADDR:PORT")]
     pub(crate) listen: Option<String>,
-    /// Which RDMA device, port and address, as device=NAME&port=N&gid=N, or a part of it [default: the best]
-    #[arg(
-        long,
-        value_name = "CHOICE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub(crate) device: String,
+    #[command(flatten)]
+    pub(crate) rdma: RdmaArgs,
     /// The node's name, unique in the cluster [default: the host name]
     #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) id: Option<String>,
@@ -285,14 +292,8 @@ pub(crate) struct BenchArgs {
     /// Be the other machine, until a signal comes (bench fabric); over rdma the three ports above this one serve perftest
     #[arg(long, value_name = "ADDR:PORT", conflicts_with = "json")]
     pub(crate) serve: Option<std::net::SocketAddr>,
-    /// Which RDMA device, port and address, as device=NAME&port=N&gid=N, or a part of it [default: the best]
-    #[arg(
-        long,
-        value_name = "CHOICE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub(crate) device: String,
+    #[command(flatten)]
+    pub(crate) rdma: RdmaArgs,
     /// How many times ours and the baseline take turns; the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) turns: u32,

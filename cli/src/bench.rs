@@ -57,7 +57,7 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
         return Ok(farpage_bench::fabric::serve(
             fabric,
             listen,
-            &args.device,
+            &args.rdma.device,
             &stop,
             ready,
         )?);
@@ -66,7 +66,7 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
         farpage: std::env::current_exe().map_err(BenchError::Executable)?,
         fabric: args.fabric.name().to_owned(),
         peer: args.peer.clone(),
-        device: args.device.clone(),
+        device: args.rdma.device.clone(),
         turns: args.turns,
         seconds: f64::from(args.seconds),
     };

@@ -79,7 +79,7 @@ fn serve(options: &NodeOptions<'_>) -> Result<(), NodeError> {
             let listen = Some(TcpListen { listen });
             if args.fabric == Fabric::Rdma {
                 config.rdma = listen;
-                config.rdma_device = args.device.clone();
+                config.rdma_device = args.rdma.device.clone();
             } else {
                 config.tcp = listen;
             }

@@ -4,8 +4,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// What all programs include.
-const HEADER: (&str, &str) = ("far.h", include_str!("../../c/far.h"));
+/// What programs include.
+const HEADERS: &[(&str, &str)] = &[
+    ("far.h", include_str!("../../c/far.h")),
+    ("states.h", include_str!("../../c/states.h")),
+];
 
 /// The programs by name.
 const SOURCES: &[(&str, &str)] = &[
@@ -64,7 +67,9 @@ pub fn compile(program: &str, folder: &Path) -> Result<PathBuf, CompileError> {
         path: fresh.clone(),
         error,
     })?;
-    write(HEADER.0, HEADER.1)?;
+    for (name, text) in HEADERS {
+        write(name, text)?;
+    }
     write("program.c", source)?;
     let compiled = Command::new("cc")
         .args([

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use farpage_agent::client::{ClientError, JobClient};
+use farpage_agent::client::{ClientError, JOB_VARIABLE, JobClient, SOCKET_VARIABLE};
 
 use crate::args::Fabric;
 use crate::run::helper::{Helper, HelperError};
@@ -92,8 +92,8 @@ impl Session {
                 "LD_PRELOAD".into(),
                 preload::prepended(shim.as_os_str(), existing.as_deref()),
             ),
-            ("FARPAGE_ATTACH".into(), socket.into()),
-            ("FARPAGE_JOB".into(), job.token().into()),
+            (SOCKET_VARIABLE.into(), socket.into()),
+            (JOB_VARIABLE.into(), job.token().into()),
         ];
         Ok(Self {
             local_limit_bytes: local,

@@ -1,5 +1,6 @@
 //! The launcher's side of the job protocol: what `farpage run` holds on to while its program runs.
 
+pub use farpage_attach::message::{JOB_VARIABLE, SOCKET_VARIABLE};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;

@@ -78,7 +78,7 @@ pub struct SpaceHandle {
     /// Its figures.
     pub figures: Figures,
     /// Whether the pager has ended.
-    pub closed: AtomicBool,
+    closed: AtomicBool,
     requests: Mutex<VecDeque<Request>>,
     rescan: AtomicBool,
     shrink: AtomicU64,

@@ -152,7 +152,7 @@ fn sample(
     let near = measured > limit - margin(limit);
     job.sharing.want(near && handles.len() > 1);
     if job.sharing.is_wanted() {
-        crate::sharing::wake(sharing);
+        sharing.unpark();
     }
     let shared = job.sharing.pages();
     let unmanaged = measured.saturating_sub(managed).max(floor);

@@ -9,7 +9,6 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use crate::job::Job;
@@ -85,7 +84,7 @@ impl Sharing {
     }
 }
 
-/// Keeps the figures of all jobs that want it, until `ended` says so; asleep while none does.
+/// Keeps the figures of all jobs that want it, until `ended` says so; parked while none does.
 pub fn run(spaces: &Arc<Spaces>, ended: &dyn Fn() -> bool) {
     crate::sys::process::raise_priority(0, crate::sys::process::FIRST);
     let mut watched: HashMap<u64, Watched> = HashMap::new();
@@ -104,11 +103,6 @@ pub fn run(spaces: &Arc<Spaces>, ended: &dyn Fn() -> bool) {
             std::thread::sleep((began.elapsed() * REST_SHARE).max(SHORTEST_TICK));
         }
     }
-}
-
-/// Has [`run`] look around.
-pub fn wake(thread: &Thread) {
-    thread.unpark();
 }
 
 /// A job's processes as last seen.

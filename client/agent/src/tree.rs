@@ -4,6 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use farpage_attach::message::JOB_VARIABLE;
+
 use crate::job::Job;
 use crate::sys::process::{Process, is_running, kill, share_memory};
 
@@ -16,8 +18,6 @@ const MAX_PROCESSES: usize = 4096;
 /// The name of our own helpers.
 const HELPER: &str = "farpage-helper";
 
-/// The variable by which `farpage run` names the job to its programs.
-const JOB_VARIABLE: &str = "FARPAGE_JOB";
 /// Between two looks whether all of a job has ended.
 const END_POLL: Duration = Duration::from_millis(1);
 /// How long nothing must have been found: a process that is being replaced by another shows no environment meanwhile.

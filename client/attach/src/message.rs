@@ -17,6 +17,12 @@
 /// First word of every packet: "farpage" and a version digit, little endian.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"farpage1");
 
+/// The variable of the environment that names the agent's socket to a program of `farpage run`.
+pub const SOCKET_VARIABLE: &str = "FARPAGE_ATTACH";
+
+/// The one that names the job, in hexadecimal.
+pub const JOB_VARIABLE: &str = "FARPAGE_JOB";
+
 /// The longest text that a refusal carries.
 pub const MAX_TEXT: usize = 512;
 

@@ -93,7 +93,7 @@ impl Agent {
     /// # Errors
     /// [`Error::NotNamed`], or [`Error::NoAgent`] where nobody answers at `FARPAGE_AGENT`.
     pub fn from_environment() -> Result<Self, Error> {
-        if std::env::var_os("FARPAGE_JOB").is_some() {
+        if std::env::var_os(farpage_attach::message::JOB_VARIABLE).is_some() {
             return Ok(Self { socket: None });
         }
         let socket = std::env::var("FARPAGE_AGENT").map_err(|_| Error::NotNamed)?;

@@ -4,7 +4,7 @@ use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 
 use farpage_attach::attach::{Attached, attach};
 use farpage_attach::control::Control;
-use farpage_attach::message::kind;
+use farpage_attach::message::{JOB_VARIABLE, SOCKET_VARIABLE, kind};
 
 use crate::sys;
 
@@ -15,10 +15,6 @@ static ATTACHED: sys::Slot<Attached> = sys::Slot::new();
 /// Whether the program has put a system call filter on itself since it attached.
 static FILTERED: AtomicBool = AtomicBool::new(false);
 static SOCKET: sys::Slot<SocketName> = sys::Slot::new();
-
-/// The names under which `farpage run` leaves the agent's address.
-const SOCKET_VARIABLE: &[u8] = b"FARPAGE_ATTACH";
-const JOB_VARIABLE: &[u8] = b"FARPAGE_JOB";
 
 /// The agent's address, copied: programs that set their title write over the environment's strings.
 #[derive(Clone, Copy)]
@@ -53,8 +49,10 @@ pub(crate) fn control() -> Option<&'static Control> {
 
 /// The constructor.
 pub(crate) fn start() {
-    let (Some(socket), Some(job)) = (sys::variable(SOCKET_VARIABLE), sys::variable(JOB_VARIABLE))
-    else {
+    let (Some(socket), Some(job)) = (
+        sys::variable(SOCKET_VARIABLE.as_bytes()),
+        sys::variable(JOB_VARIABLE.as_bytes()),
+    ) else {
         return;
     };
     let (Some(job), Some(name)) = (parse_hex(job), SocketName::new(socket)) else {

@@ -75,7 +75,8 @@ struct Link {
     retry_at: Option<Instant>,
     in_flight: usize,
     dirty: bool,
-    patience: Patience,
+    /// For its answers; none where they come with the asking (shared memory).
+    patience: Option<Patience>,
 }
 
 /// The connections of one pager.
@@ -134,7 +135,7 @@ impl Links {
                     retry_at: None,
                     in_flight: 0,
                     dirty: false,
-                    patience: Patience::default(),
+                    patience: None,
                 });
                 self.links.len() - 1
             }
@@ -169,7 +170,9 @@ impl Links {
         if matches!(work, Work::Read { ahead: true, .. }) {
             return link.post(|endpoint| endpoint.post_read_ahead(work.id(), to, remote));
         }
-        link.patience.asked(Instant::now());
+        if let Some(patience) = &mut link.patience {
+            patience.asked(Instant::now());
+        }
         link.post(|endpoint| endpoint.post_read(work.id(), to, remote))
     }
 
@@ -207,12 +210,11 @@ impl Links {
                 let before = out.len();
                 let got = endpoint.poll(out);
                 link.in_flight = link.in_flight.saturating_sub(got);
-                if out
-                    .iter()
-                    .skip(before)
-                    .any(|completion| is_waited_for(completion.id))
+                let mut fresh = out.iter().skip(before);
+                if let Some(patience) = &mut link.patience
+                    && fresh.any(|completion| is_waited_for(completion.id))
                 {
-                    link.patience.answered(Instant::now());
+                    patience.answered(Instant::now());
                 }
                 total += got;
             }
@@ -236,8 +238,10 @@ impl Links {
 
     /// Whether an answer that a fault waits for is likely to come sooner than a sleeper would wake.
     pub(super) fn looks_on(&mut self) -> bool {
-        let mut links = self.links.iter_mut().filter(|link| link.in_flight > 0);
-        links.any(|link| link.patience.looks_on(Instant::now()))
+        let waiting = self.links.iter_mut().filter(|link| link.in_flight > 0);
+        waiting
+            .filter_map(|link| link.patience.as_mut())
+            .any(|patience| patience.looks_on(Instant::now()))
     }
 
     /// Some connection has news. One on which nothing is outstanding can only have ended: it is made anew when it is
@@ -304,6 +308,7 @@ impl Link {
             tracing::error!(%error, "a connection cannot be waited for");
             return Err(LinkError::Unreachable);
         }
+        self.patience = endpoint.wait_fd().map(|_| Patience::default());
         self.endpoint = Some(endpoint);
         self.retry_at = None;
         Ok(())
