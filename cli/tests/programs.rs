@@ -212,11 +212,10 @@ fn xz() {
 }
 
 #[test]
-
 fn stress_ng() {
     let folder = tempfile::tempdir().unwrap();
     // It checks itself: a wrong bit is a failure. Its sweeps touch every page again and again, the worst case.
-    let program = "stress-ng -q --vm 2 --vm-bytes 240M --vm-keep --vm-method incdec --verify --vm-ops 1000 --seed 1";
+    let program = "stress-ng -q --vm 2 --vm-bytes 240M --vm-keep --vm-method incdec --verify --vm-ops 200000 --seed 1";
     let program: Vec<&str> = program.split(' ').collect();
     compare("stress_ng", "stress-ng", &program, folder.path(), 150..300);
 }

@@ -1,9 +1,12 @@
 //! Counts what passed, failed and was skipped, over checks and test runners.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 
 /// How a test says that it did not run: `SKIPPED: name: reason`, on a line of its own.
 const SKIPPED: &str = "SKIPPED: ";
+
+/// How many lines of what a failed test printed are repeated at the end, before its backtrace.
+const LAST_WORDS: usize = 30;
 
 /// The counts so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -13,6 +16,10 @@ pub(crate) struct Tally {
     pub(crate) skipped: u64,
     failures: Vec<String>,
     skips: Vec<String>,
+    /// What the failed tests said last, each line with the test's name.
+    last_words: Vec<String>,
+    /// The failed test whose output is being printed, and the last lines of it.
+    speaking: Option<(String, VecDeque<String>)>,
     /// Tests of the current test binary that said they did not run. Its own count has them as passed.
     unrun: BTreeSet<String>,
 }
@@ -42,6 +49,7 @@ impl Tally {
 
     /// Takes one line of `cargo test`.
     pub(crate) fn line(&mut self, line: &str) {
+        self.listen(line);
         if let Some(said) = line.trim_start().strip_prefix(SKIPPED) {
             let name = said.split(':').next().unwrap_or(said);
             if self.unrun.insert(name.to_owned()) {
@@ -71,11 +79,38 @@ impl Tally {
         }
     }
 
+    /// Keeps the last words of the tests that failed.
+    fn listen(&mut self, line: &str) {
+        let speaker = line
+            .strip_prefix("---- ")
+            .and_then(|rest| rest.strip_suffix(" stdout ----"));
+        let ends = speaker.is_some()
+            || ["stack backtrace:", "failures:", "successes:"].contains(&line)
+            || line.starts_with("test result: ");
+        if ends && let Some((name, lines)) = self.speaking.take() {
+            let lines = lines.iter().filter(|line| !line.is_empty());
+            self.last_words
+                .extend(lines.map(|line| format!("{name}: {line}")));
+        }
+        if let Some(name) = speaker {
+            let failed = self.failures.iter().any(|failure| failure == name);
+            self.speaking = failed.then(|| (name.to_owned(), VecDeque::new()));
+        } else if let Some((_, lines)) = &mut self.speaking {
+            if lines.len() == LAST_WORDS {
+                lines.pop_front();
+            }
+            lines.push_back(line.to_owned());
+        }
+    }
+
     /// Prints what failed and was skipped, and the closing line.
     pub(crate) fn close(&self) -> Result<(), String> {
         println!();
         for skip in &self.skips {
             println!("skipped: {skip}");
+        }
+        for words in &self.last_words {
+            println!("{words}");
         }
         for failure in &self.failures {
             println!("failed:  {failure}");
@@ -100,7 +135,8 @@ mod tests {
     fn sums_runners_and_takes_out_what_did_not_run() {
         let mut tally = Tally::default();
         let printed = "test a ... ok\ntest b ... FAILED\n---- a stdout ----\nSKIPPED: a: needs root: really\n\
-                       SKIPPED: a: again\ntest result: FAILED. 5 passed; 1 failed; 2 ignored; 0 measured; 0 filtered \
+                       SKIPPED: a: again\n\nfailures:\n\n---- b stdout ----\nlooked\n\npanicked: why\nstack \
+                       backtrace:\n   0: where\n\nfailures:\n    b\n\ntest result: FAILED. 5 passed; 1 failed; 2 ignored; 0 measured; 0 filtered \
                        out; finished in 0.1s\ntest result: ok. 3 passed; 0 failed; 0 ignored; 0 measured";
         printed.lines().for_each(|line| tally.line(line));
         tally.check("format", true);
@@ -109,6 +145,7 @@ mod tests {
             (4 + 3 + 1, 1, 3)
         );
         assert_eq!(tally.failures, ["b"]);
+        assert_eq!(tally.last_words, ["b: looked", "b: panicked: why"]);
         assert!(tally.close().is_err());
     }
 }
