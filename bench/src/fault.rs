@@ -11,15 +11,17 @@ use crate::awake::Awake;
 use crate::child::{Touches, Walk};
 use crate::far::under_farpage;
 use crate::median::{median, quantile};
+use crate::one_cpu::OneCpu;
 use crate::report::{Measurement, Report};
 use crate::{BenchError, Options, bare};
 
 /// What may stay local of [`RANDOM_PAGES`] or [`WALK_PAGES`]: so little that nearly everything is far.
 const LOCAL: &str = "8M";
-const FAR: &str = "512M";
-/// Pages to touch at random (64 MiB), and how many are touched by reading and by writing each.
-const RANDOM_PAGES: &str = "16384";
-const TOUCHES: &str = "4000";
+const FAR: &str = "1G";
+/// Pages to touch at random (256 MiB), and how many are touched by reading and by writing each: enough for the scheduler to
+/// have placed the two ends of a fault in more than one way.
+const RANDOM_PAGES: &str = "65536";
+const TOUCHES: &str = "20000";
 /// Pages to walk over (128 MiB).
 const WALK_PAGES: &str = "32768";
 /// Pages that the baseline of the walk installs at each fault.
@@ -49,7 +51,8 @@ struct Pair {
 /// # Errors
 /// [`BenchError`] where nothing can be measured.
 pub fn run(options: &Options) -> Result<Report, BenchError> {
-    let (mut awake, mut idle) = (Figures::default(), Figures::default());
+    let mut awake = Figures::default();
+    let (mut idle, mut one_cpu) = (Figures::default(), Figures::default());
     let mut caveat = None;
     for _ in 0..options.turns.max(1) {
         let spinners = Awake::keep(options)?;
@@ -57,6 +60,8 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
         turn(options, &mut awake)?;
         drop(spinners);
         turn(options, &mut idle)?;
+        let _bound = OneCpu::keep()?;
+        turn(options, &mut one_cpu)?;
     }
     let mut report = Report {
         bench: "fault",
@@ -64,9 +69,10 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     };
     add(&mut report, options, &awake, "");
     add(&mut report, options, &idle, ".idle");
+    add(&mut report, options, &one_cpu, ".one_cpu");
     report.notes.push(
-        "names that end in .idle were measured on idle CPUs, the others while a thread of the idle scheduling \
-         class kept each CPU awake; compare within one regime"
+        "names that end in .idle were measured on idle CPUs, those in .one_cpu with all processes on one CPU, the \
+         others while a thread of the idle scheduling class kept each CPU awake; compare within one regime"
             .into(),
     );
     report.notes.extend(caveat);
@@ -142,7 +148,10 @@ fn add(report: &mut Report, options: &Options, figures: &Figures, regime: &str) 
         let one = Measurement::new(name, "us", ours, theirs, baseline, fabric);
         report.measurements.push(one);
     }
-    let regime = if regime.is_empty() { "awake" } else { "idle" };
+    let regime = match regime.strip_prefix('.') {
+        Some(regime) => regime,
+        None => "awake",
+    };
     let mut note = format!(
         "{regime}: bare userfaultfd loop alone {:.1} us",
         median(&figures.bare)

@@ -18,6 +18,7 @@ mod far;
 pub mod fault;
 pub mod fits;
 mod median;
+mod one_cpu;
 #[cfg(feature = "verbs")]
 mod perftest;
 mod region;

@@ -272,7 +272,7 @@ impl FarMemory {
         let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
         for extent in extents.iter().flatten() {
             let mut free = lock(&extent.free);
-            if free.condition != Condition::Usable {
+            if free.condition != Condition::Usable || free.count == 0 {
                 continue;
             }
             let Some((start, len)) = free.take_run(usize::from(most)) else {

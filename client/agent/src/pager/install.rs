@@ -1,10 +1,16 @@
 //! Putting pages into the program's memory and waking who waits for them.
 
+use std::time::{Duration, Instant};
+
 use super::Pager;
 use super::fault::Fault;
 use crate::entry::Entry;
 use crate::sys::uffd::InstallError;
 use crate::table::Page;
+
+/// An install of one page that takes longer than this has woken a thread on another CPU, and shown that waking is dear here:
+/// with a hypervisor in between it costs some ten microseconds at each end.
+const DEAR_WAKE: Duration = Duration::from_micros(5);
 
 /// How far an install came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,10 +37,14 @@ impl Pager {
         while done < pages {
             let from = source.wrapping_add((done * 4096) as usize);
             let len = most.min(pages - done);
-            match self
+            let began = (pages == 1).then(Instant::now);
+            let installed = self
                 .uffd
-                .copy(first.plus(done).address(), from, len * 4096, false)
-            {
+                .copy(first.plus(done).address(), from, len * 4096, false);
+            if let Some(began) = began {
+                self.look_for_next_fault(began);
+            }
+            match installed {
                 Ok(()) => done += len,
                 Err(InstallError::EventsPending(bytes)) if bytes > 0 => done += bytes / 4096,
                 Err(InstallError::EventsPending(_)) => return Installed::UntilEvent(done),
@@ -66,6 +76,15 @@ impl Pager {
             }
         }
         Installed::All
+    }
+
+    /// One page's thread has been woken by an install that began then. Where waking is dear, the thread runs on another CPU,
+    /// and has its next page sooner if this one stays awake for it; on the same CPU it runs only when this one sleeps.
+    fn look_for_next_fault(&mut self, began: Instant) {
+        let now = Instant::now();
+        if now.duration_since(began) > DEAR_WAKE {
+            self.next_fault.begin(now);
+        }
     }
 
     /// Installs zeros over a run of pages that were never written. A single page to be written gets a page of

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use farpage_fabric::memory::RegisteredMemory;
 use farpage_fabric::{Completion, Endpoint, LocalSlice, PostError, RegionId, WorkId};
 
-use super::patience::Patience;
+use super::patience::{FOR_ANSWERS, Patience};
 use super::wakeups::Source;
 use super::{Pager, Wakeups};
 use crate::entry::Slot;
@@ -171,7 +171,7 @@ impl Links {
             return link.post(|endpoint| endpoint.post_read_ahead(work.id(), to, remote));
         }
         if let Some(patience) = &mut link.patience {
-            patience.asked(Instant::now());
+            patience.begin(Instant::now());
         }
         link.post(|endpoint| endpoint.post_read(work.id(), to, remote))
     }
@@ -214,7 +214,7 @@ impl Links {
                 if let Some(patience) = &mut link.patience
                     && fresh.any(|completion| is_waited_for(completion.id))
                 {
-                    patience.answered(Instant::now());
+                    patience.came(Instant::now());
                 }
                 total += got;
             }
@@ -308,7 +308,7 @@ impl Link {
             tracing::error!(%error, "a connection cannot be waited for");
             return Err(LinkError::Unreachable);
         }
-        self.patience = endpoint.wait_fd().map(|_| Patience::default());
+        self.patience = endpoint.wait_fd().map(|_| Patience::new(FOR_ANSWERS));
         self.endpoint = Some(endpoint);
         self.retry_at = None;
         Ok(())

@@ -40,6 +40,7 @@ use crate::sys::uffd::{MAX_MESSAGES, Message, Uffd};
 use crate::table::PageTable;
 use farpage_fabric::Completion;
 
+use patience::{FOR_FAULTS, Patience};
 use wakeups::Source;
 
 pub(crate) use fault::Fault;
@@ -120,6 +121,7 @@ pub struct Pager {
     pinned_at: Option<Instant>,
     shrink: u64,
     last_fault: Option<Instant>,
+    next_fault: Patience,
     messages: Vec<Message>,
     arrived: Vec<Fault>,
     completions: Vec<Completion>,
@@ -178,6 +180,7 @@ impl Pager {
             pinned_at: None,
             shrink: 0,
             last_fault: None,
+            next_fault: Patience::new(FOR_FAULTS),
             messages: Vec::new(),
             arrived: Vec::new(),
             completions: Vec::new(),
@@ -252,6 +255,9 @@ impl Pager {
         }
         self.following = false;
         self.messages = messages;
+        if !faults.is_empty() {
+            self.next_fault.came(began);
+        }
         for fault in faults.drain(..) {
             self.last_fault = Some(began);
             self.answer_or_keep(fault);
@@ -409,9 +415,10 @@ impl Pager {
         true
     }
 
-    /// Whether to look at everything once more rather than to sleep, since an answer is near. Others may run meanwhile.
+    /// Whether to look at everything once more rather than to sleep, since an answer or the next fault is near. Others may
+    /// run meanwhile.
     fn looks_on(&mut self) -> bool {
-        if !self.links.looks_on() {
+        if !self.links.looks_on() && !self.next_fault.looks_on(Instant::now()) {
             return false;
         }
         self.uffd_has_news = true;

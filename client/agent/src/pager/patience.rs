@@ -1,47 +1,51 @@
-//! How long a pager looks for the answer that a fault waits for before it sleeps.
+//! How long a pager looks for what comes next before it sleeps: the answer that a fault waits for, and the next fault.
 //!
 //! Falling asleep and being woken costs some microseconds, on an idle virtual CPU some tens: as much as a whole round trip
-//! to a near node. Looking costs the CPU. So it is done only while answers have lately come within [`LONGEST`].
+//! to a near node, or as all else that happens in a fault. Looking costs the CPU. So it is done only while what was looked
+//! for has lately come within a bound.
 
 use std::time::{Duration, Instant};
 
 /// Nodes in the same rack answer within this; for those further away sleeping is no loss.
-const LONGEST: Duration = Duration::from_micros(50);
+pub(super) const FOR_ANSWERS: Duration = Duration::from_micros(50);
+/// A program that lives on far memory touches its next page within this, its own wake-up included.
+pub(super) const FOR_FAULTS: Duration = Duration::from_micros(100);
 /// Below this a look is not worth its clock calls.
 const SHORTEST: Duration = Duration::from_micros(2);
-/// An answer within so many times [`LONGEST`] may have come within it: the time of one that ended a sleep includes waking.
+/// What comes within so many times the bound may have come within it: the time of what ended a sleep includes waking.
 const NEAR_FACTOR: u32 = 2;
 
-/// The patience for one node.
+/// The patience for one node's answers, or for one program's faults.
 #[derive(Debug)]
 pub(super) struct Patience {
+    longest: Duration,
     budget: Duration,
-    asked: Option<Instant>,
+    since: Option<Instant>,
     spent: bool,
 }
 
-impl Default for Patience {
-    fn default() -> Self {
+impl Patience {
+    /// Patience for what comes within `longest`.
+    pub(super) fn new(longest: Duration) -> Self {
         Self {
-            budget: LONGEST,
-            asked: None,
+            longest,
+            budget: longest,
+            since: None,
             spent: false,
         }
     }
-}
 
-impl Patience {
-    /// A page has been asked for that a thread waits for.
-    pub(super) fn asked(&mut self, now: Instant) {
-        (self.asked, self.spent) = (Some(now), false);
+    /// From now on it may come.
+    pub(super) fn begin(&mut self, now: Instant) {
+        (self.since, self.spent) = (Some(now), false);
     }
 
     /// Whether to look once more rather than sleep.
     pub(super) fn looks_on(&mut self, now: Instant) -> bool {
-        let Some(asked) = self.asked.filter(|_| !self.spent) else {
+        let Some(since) = self.since.filter(|_| !self.spent) else {
             return false;
         };
-        self.spent = now.duration_since(asked) >= self.budget;
+        self.spent = now.duration_since(since) >= self.budget;
         if self.spent {
             self.budget /= 2;
             if self.budget < SHORTEST {
@@ -51,14 +55,14 @@ impl Patience {
         !self.spent
     }
 
-    /// The answer came.
-    pub(super) fn answered(&mut self, now: Instant) {
-        let Some(asked) = self.asked.take() else {
+    /// It came.
+    pub(super) fn came(&mut self, now: Instant) {
+        let Some(since) = self.since.take() else {
             return;
         };
-        let near = LONGEST * if self.spent { NEAR_FACTOR } else { 1 };
-        if now.duration_since(asked) < near {
-            self.budget = LONGEST;
+        let near = self.longest * if self.spent { NEAR_FACTOR } else { 1 };
+        if now.duration_since(since) < near {
+            self.budget = self.longest;
         }
     }
 }
@@ -69,17 +73,17 @@ mod tests {
 
     fn round(patience: &mut Patience, start: Instant, answer_after: u64) -> u64 {
         let at = |us| start + Duration::from_micros(us);
-        patience.asked(at(0));
+        patience.begin(at(0));
         let looked = (0..answer_after)
             .take_while(|us| patience.looks_on(at(*us)))
             .count() as u64;
-        patience.answered(at(answer_after));
+        patience.came(at(answer_after));
         looked
     }
 
     #[test]
     fn far_nodes_are_not_looked_for_and_near_ones_are() {
-        let (mut patience, start) = (Patience::default(), Instant::now());
+        let (mut patience, start) = (Patience::new(FOR_ANSWERS), Instant::now());
         assert_eq!(round(&mut patience, start, 30), 30);
         for _ in 0..10 {
             round(&mut patience, start, 1000);
@@ -92,6 +96,6 @@ mod tests {
 
     #[test]
     fn nothing_is_looked_for_that_was_not_asked() {
-        assert!(!Patience::default().looks_on(Instant::now()));
+        assert!(!Patience::new(FOR_ANSWERS).looks_on(Instant::now()));
     }
 }
