@@ -148,10 +148,7 @@ fn add(report: &mut Report, options: &Options, figures: &Figures, regime: &str) 
         let one = Measurement::new(name, "us", ours, theirs, baseline, fabric);
         report.measurements.push(one);
     }
-    let regime = match regime.strip_prefix('.') {
-        Some(regime) => regime,
-        None => "awake",
-    };
+    let regime = regime.strip_prefix('.').unwrap_or("awake");
     let mut note = format!(
         "{regime}: bare userfaultfd loop alone {:.1} us",
         median(&figures.bare)
