@@ -97,7 +97,7 @@ static void reallocs(void)
 	verify(at, size, 1);
 }
 
-/* What one call populates by itself is outside the limit while it does; afterwards it goes like any other. */
+/* What one call populates by itself is managed by the time it does, and goes like any other. */
 static void populate(void)
 {
 	char *at = mmap(NULL, GROWN / 2, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);

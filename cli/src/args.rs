@@ -160,6 +160,12 @@ pub(crate) struct NodeArgs {
     /// The node's name, unique in the cluster [default: the host name]
     #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) id: Option<String>,
+    /// Take the memory from reserved huge pages (vm.nr_hugepages), where there are enough; says so if not
+    #[arg(long)]
+    pub(crate) huge_pages: bool,
+    /// Lock the whole capacity in memory at the start, if allowed (RLIMIT_MEMLOCK or CAP_IPC_LOCK); says so if not
+    #[arg(long)]
+    pub(crate) lock: bool,
     /// A label for placement; may be repeated
     #[arg(long = "label", value_name = "K=V", value_parser = parse_label)]
     pub(crate) labels: Vec<Label>,

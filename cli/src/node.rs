@@ -85,6 +85,7 @@ fn serve(options: &NodeOptions<'_>) -> Result<(), NodeError> {
             }
         }
     }
+    (config.huge_pages, config.lock) = (args.huge_pages, args.lock);
     config.labels = options
         .labels
         .iter()

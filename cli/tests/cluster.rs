@@ -550,3 +550,34 @@ fn killed_parts_of_an_embedded_run_leave_nothing_running() {
         eventually("everything ends", || marked(&mark).is_empty());
     }
 }
+
+#[test]
+fn a_node_locks_its_pool_and_says_what_it_cannot_have() {
+    let _alone = alone();
+    if !sys::is_root() {
+        skip(
+            "a_node_locks_its_pool_and_says_what_it_cannot_have",
+            "locking 64 MiB needs root, or RLIMIT_MEMLOCK",
+        );
+        return;
+    }
+    let mut cluster = Cluster::empty();
+    cluster.start_coordinator();
+    let mut words = cluster.node_arguments("locked", "64M", "tcp");
+    words.extend(["--lock".to_owned(), "--huge-pages".to_owned()]);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let mut node = cluster.daemon(&words);
+    assert!(node.said.contains("lends memory at"), "{}", node.said);
+    let field = |path: String, name: &str| -> u64 {
+        let text = std::fs::read_to_string(path).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        let number = line.and_then(|rest| rest.split_whitespace().next());
+        number.unwrap().parse().unwrap()
+    };
+    let huge = field("/proc/meminfo".to_owned(), "HugePages_Total:") * 2048 >= 64 << 10;
+    let locked = field(format!("/proc/{}/status", node.child.id()), "VmLck:");
+    let (_, log) = node.stop();
+    // Huge pages are never swapped out, and the kernel does not count them as locked.
+    assert!(huge || locked >= 64 << 10, "{locked} KiB are locked: {log}");
+    assert_eq!(huge, !log.contains("no reserved huge pages"), "{log}");
+}

@@ -10,8 +10,11 @@ mod common;
 
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
+use common::runs::run_far;
 use common::{farpage, farpage_run, skip, sys};
 
 fn farpage_with(flags: &[&str]) -> Output {
@@ -268,4 +271,60 @@ fn the_summary_goes_where_it_is_told_to() {
     );
     let out = farpage_with(&["run", "--summary", "none", "--", "true"]);
     assert_eq!(text(&out.stderr), "");
+}
+
+#[test]
+fn a_child_without_the_shim_is_counted() {
+    if without_privilege("a_child_without_the_shim_is_counted") {
+        return;
+    }
+    // The shell has the shim. What it starts with an empty environment has not, and fills more than the limit.
+    let fill = "data = bytearray(20 << 20)\nfor at in range(0, 20 << 20, 4096): data[at] = 1";
+    let script =
+        format!("env -i /usr/bin/python3 -I -c '{fill}\nimport time\ntime.sleep(3)'; true");
+    let outcome = run_far(
+        16 << 20,
+        &["sh", "-c", &script],
+        Path::new("/"),
+        Duration::from_secs(60),
+    );
+    assert!(outcome.status.success(), "{}", outcome.errors);
+    let summary = outcome.summary.expect("a summary");
+    assert_eq!(summary["processes_unmanaged"], 1, "{summary}");
+    assert!(
+        summary["unmanaged_bytes"].as_u64() >= Some(20 << 20),
+        "{summary}"
+    );
+}
+
+#[test]
+fn under_a_limit_of_address_space_set_before() {
+    if without_privilege("under_a_limit_of_address_space_set_before") {
+        return;
+    }
+    // In KiB: room for the program and for all that farpage maps beside it, the pool included.
+    let script = "ulimit -v 2000000; exec \"$@\"";
+    let program = "data = bytearray(64 << 20)\nfor at in range(0, 64 << 20, 4096): data[at] = 1\nprint(sum(data))";
+    let out = Command::new("sh")
+        .args(["-c", script, "sh"])
+        .arg(farpage())
+        .args([
+            "run",
+            "--local",
+            "24M",
+            "--far",
+            "256M",
+            "--summary",
+            "none",
+            "--",
+        ])
+        .args(["/usr/bin/python3", "-I", "-c", program])
+        .env_remove("FARPAGE_AGENT")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert_eq!(
+        (text(&out.stdout), text(&out.stderr)),
+        ("16384\n".to_owned(), String::new())
+    );
 }

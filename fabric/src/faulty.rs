@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::str::FromStr;
 use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
@@ -29,6 +30,38 @@ pub struct FaultPlan {
     pub reordered: bool,
     /// The connection breaks when this many requests have been posted.
     pub disconnect_after: Option<u64>,
+}
+
+/// Why a plan was not understood.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{0:?} is no part of a fault plan: write name=number, with names of seed, lost, delayed, longest_delay, corrupted, \
+     reordered (0 or 1) and disconnect_after, and commas between"
+)]
+pub struct PlanError(String);
+
+impl FromStr for FaultPlan {
+    type Err = PlanError;
+
+    fn from_str(text: &str) -> Result<Self, PlanError> {
+        let mut plan = Self::default();
+        for part in text.split(',') {
+            let wrong = || PlanError(part.to_owned());
+            let (name, number) = part.split_once('=').ok_or_else(wrong)?;
+            let number: u32 = number.parse().map_err(|_| wrong())?;
+            match name {
+                "seed" => plan.seed = u64::from(number),
+                "lost" => plan.lost = number,
+                "delayed" => plan.delayed = number,
+                "longest_delay" => plan.longest_delay = number,
+                "corrupted" => plan.corrupted = number,
+                "reordered" => plan.reordered = number != 0,
+                "disconnect_after" => plan.disconnect_after = Some(u64::from(number)),
+                _ => return Err(wrong()),
+            }
+        }
+        Ok(plan)
+    }
 }
 
 /// What will happen to a request, drawn when it is posted.

@@ -235,3 +235,22 @@ fn it_wraps_concrete_endpoints_too() {
     wraps::<TcpEndpoint>();
     wraps::<ShmEndpoint>();
 }
+
+#[test]
+fn plans_parse_and_say_what_is_wrong() {
+    let plan: FaultPlan = "seed=7,corrupted=5,reordered=1,disconnect_after=4000"
+        .parse()
+        .unwrap();
+    let meant = FaultPlan {
+        seed: 7,
+        corrupted: 5,
+        reordered: true,
+        disconnect_after: Some(4000),
+        ..FaultPlan::default()
+    };
+    assert_eq!(plan, meant);
+    for wrong in ["", "seed", "seed=x", "sede=7", "seed=7,"] {
+        let error = wrong.parse::<FaultPlan>().unwrap_err().to_string();
+        assert!(error.contains("write name=number"), "{error}");
+    }
+}

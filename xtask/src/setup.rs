@@ -20,7 +20,7 @@ const fn package(name: &'static str, sign: &'static str, purpose: &'static str) 
     }
 }
 
-const PACKAGES: [Package; 27] = [
+const PACKAGES: [Package; 25] = [
     package(
         "gcc",
         "gcc",
@@ -50,13 +50,7 @@ const PACKAGES: [Package; 27] = [
         "a server to run with far memory",
     ),
     package("gdb", "gdb", "tests of programs under a debugger"),
-    package("strace", "strace", "tests of programs that are traced"),
     package("util-linux", "setpriv", "tests as another account"),
-    package(
-        "libcap2-bin",
-        "setcap",
-        "tests of programs with capabilities",
-    ),
     package("procps", "ps", "tests that look at sessions"),
     package(
         "libibverbs-dev",

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::step::{Step, root, target_folder};
 use crate::tally::Tally;
-use crate::{lab, lint, setup};
+use crate::{demo, lab, lint, setup};
 
 /// Runs everything, also after something has failed, and prints the sums.
 pub(crate) fn run() -> Result<(), String> {
@@ -38,6 +38,12 @@ pub(crate) fn run() -> Result<(), String> {
                 .env("CARGO_TARGET_DIR", target_folder().join("loom")),
         );
     }
+    // Last, since it needs nothing but what users have, and says itself what it found.
+    let shown = demo::run();
+    if let Err(error) = &shown {
+        eprintln!("xtask: {error}");
+    }
+    tally.check("cargo xtask demo", shown.is_ok());
     tally.close()
 }
 

@@ -279,7 +279,7 @@ fn judge(case: &Case, form: Form, account: &Value) -> Result<(), String> {
         return Err("nothing went far".to_owned());
     }
     let (peak, allowed) = (number("local_peak_bytes")?, allowed_bytes(case.local));
-    // The account counts what a fork shares once for each process: those peaks are judged by the tests, from outside.
+    // Between two samples the account guesses what a fork's processes share: their peaks are judged by the tests, from outside.
     if number("processes")? == 1 && case.is_bounded(form) && peak > allowed {
         return Err(format!("{peak} bytes were here, {allowed} were allowed"));
     }

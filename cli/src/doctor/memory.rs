@@ -1,7 +1,5 @@
 //! Limits and settings of this machine's memory.
 
-use std::path::{Path, PathBuf};
-
 use crate::doctor::report::Report;
 use crate::doctor::sys;
 use crate::size::readable;
@@ -13,7 +11,6 @@ pub(crate) fn check(report: &mut Report) {
     memlock(report);
     transparent_huge_pages(report);
     huge_pages(report);
-    cgroup(report);
 }
 
 fn memlock(report: &mut Report) {
@@ -61,56 +58,9 @@ fn huge_pages(report: &mut Report) {
         .find_map(|line| line.strip_prefix("HugePages_Total:"))
         .map_or("0", str::trim);
     if total == "0" {
-        let remedy = "on a memory node, if wanted: sysctl vm.nr_hugepages=N (2 MiB each)";
+        let remedy = "on a memory node, if wanted: sysctl vm.nr_hugepages=N (2 MiB each), and farpage node --huge-pages";
         report.optional("huge_pages", "none reserved", purpose, remedy);
     } else {
         report.ok("huge_pages", format!("{total} reserved"), purpose);
     }
-}
-
-fn cgroup(report: &mut Report) {
-    let purpose =
-        "a second brake (memory.high) on programs that allocate faster than pages can be taken out";
-    let remedy = "cgroup v2 with the memory controller delegated: systemd-run --user --scope -p Delegate=yes ..., or \
-                  Delegate=yes in the agent's unit";
-    match own_cgroup() {
-        Some(folder)
-            if folder.join("memory.high").exists()
-                && sys::may_write(&folder.join("cgroup.procs")) =>
-        {
-            report.ok(
-                "cgroup_v2",
-                format!("may be used: {}", folder.display()),
-                purpose,
-            );
-        }
-        Some(folder) if folder.join("memory.high").exists() => {
-            report.optional(
-                "cgroup_v2",
-                format!("not delegated: {}", folder.display()),
-                purpose,
-                remedy,
-            );
-        }
-        Some(_) => report.optional(
-            "cgroup_v2",
-            "without the memory controller",
-            purpose,
-            remedy,
-        ),
-        None => report.optional("cgroup_v2", "not mounted", purpose, remedy),
-    }
-}
-
-/// This process's own folder in the second version of control groups.
-fn own_cgroup() -> Option<PathBuf> {
-    let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
-    let root = mounts.lines().find_map(|line| {
-        let mut fields = line.split(' ');
-        let folder = fields.nth(1)?;
-        (fields.next()? == "cgroup2").then(|| PathBuf::from(folder))
-    })?;
-    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
-    let own = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
-    Some(root.join(Path::new(own.trim_start_matches('/'))))
 }

@@ -120,13 +120,3 @@ pub(crate) fn kernel() -> io::Result<(String, String)> {
     };
     Ok((text(&name.release), text(&name.machine)))
 }
-
-/// True if this process may write to the path, without trying.
-pub(crate) fn may_write(path: &std::path::Path) -> bool {
-    use std::os::unix::ffi::OsStrExt;
-    let Ok(path) = std::ffi::CString::new(path.as_os_str().as_bytes()) else {
-        return false;
-    };
-    // SAFETY: `path` is a C string that outlives the call.
-    unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::W_OK, libc::AT_EACCESS) == 0 }
-}

@@ -14,6 +14,7 @@ pub mod client;
 pub mod control_plane;
 pub mod door;
 pub mod far;
+mod injection;
 pub mod job;
 pub mod kernel;
 pub mod latency;

@@ -484,7 +484,12 @@ impl Pager {
             if !expired {
                 (fetch.waiters, fetch.posted, fetch.failed, fetch.checked) =
                     (waiters, 0, false, false);
-                if !corrupt {
+                if corrupt {
+                    tracing::warn!(
+                        page = format_args!("{:#x}", first.address()),
+                        "bytes from far memory failed their check; they are read again"
+                    );
+                } else {
                     tracing::warn!(
                         page = format_args!("{:#x}", first.address()),
                         "a read of far memory failed; it is tried again"

@@ -293,6 +293,10 @@ impl Link {
             .and_then(|address| {
                 farpage_fabric::connect(&address, WINDOW, Instant::now() + CONNECT_DEADLINE)
                     .map_err(|error| tracing::warn!(%error, address = self.address, "no connection to a memory node"))
+            })
+            .and_then(|endpoint| {
+                crate::injection::inject(endpoint)
+                    .map_err(|error| tracing::error!(%error, "a connection cannot be made to fail"))
             });
         let Ok(mut endpoint) = connected else {
             self.retry_at = Some(Instant::now() + RECONNECT_PAUSE);
