@@ -122,11 +122,16 @@ impl Control {
         }
     }
 
+    /// Whether memory is managed, so that every mapping is worth a report.
+    #[must_use]
+    pub fn is_managed(&self) -> bool {
+        self.headroom.load(Ordering::Relaxed) < 0
+    }
+
     /// Counts `bytes` that the program has mapped. Returns whether that is to be reported.
     pub fn uses_up(&self, bytes: usize) -> bool {
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
-        self.headroom.load(Ordering::Relaxed) < 0
-            || self.headroom.fetch_sub(bytes, Ordering::Relaxed) < bytes
+        self.is_managed() || self.headroom.fetch_sub(bytes, Ordering::Relaxed) < bytes
     }
 
     /// The program's side of a new mapping: asks the agent to look at the address space and waits for it to

@@ -2,7 +2,10 @@
 //!
 //! A fault that continues where a stream's last window ended proves that the window was used, and doubles the
 //! next one. A fault anywhere else begins a stream of one page, and so does the first that continues it: something that
-//! lies across the end of a page is no walk. So random access fetches nothing in vain.
+//! lies across the end of a page is no walk. So random access fetches nothing in vain. Streams run either way: much is
+//! laid out downwards (the lines of a sort, stacks of records), or walked from its end.
+
+use std::ops::Range;
 
 use crate::table::Page;
 
@@ -13,14 +16,69 @@ const FIRST_WINDOW: u64 = 4;
 /// Streams remembered: threads and cursors that walk memory at the same time.
 const STREAMS: usize = 16;
 
+/// Which way a walk goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Towards higher addresses.
+    Up,
+    /// Towards lower addresses.
+    Down,
+}
+
+impl Way {
+    /// The page so many steps on, if there is one.
+    #[must_use]
+    pub fn step(self, from: Page, pages: u64) -> Option<Page> {
+        match self {
+            Self::Up => from.0.checked_add(pages),
+            Self::Down => from.0.checked_sub(pages),
+        }
+        .map(Page)
+    }
+
+    /// How many steps it is from one page on to another; none if that lies behind.
+    fn steps(self, from: Page, to: Page) -> Option<u64> {
+        match self {
+            Self::Up => to.0.checked_sub(from.0),
+            Self::Down => from.0.checked_sub(to.0),
+        }
+    }
+
+    /// The pages from one on, so many of them, in the order of their addresses.
+    #[must_use]
+    pub fn pages(self, from: Page, pages: u64) -> Range<Page> {
+        match self {
+            Self::Up => from..Page(from.0.saturating_add(pages)),
+            Self::Down => Page((from.0 + 1).saturating_sub(pages))..from.plus(1),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Stream {
-    next: Page,
-    continued: bool,
-    window: u64,
-    /// Pages that the last fault brought, itself included.
+    /// The page of its last fault.
+    at: Page,
+    /// Pages that the last fault brought, itself included; the stream goes on behind them.
     covered: u64,
+    /// Which way it goes; unknown until something continues it.
+    way: Option<Way>,
+    window: u64,
     last_used: u64,
+}
+
+impl Stream {
+    /// Which way it would go on with a fault at `page`, if it does.
+    fn continued_by(&self, page: Page) -> Option<Way> {
+        let slack = self.window / 4;
+        let continues = |way: &Way| {
+            way.steps(self.at, page)
+                .is_some_and(|steps| (self.covered..=self.covered + slack).contains(&steps))
+        };
+        match self.way {
+            Some(way) => Some(way).filter(continues),
+            None => [Way::Up, Way::Down].into_iter().find(continues),
+        }
+    }
 }
 
 /// The streams of one address space.
@@ -35,21 +93,22 @@ pub struct Prefetcher {
 pub struct Window {
     /// Pages from the faulting one on, itself included.
     pub pages: u64,
+    /// Which way they lie.
+    pub way: Way,
     /// Pages of the window before, which this fault proves used.
     pub hits: u64,
 }
 
 impl Prefetcher {
-    /// What a fault at `page` has brought or found on its way reaches up to `end`: there the stream goes on.
-    pub fn reached(&mut self, page: Page, end: Page) {
+    /// What the last fault has brought, or found on its way, is so many pages in all: behind them its stream goes on.
+    pub fn covered(&mut self, pages: u64) {
         let clock = self.clock;
         if let Some(stream) = self
             .streams
             .iter_mut()
             .find(|stream| stream.last_used == clock)
         {
-            stream.next = end.max(page.plus(1));
-            stream.covered = stream.next.0 - page.0;
+            stream.covered = pages.max(1);
         }
     }
 
@@ -57,30 +116,30 @@ impl Prefetcher {
     pub fn fault(&mut self, page: Page) -> Window {
         self.clock += 1;
         let clock = self.clock;
-        let near = |stream: &&mut Stream| {
-            page.0 >= stream.next.0 && page.0 - stream.next.0 <= stream.window / 4
-        };
-        if let Some(stream) = self.streams.iter_mut().find(near) {
+        let found = self
+            .streams
+            .iter_mut()
+            .find_map(|stream| stream.continued_by(page).map(|way| (stream, way)));
+        if let Some((stream, way)) = found {
             let hits = stream.covered - 1;
-            stream.window = if stream.continued {
+            stream.window = if stream.way.is_some() {
                 (stream.window * 2).clamp(FIRST_WINDOW, MAX_WINDOW)
             } else {
                 1
             };
-            stream.continued = true;
-            stream.next = page.plus(stream.window);
-            stream.covered = stream.window;
-            stream.last_used = clock;
+            (stream.at, stream.covered) = (page, stream.window);
+            (stream.way, stream.last_used) = (Some(way), clock);
             return Window {
                 pages: stream.window,
+                way,
                 hits,
             };
         }
         let fresh = Stream {
-            next: page.plus(1),
-            continued: false,
-            window: 1,
+            at: page,
             covered: 1,
+            way: None,
+            window: 1,
             last_used: clock,
         };
         if self.streams.len() < STREAMS {
@@ -92,7 +151,11 @@ impl Prefetcher {
         {
             *oldest = fresh;
         }
-        Window { pages: 1, hits: 0 }
+        Window {
+            pages: 1,
+            way: Way::Up,
+            hits: 0,
+        }
     }
 }
 
@@ -100,28 +163,37 @@ impl Prefetcher {
 mod tests {
     use super::*;
 
+    const WAYS: [Way; 2] = [Way::Up, Way::Down];
+    const MIDDLE: Page = Page(1 << 30);
+
     #[test]
-    fn a_walk_reaches_the_largest_window() {
-        let mut prefetcher = Prefetcher::default();
-        let (mut page, mut faults) = (Page(100), 0);
-        while page.0 < 10_000 {
-            page = page.plus(prefetcher.fault(page).pages);
-            faults += 1;
+    fn a_walk_reaches_the_largest_window_either_way() {
+        for way in WAYS {
+            let mut prefetcher = Prefetcher::default();
+            let (mut walked, mut faults) = (0, 0);
+            while walked < 10_000 {
+                let window = prefetcher.fault(way.step(MIDDLE, walked).unwrap());
+                assert!(window.pages == 1 || window.way == way, "{window:?}");
+                walked += window.pages;
+                faults += 1;
+            }
+            assert!(faults < 10_000 / MAX_WINDOW + 10, "{faults} faults {way:?}");
         }
-        assert!(faults < 10_000 / MAX_WINDOW + 10, "{faults} faults");
     }
 
     #[test]
     fn a_stream_read_ahead_goes_on_where_its_frames_end() {
-        let mut prefetcher = Prefetcher::default();
-        let (mut page, mut ahead) = (Page(0), 1);
-        for _ in 0..20 {
-            let window = prefetcher.fault(page);
-            prefetcher.reached(page, page.plus(ahead));
-            page = page.plus(ahead);
-            ahead = window.pages;
+        for way in WAYS {
+            let mut prefetcher = Prefetcher::default();
+            let (mut page, mut ahead) = (MIDDLE, 1);
+            for _ in 0..20 {
+                let window = prefetcher.fault(page);
+                prefetcher.covered(ahead);
+                page = way.step(page, ahead).unwrap();
+                ahead = window.pages;
+            }
+            assert_eq!(prefetcher.fault(page).pages, MAX_WINDOW);
         }
-        assert_eq!(prefetcher.fault(page).pages, MAX_WINDOW);
     }
 
     #[test]
@@ -129,7 +201,7 @@ mod tests {
         let mut prefetcher = Prefetcher::default();
         for i in 0..1000u64 {
             let window = prefetcher.fault(Page(i * 7919 % 100_003 * 50));
-            assert_eq!(window, Window { pages: 1, hits: 0 });
+            assert_eq!((window.pages, window.hits), (1, 0));
         }
     }
 
@@ -144,16 +216,36 @@ mod tests {
     }
 
     #[test]
+    fn to_and_fro_is_no_walk() {
+        let mut prefetcher = Prefetcher::default();
+        for _ in 0..100 {
+            assert_eq!(prefetcher.fault(MIDDLE).pages, 1);
+            assert_eq!(prefetcher.fault(MIDDLE.plus(1)).pages, 1);
+        }
+    }
+
+    #[test]
     fn several_walks_at_once_are_told_apart() {
         let mut prefetcher = Prefetcher::default();
-        let mut walks: Vec<Page> = (0..8).map(|i| Page(i * 1_000_000)).collect();
+        let mut walks: Vec<(Page, Way)> = (1..9)
+            .zip(WAYS.into_iter().cycle())
+            .map(|(i, way)| (Page(i * 1_000_000), way))
+            .collect();
         for _ in 0..20 {
-            for page in &mut walks {
-                *page = page.plus(prefetcher.fault(*page).pages);
+            for (page, way) in &mut walks {
+                *page = way.step(*page, prefetcher.fault(*page).pages).unwrap();
             }
         }
-        for page in walks {
+        for (page, _) in walks {
             assert_eq!(prefetcher.fault(page).pages, MAX_WINDOW);
         }
+    }
+
+    #[test]
+    fn the_pages_of_a_way_lie_in_the_order_of_their_addresses() {
+        assert_eq!(Way::Up.pages(Page(7), 3), Page(7)..Page(10));
+        assert_eq!(Way::Down.pages(Page(7), 3), Page(5)..Page(8));
+        assert_eq!(Way::Down.pages(Page(1), 5), Page(0)..Page(2));
+        assert_eq!(Way::Down.step(Page(1), 2), None);
     }
 }

@@ -2,6 +2,8 @@
 
 use core::sync::atomic::Ordering;
 
+use farpage_attach::control::Control;
+
 use crate::lifecycle::control;
 use crate::mappings;
 
@@ -13,10 +15,12 @@ pub(crate) fn before() {
     }
 }
 
-/// After an allocation of `len` bytes: a large one may be a mapping of its own.
+/// After an allocation of `len` bytes: a large one may be a mapping of its own, any other may have made the heap grow.
 #[inline]
 pub(crate) fn after(len: usize) {
     if len >= mappings::WORTH_A_REPORT {
         mappings::grew(len);
+    } else if control().is_some_and(Control::is_managed) {
+        mappings::heap_may_have_grown();
     }
 }

@@ -1,10 +1,12 @@
 //! New mappings: made by the next `mmap` in line, then shown to the agent before they can take a program past its limit.
 
 use core::ffi::{c_int, c_void};
+use core::sync::atomic::{AtomicUsize, Ordering};
 
 use farpage_attach::sys::memory;
 
 use crate::lifecycle::control;
+use crate::sys;
 
 /// Mappings smaller than this are left to the agent's own looking.
 pub(crate) const WORTH_A_REPORT: usize = 256 << 10;
@@ -43,6 +45,24 @@ pub(crate) fn after(address: *mut c_void, len: usize, prot: c_int, flags: c_int,
 pub(crate) fn grew(len: usize) {
     if let Some(control) = control().filter(|control| control.uses_up(len)) {
         control.report_mapping();
+    }
+}
+
+/// Where the heap ended when that was last reported.
+static REPORTED_END: AtomicUsize = AtomicUsize::new(0);
+
+/// While memory is managed: what `brk` adds to the heap is not, until the agent has looked, and raises no event. libc's
+/// allocator grows it by calls that nobody can stand before, so its end is looked at after each allocation.
+pub(crate) fn heap_may_have_grown() {
+    let end = sys::heap_end();
+    let reported = REPORTED_END.load(Ordering::Relaxed);
+    if end < reported {
+        REPORTED_END.store(end, Ordering::Relaxed);
+    } else if end - reported >= WORTH_A_REPORT {
+        REPORTED_END.store(end, Ordering::Relaxed);
+        if let Some(control) = control() {
+            control.report_mapping();
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use crate::{allocations, lifecycle, mappings};
 unsafe extern "C" {
     static environ: *const *const c_char;
     fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
+    fn sbrk(increment: isize) -> *mut c_void;
     fn pthread_atfork(
         prepare: Option<extern "C" fn()>,
         parent: Option<extern "C" fn()>,
@@ -89,6 +90,12 @@ pub(crate) fn at_fork(child: extern "C" fn()) {
     // SAFETY: registers a function with a static lifetime; this object is never unloaded (`-z nodelete` holds
     // for preloaded objects).
     unsafe { pthread_atfork(None, None, Some(child)) };
+}
+
+/// Where the heap ends.
+pub(crate) fn heap_end() -> usize {
+    // SAFETY: an increment of nothing changes nothing; libc answers from a variable of its own.
+    unsafe { sbrk(0) }.addr()
 }
 
 #[used]

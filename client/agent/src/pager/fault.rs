@@ -82,25 +82,20 @@ impl Pager {
         if room <= 0 {
             return Some(fault);
         }
-        let window = self
-            .prefetcher
-            .fault(fault.page)
-            .pages
-            .clamp(1, MAX_ZERO_RUN);
-        let most = window.min((room as u64 / 4).max(1));
+        let window = self.prefetcher.fault(fault.page);
+        let most = window.pages.min(MAX_ZERO_RUN).min((room as u64 / 4).max(1));
         let mut run = 1;
         while run < most
-            && self.registered.contains(fault.page.plus(run))
-            && matches!(
-                self.table.get(fault.page.plus(run)).state(),
-                State::Untouched | State::Zero
-            )
+            && let Some(page) = window.way.step(fault.page, run)
+            && self.registered.contains(page)
+            && matches!(self.table.get(page).state(), State::Untouched | State::Zero)
         {
             run += 1;
         }
-        match self.install_zeros(fault.page, run, fault.write) {
+        let pages = window.way.pages(fault.page, run);
+        match self.install_zeros(fault.page, pages, fault.write) {
             true => {
-                self.prefetcher.reached(fault.page, fault.page.plus(run));
+                self.prefetcher.covered(run);
                 self.answered(&fault);
                 None
             }

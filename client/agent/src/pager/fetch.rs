@@ -15,7 +15,7 @@ use super::install::Installed;
 use super::links::Work;
 use super::{Fault, Pager};
 use crate::entry::{Entry, Slot, State};
-use crate::prefetch::MAX_WINDOW;
+use crate::prefetch::{MAX_WINDOW, Way, Window};
 use crate::table::Page;
 
 /// Fetches under way or kept ahead at once in one address space.
@@ -79,6 +79,15 @@ impl Fetch {
     fn index_of(&self, page: Page) -> Option<usize> {
         let index = page.0.checked_sub(self.first.0)? as usize;
         (index < self.slots.len() && self.dropped >> index & 1 == 0).then_some(index)
+    }
+
+    /// How many of its pages lie from one of them on.
+    fn pages_from(&self, page: Page, way: Way) -> u64 {
+        let before = page.0.saturating_sub(self.first.0);
+        match way {
+            Way::Up => (self.slots.len() as u64).saturating_sub(before),
+            Way::Down => before + 1,
+        }
     }
 
     fn is_complete(&self) -> bool {
@@ -184,8 +193,8 @@ impl Pager {
             .prefetch_hits
             .fetch_add(window.hits, Relaxed);
         let room = (self.room() as u64 / 4).max(1);
-        let pages = self.claim_run(place, fault.page, window.pages.min(room));
-        self.prefetcher.reached(fault.page, fault.page.plus(pages));
+        let pages = self.claim_run(place, fault.page, window.way, window.pages.min(room));
+        self.prefetcher.covered(pages);
         tracing::trace!(page = fault.page.0, ?window, pages, room, "fetch");
         if let Some(fetch) = self.fetches.get(place) {
             fetch.wanted = true;
@@ -197,7 +206,7 @@ impl Pager {
             .fetch_add(pages.saturating_sub(1), Relaxed);
         self.post_reads(place);
         if window.pages > 1 && pages == window.pages {
-            self.read_ahead(fault.page.plus(pages), window.pages);
+            self.read_ahead(fault.page, pages, window);
         }
         None
     }
@@ -224,13 +233,12 @@ impl Pager {
                 .counters
                 .prefetch_hits
                 .fetch_add(window.hits, Relaxed);
-            let fetch = &self.fetches.places[place];
-            let end = fetch.first.plus(fetch.slots.len() as u64);
-            self.prefetcher.reached(fault.page, end);
-            tracing::trace!(page = fault.page.0, ?window, end = end.0, "was read ahead");
+            let pages = self.fetches.places[place].pages_from(fault.page, window.way);
+            self.prefetcher.covered(pages);
+            tracing::trace!(page = fault.page.0, ?window, pages, "was read ahead");
             self.try_install(place);
             if window.pages > 1 {
-                self.read_ahead(end, window.pages);
+                self.read_ahead(fault.page, pages, window);
             }
         } else {
             self.try_install(place);
@@ -238,15 +246,18 @@ impl Pager {
         None
     }
 
-    /// Reads a window that no fault asks for yet.
-    fn read_ahead(&mut self, first: Page, pages: u64) {
-        if !self.table.get(first).is_far() || self.links.credits() < 2 {
+    /// Reads a window that no fault asks for yet, behind the pages that the one at `page` brings.
+    fn read_ahead(&mut self, page: Page, brought: u64, window: Window) {
+        let Some(next) = window.way.step(page, brought) else {
+            return;
+        };
+        if !self.table.get(next).is_far() || self.links.credits() < 2 {
             return;
         }
         let Some(place) = self.free_place() else {
             return;
         };
-        let claimed = self.claim_run(place, first, pages);
+        let claimed = self.claim_run(place, next, window.way, window.pages);
         self.job
             .counters
             .pages_prefetched
@@ -270,20 +281,23 @@ impl Pager {
         Some(oldest)
     }
 
-    /// Claims neighbouring far pages from `first` on for a fetch at `place`. Returns how many.
-    fn claim_run(&mut self, place: usize, first: Page, most: u64) -> u64 {
+    /// Claims neighbouring far pages from one on, up or down, for a fetch at `place`. Returns how many.
+    fn claim_run(&mut self, place: usize, from: Page, way: Way, most: u64) -> u64 {
         let fetch = &mut self.fetches.places[place];
-        fetch.begin(first);
-        while (fetch.slots.len() as u64) < most.min(MAX_WINDOW) {
-            match self
-                .table
-                .change(first.plus(fetch.slots.len() as u64), Entry::claim_fetch)
-            {
-                Some((_, claimed)) => fetch.slots.extend(claimed.slot()),
-                None => break,
-            }
+        fetch.begin(from);
+        let mut claimed = 0;
+        while claimed < most.min(MAX_WINDOW)
+            && let Some(page) = way.step(from, claimed)
+            && let Some((_, entry)) = self.table.change(page, Entry::claim_fetch)
+        {
+            fetch.slots.extend(entry.slot());
+            claimed += 1;
         }
-        fetch.slots.len() as u64
+        if way == Way::Down {
+            fetch.slots.reverse();
+        }
+        fetch.first = way.pages(from, claimed).start;
+        claimed
     }
 
     /// Posts the reads of a fetch, one for each run of neighbouring slots, as far as the window allows.

@@ -1,5 +1,6 @@
 //! Putting pages into the program's memory and waking who waits for them.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::Pager;
@@ -87,10 +88,11 @@ impl Pager {
         }
     }
 
-    /// Installs zeros over a run of pages that were never written. A single page to be written gets a page of
-    /// its own at once; a run gets the kernel's shared zero page, copied on write without a message. Returns
-    /// false while that cannot be done.
-    pub(super) fn install_zeros(&mut self, first: Page, pages: u64, write: bool) -> bool {
+    /// Installs zeros over a run of pages that were never written, of which a thread waits for `wanted`. A single page
+    /// to be written gets a page of its own at once; a run gets the kernel's shared zero page, copied on write without a
+    /// message. Returns false while that cannot be done.
+    pub(super) fn install_zeros(&mut self, wanted: Page, run: Range<Page>, write: bool) -> bool {
+        let (first, pages) = (run.start, run.end.0 - run.start.0);
         let done = if pages == 1 && write {
             match self.install_copies(first, 1, self.fetches.zero_page()) {
                 Installed::All => 1,
@@ -98,10 +100,7 @@ impl Pager {
                 Installed::UntilEvent(_) | Installed::NoMemory(_) => return false,
             }
         } else {
-            match self
-                .uffd
-                .zero(&(first.address()..first.plus(pages).address()))
-            {
+            match self.uffd.zero(&(run.start.address()..run.end.address())) {
                 Ok(()) => pages,
                 Err(InstallError::EventsPending(0) | InstallError::NoMemory(0)) => return false,
                 Err(InstallError::EventsPending(bytes) | InstallError::NoMemory(bytes)) => {
@@ -111,7 +110,7 @@ impl Pager {
                 Err(InstallError::Present(bytes)) => bytes / 4096 + 1,
                 // A run across two mappings, or one that ends before its run.
                 Err(InstallError::Gone(0)) if pages > 1 => {
-                    return self.install_zeros(first, 1, write);
+                    return self.install_zeros(wanted, wanted..wanted.plus(1), write);
                 }
                 Err(InstallError::Gone(bytes)) => bytes / 4096,
                 Err(InstallError::NoProcess) => {
@@ -124,8 +123,8 @@ impl Pager {
                 }
             }
         };
-        // Whoever waits for a page that was there, or has no place, looks again.
-        self.wake(first, 1);
+        // Whoever waits for a page that was there, or that the run did not come to, or that has no place, looks again.
+        self.wake(wanted, 1);
         for i in 0..done {
             if self
                 .table

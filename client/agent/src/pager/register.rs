@@ -2,7 +2,7 @@
 //! grow.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,9 @@ const LEAST_BYTES: u64 = 128 << 10;
 /// its guard, and is left alone if it is no larger than the other bound.
 const GUARD_MOST_BYTES: u64 = 64 << 10;
 const STACK_MOST_BYTES: u64 = 64 << 20;
+/// Inaccessible memory of this size behind a plain mapping may be what an allocator's heap grows into: libc's are of 64 MiB
+/// in all. Others reserve terabytes, and looking what is present in those takes time.
+const RESERVE_BYTES: RangeInclusive<u64> = GUARD_MOST_BYTES + 1..=64 << 20;
 /// How often a look at the mappings is begun anew because the program changed them meanwhile.
 const LOOKS: usize = 8;
 /// How long a look waits for the helper's batch to be over.
@@ -105,6 +108,7 @@ impl Pager {
                 return;
             };
             fresh = self.worth_managing(&mappings);
+            fresh.extend(self.reserves(&mappings));
             fresh.retain(|range| self.uffd.register(range, true).is_ok());
             if !self.uffd.is_changing() {
                 settled = Some(mappings);
@@ -187,6 +191,24 @@ impl Pager {
             before = Some(mapping);
         }
         found
+    }
+
+    /// Inaccessible memory right behind what is worth managing: the allocator's heaps of threads grow into it by making
+    /// more of it accessible. That raises no event either, but what is registered already stays so.
+    fn reserves(&self, mappings: &[Mapping]) -> Vec<Range<u64>> {
+        let behind = |pair: &[Mapping]| match pair {
+            [before, reserve]
+                if before.is_plain()
+                    && reserve.is_reserve()
+                    && before.range.end == reserve.range.start
+                    && RESERVE_BYTES.contains(&(reserve.range.end - reserve.range.start))
+                    && !self.registered.covers(&reserve.range) =>
+            {
+                Some(reserve.range.clone())
+            }
+            _ => None,
+        };
+        mappings.windows(2).filter_map(behind).collect()
     }
 
     /// Takes ranges just registered, and what is present in them, into the tables. Only once no call of the

@@ -245,6 +245,12 @@ impl Mapping {
             && (!self.name.starts_with('[') || self.is_nameable())
     }
 
+    /// Whether this is private anonymous memory that nobody may touch yet.
+    #[must_use]
+    pub fn is_reserve(&self) -> bool {
+        &self.permissions == b"---p" && self.inode == 0 && self.name.is_empty()
+    }
+
     fn is_nameable(&self) -> bool {
         self.name == "[heap]" || self.name.starts_with("[anon:")
     }
