@@ -132,6 +132,39 @@ static void fork_in_transit(void)
 	pthread_join(thread, NULL);
 }
 
+/* A parent that forks while its pages are on their way out, and ends at once: its child has everything. */
+static void parent_exits(void)
+{
+	int told[2];
+	MUST(pipe(told) == 0);
+	for (int turn = 0; turn < 10; turn++) {
+		pid_t parent = fork();
+		MUST(parent >= 0);
+		if (!parent) {
+			shared_with_writer = map(DATA);
+			fill(shared_with_writer, DATA, 1);
+			pthread_t thread;
+			MUST(pthread_create(&thread, NULL, writer, NULL) == 0);
+			usleep(1000 * (unsigned)(turn * 7 % 11));
+			pid_t child = fork();
+			MUST(child >= 0);
+			if (child)
+				_exit(0);
+			for (size_t page = 0; page < DATA / PAGE; page++) {
+				long wrong = wrong_word(shared_with_writer + page * PAGE, page, 1);
+				if (wrong >= 0 && wrong != (long)WORDS - 1)
+					fail("page %zu word %ld in orphan %d", page, wrong, turn);
+			}
+			MUST(write(told[1], "y", 1) == 1);
+			_exit(0);
+		}
+		wait_for(parent, "the parent");
+		/* An orphan that failed says nothing; the case's deadline is for that. */
+		char said = 'n';
+		MUST(read(told[0], &said, 1) == 1 && said == 'y');
+	}
+}
+
 /* Children that are killed at any moment leave nothing behind. */
 static void storm(void)
 {
@@ -191,7 +224,7 @@ static void changed_after_fork(void)
 
 static const struct test_case cases[] = {
 	{"child_reads", child_reads}, {"both_write", both_write}, {"outlives", outlives}, {"generations", generations},
-	{"fork_in_transit", fork_in_transit}, {"storm", storm}, {"not_inherited", not_inherited},
+	{"fork_in_transit", fork_in_transit}, {"parent_exits", parent_exits}, {"storm", storm}, {"not_inherited", not_inherited},
 	{"changed_after_fork", changed_after_fork},
 };
 MAIN(cases)

@@ -71,8 +71,9 @@ static void from_outside(void)
 	check(at, DATA, 2, "written from outside");
 }
 
-/* A buffer that the kernel holds pinned is not taken out: what is read into it later arrives. */
-static void pinned(void)
+/* A buffer that the kernel holds pinned is not taken out: what is read into it later arrives. With children that are forked
+ * meanwhile it arrives in the parent alone. */
+static void read_into_pinned(int children)
 {
 	struct io_uring_params params = {0};
 	int ring = (int)syscall(__NR_io_uring_setup, 4, &params);
@@ -94,13 +95,39 @@ static void pinned(void)
 	MUST(munmap(source, bytes) == 0);
 	push_far(at, DATA);
 	MUST(present(at, bytes) == bytes / PAGE);
+	int go_on[2];
+	char byte;
+	pid_t child[4];
+	MUST(pipe(go_on) == 0);
+	for (int i = 0; i < children; i++) {
+		MUST((child[i] = fork()) >= 0);
+		if (child[i]) {
+			push_far(at + bytes, DATA - bytes);
+			continue;
+		}
+		close(go_on[1]);
+		check(at, bytes, 1, "a pinned buffer, in a child");
+		MUST(read(go_on[0], &byte, 1) == 0);
+		check(at, DATA, 1, "in a child, after its parent's read");
+		fill(at, bytes, 9);
+		push_far(at, DATA);
+		check(at, bytes, 9, "written by a child");
+		_exit(0);
+	}
 	entries[0] = (struct io_uring_sqe){.opcode = IORING_OP_READ_FIXED, .fd = fd, .addr = (uintptr_t)at, .len = bytes};
 	((unsigned *)(queue + params.sq_off.array))[0] = 0;
 	__atomic_store_n((unsigned *)(queue + params.sq_off.tail), 1, __ATOMIC_RELEASE);
 	MUST(syscall(__NR_io_uring_enter, ring, 1, 1, IORING_ENTER_GETEVENTS, NULL, 0) == 1);
 	check(at, bytes, 7, "read into a pinned buffer");
+	close(go_on[1]);
+	for (int i = 0; i < children; i++)
+		wait_for(child[i], "a child");
+	check(at, bytes, 7, "read into a pinned buffer, and left alone");
 	check_from(at + bytes, DATA - bytes, bytes / PAGE, 1, "beside it");
 }
+
+static void pinned(void) { read_into_pinned(0); }
+static void pinned_fork(void) { read_into_pinned(4); }
 
 /* The kernel's limit, pinned: /proc/PID/mem does not fault absent pages in, it says EIO, and harms nothing. */
 static void proc_mem(void)
@@ -152,6 +179,7 @@ static void dump(void)
 
 static const struct test_case cases[] = {
 	{"plain", plain}, {"direct", direct}, {"vectors", vectors}, {"from_outside", from_outside}, {"pinned", pinned},
+	{"pinned_fork", pinned_fork},
 	{"proc_mem", proc_mem}, {"guard", guard}, {"dump", dump},
 };
 MAIN(cases)

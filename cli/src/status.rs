@@ -98,8 +98,17 @@ struct Agent {
 struct Process {
     pid: u32,
     name: String,
+    /// Anonymous pages here, managed or not.
     local_pages: u64,
+    /// Present in managed memory, the kernel's page of zeros included.
+    managed_pages: u64,
+    /// Held far or on their way, and zeros held nowhere.
     far_pages: u64,
+    /// Of these, in slots that another process's page is in too.
+    shared_far_pages: u64,
+    /// Of these, zeros held nowhere.
+    zero_pages: u64,
+    /// Local and far: what would be resident without far memory.
     total_pages: u64,
     faults: u64,
     /// Of its whole job.
@@ -160,7 +169,10 @@ impl From<v1::ProcessReport> for Process {
             pid: process.pid,
             name: process.comm,
             local_pages: process.local_pages,
+            managed_pages: process.managed_pages,
             far_pages: process.far_pages,
+            shared_far_pages: process.shared_far_pages,
+            zero_pages: process.zero_pages,
             total_pages: process.total_pages,
             faults: process.faults,
             local_limit_bytes: process.local_limit_bytes,
@@ -183,7 +195,15 @@ impl Cluster {
         }
         let mut agents = Table::new(&["AGENT", "HOST", "GRANTED", "EXTENTS", "LOST", "PROCESSES"]);
         let mut processes = Table::new(&[
-            "PROCESS", "NAME", "LOCAL", "FAR", "TOTAL", "LIMIT", "FAULTS", "AGENT",
+            "PROCESS",
+            "NAME",
+            "LOCAL",
+            "FAR",
+            "SHARED FAR",
+            "TOTAL",
+            "LIMIT",
+            "FAULTS",
+            "AGENT",
         ]);
         for agent in &self.agents {
             agents.row([
@@ -201,6 +221,7 @@ impl Cluster {
                     process.name.clone(),
                     pages(process.local_pages),
                     pages(process.far_pages),
+                    pages(process.shared_far_pages),
                     pages(process.total_pages),
                     readable(process.local_limit_bytes),
                     process.faults.to_string(),

@@ -62,6 +62,11 @@ fn fork_while_pages_come_over_tcp() {
 }
 
 #[test]
+fn a_parent_exits_as_it_forks() {
+    case("parent_exits");
+}
+
+#[test]
 fn children_killed_at_any_moment() {
     case("storm");
 }

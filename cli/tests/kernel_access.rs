@@ -46,6 +46,11 @@ fn pinned_buffers_stay() {
 }
 
 #[test]
+fn pinned_buffers_stay_over_forks() {
+    case("pinned_fork");
+}
+
+#[test]
 fn proc_mem_says_eio() {
     case("proc_mem");
 }

@@ -25,6 +25,8 @@ pub const MAX_RELEASE_COUNT: usize = 4096;
 pub const MAX_EXTENTS_PER_LEASE: usize = 1 << 15;
 /// Processes in one `ReportAgent`.
 pub const MAX_PROCESSES: usize = 1024;
+/// Pages of one process: what 64 bits of address can name.
+pub const MAX_PAGES: u64 = 1 << 52;
 /// Named totals in one `ReportAgent`.
 pub const MAX_TOTALS: usize = 128;
 /// Labels on a node.

@@ -39,6 +39,7 @@ impl TryFrom<v1::AgentReport> for AgentReport {
                 process.comm.len(),
                 limits::MAX_COMM,
             )?;
+            parts_of_the_whole(process)?;
             // A program chooses its own name: what a terminal would obey is replaced, not refused.
             process.comm = process
                 .comm
@@ -48,6 +49,34 @@ impl TryFrom<v1::AgentReport> for AgentReport {
         }
         Ok(Self(message))
     }
+}
+
+/// A process's counts of pages: none beyond an address space, and no part above its whole.
+fn parts_of_the_whole(process: &v1::ProcessReport) -> Result<(), FieldError> {
+    let (local, far) = (process.local_pages, process.far_pages);
+    for (field, pages, most) in [
+        ("report.processes.local_pages", local, limits::MAX_PAGES),
+        ("report.processes.far_pages", far, limits::MAX_PAGES),
+        (
+            "report.processes.total_pages",
+            process.total_pages,
+            2 * limits::MAX_PAGES,
+        ),
+        (
+            "report.processes.managed_pages",
+            process.managed_pages,
+            limits::MAX_PAGES,
+        ),
+        (
+            "report.processes.shared_far_pages",
+            process.shared_far_pages,
+            far,
+        ),
+        ("report.processes.zero_pages", process.zero_pages, far),
+    ] {
+        field::within(field, pages, 0, most)?;
+    }
+    Ok(())
 }
 
 impl From<AgentReport> for v1::AgentReport {

@@ -12,6 +12,7 @@ const HEADERS: &[(&str, &str)] = &[
 
 /// The programs by name.
 const SOURCES: &[(&str, &str)] = &[
+    ("accounting", include_str!("../../c/accounting.c")),
     ("anon", include_str!("../../c/anon.c")),
     ("fork_tree", include_str!("../../c/fork_tree.c")),
     ("forks", include_str!("../../c/forks.c")),

@@ -149,6 +149,7 @@ impl Session {
             processes: account.processes,
             processes_unmanaged: account.processes_unmanaged,
             unmanaged_bytes: account.unmanaged_bytes,
+            process_peaks: account.process_peaks,
             exit_status: ended.status(),
         })
     }

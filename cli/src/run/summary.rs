@@ -6,6 +6,7 @@ use std::io::{self, Seek, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use farpage_agent::protocol::ProcessPeaks;
 use serde::Serialize;
 
 use crate::args::SummaryForm;
@@ -51,6 +52,8 @@ pub(crate) struct Summary {
     pub(crate) processes_unmanaged: u64,
     /// The most anonymous memory that could not be managed.
     pub(crate) unmanaged_bytes: u64,
+    /// The most pages that each of the largest processes had.
+    pub(crate) process_peaks: Vec<ProcessPeaks>,
     /// The program's exit status; 128+N if signal N ended it.
     pub(crate) exit_status: i32,
 }
@@ -105,6 +108,20 @@ impl fmt::Display for Summary {
             )?;
         }
         writeln!(f)?;
+        if self.processes > 1
+            && let Some(largest) = self.process_peaks.first()
+        {
+            let size = |pages: u64| readable(pages.saturating_mul(PAGE_BYTES));
+            writeln!(
+                f,
+                "  largest       {} (pid {}): {} in all, {} here and {} far at most",
+                largest.name,
+                largest.pid,
+                size(largest.total_pages),
+                size(largest.local_pages),
+                size(largest.far_pages)
+            )?;
+        }
         let slots = self.far_slots_in_use_at_exit;
         if self.processes_left > 0 {
             writeln!(
@@ -221,6 +238,7 @@ mod tests {
             "processes",
             "processes_unmanaged",
             "unmanaged_bytes",
+            "process_peaks",
             "exit_status",
         ];
         contract.sort_unstable();

@@ -249,6 +249,9 @@ impl ControlPlane {
                 comm: figures.name,
                 local_pages: figures.local_pages,
                 far_pages: figures.far_pages,
+                shared_far_pages: figures.shared_far_pages,
+                zero_pages: figures.zero_pages,
+                managed_pages: figures.managed_pages,
                 total_pages: figures.local_pages + figures.far_pages,
                 faults: figures.faults,
                 evicted_pages: 0,
@@ -293,7 +296,8 @@ fn host_name() -> HostName {
         .unwrap_or_else(|_| unreachable!("a plain word is a host name"))
 }
 
-/// Figures of every address space, for reports and for `farpage status`.
+/// Figures of every address space, for reports and for `farpage status`. Far pages that are others' too are those of the
+/// last count, and asked to be counted anew.
 #[must_use]
 pub fn figures(spaces: &Spaces) -> Vec<ProcessFigures> {
     use std::sync::atomic::Ordering::Relaxed;
@@ -302,12 +306,23 @@ pub fn figures(spaces: &Spaces) -> Vec<ProcessFigures> {
         job.spaces().into_iter().map(move |handle| {
             let pid = handle.pid().unwrap_or(0);
             let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            let now = &handle.figures;
+            handle.ask_to_count_shared();
+            let (managed_pages, far_pages) = (now.local.load(Relaxed), now.far.load(Relaxed));
             ProcessFigures {
                 pid,
                 name: name.trim_end().to_owned(),
-                local_pages: handle.figures.local.load(Relaxed),
-                far_pages: handle.figures.far.load(Relaxed),
-                faults: handle.figures.faults.load(Relaxed),
+                // Before the first sample what the table says is the best there is.
+                local_pages: match now.anonymous.load(Relaxed) {
+                    0 => managed_pages,
+                    sampled => sampled,
+                },
+                managed_pages,
+                far_pages,
+                // Counted at another moment than the whole.
+                shared_far_pages: now.shared_far.load(Relaxed).min(far_pages),
+                zero_pages: now.zero.load(Relaxed).min(far_pages),
+                faults: now.faults.load(Relaxed),
                 local_limit_bytes: limit,
             }
         })

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::latency::Latencies;
 use crate::mailbox::SpaceHandle;
-use crate::protocol::Account;
+use crate::protocol::{Account, ProcessPeaks};
 use crate::sharing::Sharing;
 
 /// How long an account waits for address spaces whose process has ended.
@@ -14,6 +14,8 @@ const ACCOUNT_DEADLINE: Duration = Duration::from_secs(5);
 /// How long it takes until what is resident when management begins is in the tables.
 const ADOPTION: Duration = Duration::from_millis(100);
 const ACCOUNT_POLL: Duration = Duration::from_millis(1);
+/// Most processes that an account tells apart, the largest: it must fit one packet.
+const MAX_PROCESSES_TOLD: usize = 64;
 
 /// What one run asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +79,8 @@ pub struct Job {
     failure: OnceLock<String>,
     regions_only: AtomicBool,
     spaces: Mutex<Vec<Arc<SpaceHandle>>>,
+    /// Of processes that have ended, the largest.
+    ended: Mutex<Vec<ProcessPeaks>>,
 }
 
 impl Job {
@@ -102,6 +106,7 @@ impl Job {
             failure: OnceLock::new(),
             regions_only: AtomicBool::new(false),
             spaces: Mutex::new(Vec::new()),
+            ended: Mutex::new(Vec::new()),
         }
     }
 
@@ -247,7 +252,25 @@ impl Job {
 
     /// A process's address space is gone.
     pub fn remove(&self, space: u64) {
-        self.lock().retain(|handle| handle.id != space);
+        let mut spaces = self.lock();
+        for handle in spaces.extract_if(.., |handle| handle.id == space) {
+            let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+            ended.push(ProcessPeaks::of(&handle));
+            keep_largest(&mut ended);
+        }
+    }
+
+    /// The most pages of each process, of those that live and of those that have ended; the largest of them.
+    fn peaks(&self) -> Vec<ProcessPeaks> {
+        let mut peaks: Vec<_> = self
+            .spaces()
+            .iter()
+            .map(|handle| ProcessPeaks::of(handle))
+            .collect();
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        peaks.extend(ended.iter().cloned());
+        keep_largest(&mut peaks);
+        peaks
     }
 
     /// The address spaces now.
@@ -289,6 +312,7 @@ impl Job {
             unmanaged_bytes: self.unmanaged_peak() * 4096,
             failure: self.failure.get().cloned(),
             processes_left: self.spaces().len() as u64,
+            process_peaks: self.peaks(),
             fabric: fabric.to_owned(),
         }
     }
@@ -296,4 +320,9 @@ impl Job {
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Arc<SpaceHandle>>> {
         self.spaces.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn keep_largest(peaks: &mut Vec<ProcessPeaks>) {
+    peaks.sort_by_key(|one| std::cmp::Reverse(one.total_pages));
+    peaks.truncate(MAX_PROCESSES_TOLD);
 }

@@ -28,6 +28,8 @@ pub enum Request {
     HelperUp(Process),
     /// A region that a library user named: manage it now, within a resident limit of its own.
     Region(Range<u64>, mpsc::SyncSender<bool>),
+    /// How many far pages lie in slots that others name too is wanted, some time soon, among the figures.
+    CountShared,
     /// End: the process is gone, or must go.
     Close,
 }
@@ -56,8 +58,16 @@ pub struct HelperOffer {
 pub struct Figures {
     /// Pages resident as its table knows.
     pub local: AtomicU64,
-    /// Pages only in slots, or zeros held nowhere.
+    /// Pages only in slots or on their way, and zeros held nowhere.
     pub far: AtomicU64,
+    /// Those of them that are zeros held nowhere.
+    pub zero: AtomicU64,
+    /// Those of them whose slot another entry names too, when last counted.
+    pub shared_far: AtomicU64,
+    /// Resident anonymous pages, managed or not, when last sampled; 0 before.
+    pub anonymous: AtomicU64,
+    /// The most at any sample.
+    pub peaks: Peaks,
     /// Bytes that it could fill of the mappings it had when last looked at; kept until memory is managed.
     pub reach: AtomicU64,
     /// Faults answered.
@@ -68,11 +78,45 @@ pub struct Figures {
     pub unmanaged: AtomicU64,
 }
 
+/// The most pages of an address space, each count at its own worst moment.
+#[derive(Debug, Default)]
+pub struct Peaks {
+    /// Resident.
+    pub local: AtomicU64,
+    /// Far.
+    pub far: AtomicU64,
+    /// Far, in slots that another entry named too.
+    pub shared_far: AtomicU64,
+    /// Resident and far together.
+    pub total: AtomicU64,
+}
+
+impl Figures {
+    /// Notes what the sampler measured: resident anonymous pages.
+    pub fn sampled(&self, anonymous: u64) {
+        let far = self.far.load(Ordering::Relaxed);
+        self.anonymous.store(anonymous, Ordering::Relaxed);
+        self.peaks.local.fetch_max(anonymous, Ordering::Relaxed);
+        self.peaks.far.fetch_max(far, Ordering::Relaxed);
+        self.peaks
+            .total
+            .fetch_max(anonymous + far, Ordering::Relaxed);
+    }
+
+    /// Notes how many far pages lie in slots that others name too.
+    pub fn counted_shared(&self, pages: u64) {
+        self.shared_far.store(pages, Ordering::Relaxed);
+        self.peaks.shared_far.fetch_max(pages, Ordering::Relaxed);
+    }
+}
+
 /// An address space as the rest of the agent sees it.
 #[derive(Debug)]
 pub struct SpaceHandle {
     /// Its number.
     pub id: u64,
+    /// What its program was called when it was first sampled.
+    pub name: OnceLock<String>,
     /// Its process's pid; 0 for a forked child that has not shown itself yet.
     pub pid: AtomicU64,
     /// Its figures.
@@ -83,6 +127,8 @@ pub struct SpaceHandle {
     rescan: AtomicBool,
     shrink: AtomicU64,
     regions_only: AtomicBool,
+    /// Whether a fork has given it slots that others name too.
+    has_forked: AtomicBool,
     control: OnceLock<SharedBlock>,
     doorbell: OwnedFd,
 }
@@ -96,6 +142,7 @@ impl SpaceHandle {
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         Ok(Self {
             id,
+            name: OnceLock::new(),
             pid: AtomicU64::new(pid.unsigned_abs().into()),
             figures: Figures::default(),
             closed: AtomicBool::new(false),
@@ -103,6 +150,7 @@ impl SpaceHandle {
             rescan: AtomicBool::new(false),
             shrink: AtomicU64::new(0),
             regions_only: AtomicBool::new(false),
+            has_forked: AtomicBool::new(false),
             control: OnceLock::new(),
             doorbell: rustix::event::eventfd(0, flags)?,
         })
@@ -146,6 +194,18 @@ impl SpaceHandle {
     /// From now on nothing is managed but the regions that the program names: its mappings are not looked at.
     pub fn manage_regions_only(&self) {
         self.regions_only.store(true, Ordering::Release);
+    }
+
+    /// From now on some of its slots may be others' too.
+    pub fn forked(&self) {
+        self.has_forked.store(true, Ordering::Relaxed);
+    }
+
+    /// Asks for its far pages that are others' too to be counted anew. Who never forked has none.
+    pub fn ask_to_count_shared(&self) {
+        if self.has_forked.load(Ordering::Relaxed) {
+            self.ask(Request::CountShared);
+        }
     }
 
     /// Asks for a look at the mappings; asking again before it was taken is the same request.

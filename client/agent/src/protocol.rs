@@ -1,7 +1,11 @@
 //! The job protocol: what `farpage run` and `farpage status` say to the agent, in JSON packets behind the
 //! handshake's first one.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use serde::{Deserialize, Serialize};
+
+use crate::mailbox::SpaceHandle;
 
 /// The longest packet.
 pub const MAX_PACKET: usize = 64 << 10;
@@ -86,8 +90,42 @@ pub struct Account {
     pub failure: Option<String>,
     /// Processes that live on.
     pub processes_left: u64,
+    /// The most pages of each process, the largest ones first; those of less than the largest 64 are left out.
+    pub process_peaks: Vec<ProcessPeaks>,
     /// The fabric in use.
     pub fabric: String,
+}
+
+/// The most pages that one process had, each count at its own worst moment, as far as it was sampled.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessPeaks {
+    /// Its pid; 0 for a forked child that ended before it was known.
+    pub pid: u32,
+    /// Its name.
+    pub name: String,
+    /// Resident.
+    pub local_pages: u64,
+    /// Far, zeros held nowhere included.
+    pub far_pages: u64,
+    /// Far, in slots that another process's page was in too.
+    pub shared_far_pages: u64,
+    /// Resident and far together: what would have been resident without far memory.
+    pub total_pages: u64,
+}
+
+impl ProcessPeaks {
+    pub(crate) fn of(handle: &SpaceHandle) -> Self {
+        let peaks = &handle.figures.peaks;
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Self {
+            pid: handle.pid().unwrap_or(0).unsigned_abs(),
+            name: handle.name.get().cloned().unwrap_or_default(),
+            local_pages: load(&peaks.local),
+            far_pages: load(&peaks.far),
+            shared_far_pages: load(&peaks.shared_far),
+            total_pages: load(&peaks.total),
+        }
+    }
 }
 
 /// One address space, for `farpage status`.
@@ -97,10 +135,16 @@ pub struct ProcessFigures {
     pub pid: i32,
     /// Its name.
     pub name: String,
-    /// Pages resident that are managed.
+    /// Anonymous pages resident, managed or not; of a library's program, its regions'.
     pub local_pages: u64,
-    /// Pages held far, or zeros held nowhere.
+    /// Pages present in managed memory, those that are the kernel's page of zeros included.
+    pub managed_pages: u64,
+    /// Pages held far or on their way, and zeros held nowhere.
     pub far_pages: u64,
+    /// Those of them whose slot another process's page is in too.
+    pub shared_far_pages: u64,
+    /// Those of them that are zeros held nowhere.
+    pub zero_pages: u64,
     /// Faults answered.
     pub faults: u64,
     /// Its job's limit, bytes.

@@ -120,6 +120,11 @@ fn sample(
     if job.is_for_regions() {
         // What the rest of the program uses is not this job's business.
         job.note_sample(managed, 0);
+        for handle in handles {
+            handle
+                .figures
+                .sampled(handle.figures.local.load(Ordering::Relaxed));
+        }
         hold_back(job, handles);
         return ARMED_TICK;
     }
@@ -134,6 +139,7 @@ fn sample(
             continue;
         };
         seen.sizes = now;
+        handle.figures.sampled(now.anonymous);
         measured += now.anonymous;
         floor += handle.figures.unmanaged.load(Ordering::Relaxed);
         let local = handle.figures.local.load(Ordering::Relaxed);
@@ -195,6 +201,7 @@ fn watch<'a>(
         .is_none_or(|seen| seen.process.pid() != pid)
     {
         let process = Process::open(pid).ok()?;
+        let _ = handle.name.set(process.name());
         let fresh = Watched {
             process,
             sizes: Sizes::default(),

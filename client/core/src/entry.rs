@@ -106,6 +106,16 @@ pub enum State {
     Poisoned,
 }
 
+impl State {
+    /// How many there are.
+    pub(crate) const COUNT: usize = 8;
+
+    /// Its code in the entry word: a number below [`Self::COUNT`].
+    pub(crate) const fn code(self) -> usize {
+        code(self) as usize
+    }
+}
+
 /// The entry word.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Entry(u64);

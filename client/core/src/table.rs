@@ -56,8 +56,8 @@ impl Chunk {
 #[derive(Default)]
 pub struct PageTable {
     chunks: BTreeMap<u64, Chunk>,
-    local: u64,
-    far: u64,
+    /// Pages by the code of their state. Nobody asks for the first, of untouched pages, which goes below zero.
+    counts: [u64; State::COUNT],
 }
 
 impl PageTable {
@@ -81,21 +81,40 @@ impl PageTable {
             .entry(page.0 >> CHUNK_SHIFT)
             .or_insert_with(Chunk::new);
         let (before, after) = cell(chunk, page).change(transition)?;
-        self.local = self.local + counts_as_local(after) - counts_as_local(before);
-        self.far = self.far + counts_as_far(after) - counts_as_far(before);
+        self.count(before, u64::wrapping_sub);
+        self.count(after, u64::wrapping_add);
         Some((before, after))
+    }
+
+    fn count(&mut self, entry: Entry, change: fn(u64, u64) -> u64) {
+        if let Some(count) = self.counts.get_mut(entry.state().code()) {
+            *count = change(*count, 1);
+        }
+    }
+
+    /// Pages in this state, any but [`State::Untouched`].
+    #[must_use]
+    pub fn pages_in(&self, state: State) -> u64 {
+        self.counts.get(state.code()).copied().unwrap_or(0)
     }
 
     /// Pages in the program's memory.
     #[must_use]
     pub fn local_pages(&self) -> u64 {
-        self.local
+        self.pages_in(State::Local)
     }
 
-    /// Pages that are only in a slot (or all zeros and held nowhere).
+    /// Pages that are only in a slot (or all zeros and held nowhere), and those on their way.
     #[must_use]
     pub fn far_pages(&self) -> u64 {
-        self.far
+        let far = [
+            State::FarRead,
+            State::FarWrite,
+            State::Fetching,
+            State::Evicting,
+            State::Zero,
+        ];
+        far.into_iter().map(|state| self.pages_in(state)).sum()
     }
 
     /// Every page of `range` that is not untouched, in order.
@@ -147,17 +166,6 @@ impl PageTable {
 fn cell(chunk: &Chunk, page: Page) -> &PageCell {
     // The remainder is always within the array.
     &chunk.cells[(page.0 % CHUNK_PAGES) as usize]
-}
-
-fn counts_as_local(entry: Entry) -> u64 {
-    u64::from(matches!(entry.state(), State::Local))
-}
-
-fn counts_as_far(entry: Entry) -> u64 {
-    u64::from(matches!(
-        entry.state(),
-        State::FarRead | State::FarWrite | State::Fetching | State::Evicting | State::Zero
-    ))
 }
 
 #[cfg(test)]

@@ -225,6 +225,21 @@ async fn what_an_agent_reports_is_shown_and_checked() {
         (10, 3)
     );
 
+    let more_than_all = ProcessReport {
+        shared_far_pages: 11,
+        ..report.processes[0].clone()
+    };
+    let message = ReportAgentRequest {
+        lease_id: agent.lease.get(),
+        report: Some(AgentReport {
+            processes: vec![more_than_all],
+            ..Default::default()
+        }),
+    };
+    let error = agent.client.report_agent(message).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
+    assert!(error.message().contains("shared_far_pages"), "{error:?}");
+
     let too_many = AgentReport {
         processes: vec![report.processes[0].clone(); 1025],
         ..Default::default()

@@ -77,6 +77,7 @@ impl Pager {
     /// out are settled first, pages on their way in are found far by the child.
     pub(super) fn forked(&mut self, uffd: Uffd) {
         let kept = self.settle(super::SETTLE_DEADLINE);
+        self.handle.forked();
         self.settle_for_the_guess();
         let table = self.clone_table();
         let registered = self.registered.clone();
@@ -110,6 +111,7 @@ impl Pager {
         registered: Registered,
     ) -> std::io::Result<()> {
         let handle = self.shared.spawner.new_handle(0)?;
+        handle.forked();
         let mut child = Pager::new(
             self.shared.clone(),
             Arc::clone(&self.job),

@@ -19,6 +19,7 @@ mod install;
 mod links;
 mod patience;
 mod register;
+mod survey;
 mod take_out;
 mod wakeups;
 mod write_back;
@@ -29,6 +30,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use crate::entry::State;
 use crate::far::FarMemory;
 use crate::gate::Gate;
 use crate::job::Job;
@@ -49,6 +51,7 @@ pub(crate) use fork::Inheritance;
 pub(crate) use helper::Helper;
 pub(crate) use links::Links;
 pub(crate) use register::Registered;
+pub(crate) use survey::Survey;
 pub(crate) use take_out::{FREE_LEAST, TakeOut};
 pub(crate) use wakeups::Wakeups;
 pub(crate) use write_back::Staging;
@@ -126,6 +129,7 @@ pub struct Pager {
     arrived: Vec<Fault>,
     completions: Vec<Completion>,
     closing: bool,
+    survey: Option<Survey>,
     /// When victims were last found to be unmovable throughout: eviction rests a little.
     rest_until: Option<Instant>,
     /// Whether the last look for victims found none at all.
@@ -185,6 +189,7 @@ impl Pager {
             arrived: Vec::new(),
             completions: Vec::new(),
             closing: false,
+            survey: None,
             rest_until: None,
             no_victims: false,
             checked_exec_at: None,
@@ -203,7 +208,7 @@ impl Pager {
         // Until memory is managed all that is asked of this thread is to do that at once.
         crate::sys::process::run_at_once(!self.job.is_armed());
         while !self.closing {
-            if !self.turn() && !self.wait_for_moves() && !self.looks_on() {
+            if !self.turn() && !self.wait_for_moves() && !self.looks_on() && !self.survey() {
                 self.sleep();
             }
         }
@@ -393,6 +398,7 @@ impl Pager {
                 Request::Region(range, answer) => {
                     let _ = answer.send(self.manage_region(range));
                 }
+                Request::CountShared => self.begin_survey(),
                 Request::Close => self.closing = true,
             }
         }
@@ -491,6 +497,9 @@ impl Pager {
             .local
             .store(self.table.local_pages(), Ordering::Relaxed);
         figures.far.store(self.table.far_pages(), Ordering::Relaxed);
+        figures
+            .zero
+            .store(self.table.pages_in(State::Zero), Ordering::Relaxed);
     }
 
     fn pid(&self) -> i32 {

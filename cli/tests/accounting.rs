@@ -1,0 +1,260 @@
+//! What an agent says of its processes' pages, against what `/proc` says and what the program knows of itself.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout
+)]
+
+mod common;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use common::programs_in_c::{LOCAL, compiled};
+use common::{alone, eventually, farpage, without_far_memory, without_program};
+use farpage_agent::client;
+use farpage_agent::protocol::ProcessFigures;
+
+/// Of our own in a managed program beside what it has natively: the shim's and the helper's few pages.
+const OURS: u64 = 64;
+
+/// The kernel keeps resident sizes per CPU and adds them up now and then: so many pages they may be off.
+fn kernels_slack() -> u64 {
+    64 * std::thread::available_parallelism().unwrap().get() as u64
+}
+
+/// An agent with memory of its own, ended with the test.
+struct Agent {
+    process: Child,
+    socket: String,
+}
+
+impl Agent {
+    fn start() -> Self {
+        let socket = format!("@farpage-accounting-{}", std::process::id());
+        let mut process = Command::new(farpage())
+            .args(["agent", "--own-far-memory", "512M", "--socket", &socket])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = String::new();
+        let mut out = BufReader::new(process.stdout.take().unwrap());
+        out.read_line(&mut ready).unwrap();
+        assert!(!ready.is_empty(), "the agent did not come up");
+        Self { process, socket }
+    }
+
+    fn figures(&self, pid: i32) -> ProcessFigures {
+        let all = client::status(&self.socket).unwrap();
+        let found = all.into_iter().find(|figures| figures.pid == pid);
+        found.unwrap_or_default()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// The program, which says who holds still with how many pages touched.
+struct Program(Child, BufReader<std::process::ChildStdout>);
+
+impl Program {
+    fn start(mut command: Command) -> Self {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        Self(child, out)
+    }
+
+    /// Waits until it holds still as `who`; its pid, and the pages it has touched.
+    fn holds(&mut self, who: &str) -> (i32, u64) {
+        let mut line = String::new();
+        self.1.read_line(&mut line).unwrap();
+        let words: Vec<_> = line.split_ascii_whitespace().collect();
+        assert_eq!(words.first(), Some(&who), "{line:?}");
+        (words[1].parse().unwrap(), words[2].parse().unwrap())
+    }
+
+    fn goes_on(&mut self) {
+        self.0.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+    }
+}
+
+/// What `/proc` says of a process, in pages.
+#[derive(Debug, Default)]
+struct Proc {
+    /// Resident and anonymous.
+    anonymous: u64,
+    /// Present in mappings that a uffd manages.
+    managed: u64,
+}
+
+fn proc(pid: i32) -> Proc {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let pagemap = File::open(format!("/proc/{pid}/pagemap")).unwrap();
+    let mut found = Proc::default();
+    let mut range = 0..0;
+    for line in smaps.lines() {
+        let first = line.split_ascii_whitespace().next().unwrap();
+        if let Some(size) = line.strip_prefix("Anonymous:") {
+            let kib: u64 = size.trim().trim_end_matches(" kB").parse().unwrap();
+            found.anonymous += kib / 4;
+        } else if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if flags.split_ascii_whitespace().any(|flag| flag == "um") {
+                found.managed += present(&pagemap, &range);
+            }
+        } else if let Some((start, end)) = first.split_once('-') {
+            let parse = |word| u64::from_str_radix(word, 16).unwrap();
+            range = parse(start)..parse(end);
+        }
+    }
+    found
+}
+
+fn present(pagemap: &File, range: &std::ops::Range<u64>) -> u64 {
+    let mut words = vec![0; ((range.end - range.start) / 4096 * 8) as usize];
+    pagemap
+        .read_exact_at(&mut words, range.start / 512)
+        .unwrap();
+    words
+        .chunks_exact(8)
+        .filter(|word| word[7] & 0x80 != 0)
+        .count() as u64
+}
+
+/// Waits until the agent's figures are those of the kernel and of the program; every one of them must be.
+fn agree(agent: &Agent, pid: i32, touched: u64) -> ProcessFigures {
+    let mut last = (ProcessFigures::default(), Proc::default());
+    let mut agrees = || {
+        last = (agent.figures(pid), proc(pid));
+        let (ours, kernels) = &last;
+        ours.managed_pages == kernels.managed
+            && ours.managed_pages + ours.far_pages == touched
+            && ours.local_pages.abs_diff(kernels.anonymous) <= kernels_slack()
+    };
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while !agrees() {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "{touched} pages were touched, but: {last:?}"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    println!("{touched} pages touched: {last:?}");
+    last.0
+}
+
+/// The same program natively, at each of its rests: how many pages are resident.
+fn natively(program: &Path) -> Vec<u64> {
+    let mut command = Command::new(program);
+    command.arg("parent_and_child");
+    let mut program = Program::start(command);
+    let mut resident = Vec::new();
+    for who in ["filled", "far", "child", "written", "alone", "discarded"] {
+        let (pid, _) = program.holds(who);
+        resident.push(proc(pid).anonymous);
+        program.goes_on();
+    }
+    assert!(program.0.wait().unwrap().success());
+    resident
+}
+
+#[test]
+fn local_far_and_total_agree_with_proc_and_with_the_program() {
+    let test = "local_far_and_total_agree_with_proc_and_with_the_program";
+    if without_far_memory(test) || without_program(test, "cc") {
+        return;
+    }
+    let _alone = alone();
+    let path = compiled("accounting");
+    let native = natively(&path);
+    let agent = Agent::start();
+    let summary = tempfile::NamedTempFile::new().unwrap();
+    let mut command = Command::new(farpage());
+    command
+        .args([
+            "run",
+            "--local",
+            &LOCAL.to_string(),
+            "--agent",
+            &agent.socket,
+        ])
+        .args(["--summary", "json", "--summary-file"])
+        .arg(summary.path())
+        .args(["--", path.to_str().unwrap(), "parent_and_child"]);
+    let mut program = Program::start(command);
+
+    let (parent, pages) = program.holds("filled");
+    let filled = agree(&agent, parent, pages);
+    assert_eq!(filled.shared_far_pages, 0);
+    program.goes_on();
+
+    let (_, pages) = program.holds("far");
+    let far = agree(&agent, parent, pages);
+    program.goes_on();
+
+    let (child, pages) = program.holds("child");
+    let inherited = agree(&agent, child, pages);
+    // What both have far, in slots that both name: a quarter and more of it cannot have come home in the child.
+    eventually("both say what they share", || {
+        let (ours, theirs) = (agent.figures(parent), agent.figures(child));
+        let most = ours.far_pages - ours.zero_pages;
+        ours.shared_far_pages > pages / 2
+            && ours.shared_far_pages <= most
+            && theirs.shared_far_pages > pages / 4
+    });
+    agree(&agent, parent, pages);
+    program.goes_on();
+
+    let (_, fewer) = program.holds("written");
+    let written = agree(&agent, child, fewer);
+    agree(&agent, parent, pages);
+    program.goes_on();
+
+    let (_, pages) = program.holds("alone");
+    let alone = agree(&agent, parent, pages);
+    eventually("nothing is shared any more", || {
+        agent.figures(parent).shared_far_pages == 0
+    });
+    program.goes_on();
+
+    let (_, pages) = program.holds("discarded");
+    let discarded = agree(&agent, parent, pages);
+    program.goes_on();
+    assert!(program.0.wait().unwrap().success());
+
+    // What would have been resident without far memory is what is resident natively. The page of zeros that all share
+    // is not resident, but what was filled with zeros is.
+    let ours = [filled, far, inherited, written, alone, discarded];
+    for (ours, native) in ours.iter().zip(native) {
+        let total = ours.local_pages + ours.far_pages;
+        println!("{total} pages in all, natively {native}");
+        assert!(total.abs_diff(native) <= kernels_slack() + OURS, "{ours:?}");
+    }
+
+    let summary: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(summary.path()).unwrap()).unwrap();
+    let peaks = |pid: i32| {
+        let all = summary["process_peaks"].as_array().unwrap();
+        all.iter().find(|one| one["pid"] == pid).unwrap().clone()
+    };
+    let pages = |pid, key: &str| peaks(pid)[key].as_u64().unwrap();
+    assert!(pages(parent, "total_pages") >= ours[0].local_pages + ours[0].far_pages);
+    assert!(pages(child, "far_pages") > ours[2].far_pages / 2);
+    assert!(
+        pages(parent, "local_pages") <= farpage_bench::conformance::allowed_bytes(LOCAL) / 4096,
+        "{summary}"
+    );
+    assert_eq!(peaks(parent)["name"], "accounting");
+}
