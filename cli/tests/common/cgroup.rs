@@ -101,7 +101,9 @@ impl MemoryCgroup {
 
 impl Drop for MemoryCgroup {
     fn drop(&mut self) {
-        if !std::thread::panicking() {
+        if std::thread::panicking() {
+            let _ = std::fs::remove_dir(&self.folder);
+        } else {
             eventually("the cgroup empties", || {
                 std::fs::remove_dir(&self.folder).is_ok()
             });
