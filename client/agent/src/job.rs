@@ -258,7 +258,8 @@ impl Job {
             .iter()
             .filter_map(|handle| handle.pid())
             .collect();
-        if attached.is_empty() {
+        // Later the launcher's place says nothing: when the last has ended, the account tells what held for it.
+        if self.counters.processes.load(Ordering::Relaxed) == 0 {
             return vec![self.launcher.load(Ordering::Relaxed)];
         }
         attached
