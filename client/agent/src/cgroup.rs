@@ -91,10 +91,16 @@ fn number(file: &Path) -> Option<u64> {
     std::fs::read_to_string(file).ok()?.trim().parse().ok()
 }
 
-/// In which groups a process is, as the kernel writes it; it changes when the process is moved.
+/// In which groups a process is, as the kernel writes it; it changes when the process is moved. None of one that ends:
+/// version 1 says of it that it is at the top.
 #[must_use]
 pub fn membership(pid: i32) -> Option<String> {
-    std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()
+    const PF_EXITING: u64 = 4;
+    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Behind the name: state, parent, group, session, terminal, its group, flags.
+    let flags = stat.rsplit(") ").next()?.split(' ').nth(6)?;
+    (flags.parse::<u64>().ok()? & PF_EXITING == 0).then_some(text)
 }
 
 /// The groups with a limit among those that a process of this membership is in, innermost first.
