@@ -192,27 +192,12 @@ static void long_work(void)
 		check(at, DATA, 1, "the long work's");
 }
 
-static const char *argument;
-
-static void cgroup(void)
-{
-	int fd = open(argument, O_WRONLY);
-	MUST(fd >= 0 && dprintf(fd, "%d\n", getpid()) > 0);
-	close(fd);
-	work();
-}
-
 static const struct test_case cases[] = {
 	{"close_everything", close_everything}, {"closing_child", closing_child}, {"filtered", filtered},
 	{"filtered_child", filtered_child}, {"child_of_filtered", child_of_filtered}, {"other_user", other_user},
 	{"lock_all", lock_all}, {"lock_future", lock_future}, {"title", title}, {"limited", limited},
 	{"long_work", long_work}, {"work", work},
-	{"cgroup", cgroup}, {"crowd", crowd},
+	{"crowd", crowd},
 };
-
-__attribute__((constructor)) static void remember(int argc, char **argv)
-{
-	argument = argc > 2 ? argv[2] : NULL;
-}
 
 MAIN(cases)

@@ -52,5 +52,10 @@ fn ended<E: Error>(result: Result<(), E>) -> ExitCode {
 /// Writes an error, whose message names its cause, on one line. A closed standard error is no reason to fail
 /// differently.
 fn complain(error: &dyn Error) {
-    let _ = std::io::stderr().write_all(format!("farpage: {error}\n").as_bytes());
+    tell(&error.to_string());
+}
+
+/// Writes something that the user should know on one line of standard error.
+fn tell(what: &str) {
+    let _ = std::io::stderr().write_all(format!("farpage: {what}\n").as_bytes());
 }

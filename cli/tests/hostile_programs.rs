@@ -13,7 +13,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::programs_in_c::{Expect, run_case, run_registered};
-use common::{eventually, skip, sys};
+use common::{eventually, sys};
 
 fn case(name: &str) {
     run_registered("hostile", name);
@@ -65,31 +65,6 @@ fn a_debugger_attaches_and_detaches() {
             let text = String::from_utf8_lossy(&out.stdout);
             assert!(text.contains("#0"), "gdb: {out:?}");
         }
-    });
-}
-
-/// A memory cgroup just above the limit: nothing of the program's is killed, since it stays below.
-#[test]
-fn inside_a_memory_cgroup() {
-    let test = "inside_a_memory_cgroup";
-    let folder = Path::new("/sys/fs/cgroup/memory").join(format!("farpage-{}", std::process::id()));
-    if std::fs::create_dir(&folder).is_err() {
-        return skip(
-            test,
-            "no memory cgroup can be made at /sys/fs/cgroup/memory",
-        );
-    }
-    // The program alone is inside, by its own doing: the agent and the memory node are not its memory.
-    let limit = (common::programs_in_c::LOCAL + common::programs_in_c::SLACK_BYTES).to_string();
-    std::fs::write(folder.join("memory.limit_in_bytes"), limit).unwrap();
-    let procs = folder.join("cgroup.procs");
-    run_case(
-        "hostile",
-        &["cgroup", procs.to_str().unwrap()],
-        Expect::default(),
-    );
-    eventually("the cgroup empties", || {
-        std::fs::remove_dir(&folder).is_ok()
     });
 }
 

@@ -1,5 +1,7 @@
 //! Limits and settings of this machine's memory.
 
+use farpage_agent::cgroup;
+
 use crate::doctor::report::Report;
 use crate::doctor::sys;
 use crate::size::readable;
@@ -11,6 +13,7 @@ pub(crate) fn check(report: &mut Report) {
     memlock(report);
     transparent_huge_pages(report);
     huge_pages(report);
+    memory_cgroup(report);
 }
 
 fn memlock(report: &mut Report) {
@@ -63,4 +66,21 @@ fn huge_pages(report: &mut Report) {
     } else {
         report.ok("huge_pages", format!("{total} reserved"), purpose);
     }
+}
+
+fn memory_cgroup(report: &mut Report) {
+    let purpose =
+        "a limit that the kernel ends programs at: they are kept below it, whatever --local says";
+    let own = cgroup::membership(std::process::id().cast_signed()).unwrap_or_default();
+    let groups = cgroup::limited_above(&own);
+    let found = match groups.iter().min_by_key(|group| group.limit_bytes) {
+        None => "no limit here".to_owned(),
+        Some(group) => format!(
+            "{} by {}/{}",
+            readable(group.limit_bytes),
+            group.folder.display(),
+            group.file
+        ),
+    };
+    report.ok("memory_cgroup", found, purpose);
 }

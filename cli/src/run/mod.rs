@@ -18,7 +18,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use crate::args::RunArgs;
-use crate::{complain, sys};
+use crate::{complain, sys, tell};
 
 use options::RunOptions;
 use session::Session;
@@ -70,6 +70,9 @@ pub(crate) fn command(args: &RunArgs) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    if let Some(notice) = session.notice(options.local) {
+        tell(&notice);
+    }
     if let Some(signal) = signals::fatal_before_start() {
         drop(session);
         return Ended::Killed(signal).pass_on();

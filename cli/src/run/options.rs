@@ -3,14 +3,22 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use farpage_agent::{ceiling, cgroup};
+use farpage_proto::limits::DEFAULT_EXTENT_BYTES;
+
 use crate::args::{Fabric, RunArgs, SummaryForm};
-use crate::size::Size;
+use crate::size::{Size, readable};
 
 /// Less than this cannot hold a program's stacks and the pages it is working on at the moment.
 const MIN_LOCAL_BYTES: u64 = 1 << 20;
 
 /// The default of `--far`, in multiples of `--local`, on a machine too small for that to be its whole memory.
 const DEFAULT_FAR_PER_LOCAL: u64 = 4;
+
+/// What an agent and a memory node of our own hold besides pages, as they start.
+const OWN_PARTS_BYTES: u64 = 32 << 20;
+/// What they hold of each page that lies far, as a share of it.
+const METADATA_SHARE: u64 = 128;
 
 /// What to run, and within which bounds.
 #[derive(Clone, Debug)]
@@ -42,6 +50,13 @@ pub(crate) enum OptionsError {
     )]
     FarAboveMachine { far: Size, here: Size },
     #[error(
+        "--local {local} is here, and without --agent far memory is too; but the memory cgroup {} is limited to {}, which \
+         leaves {} for both. Give less (--local, --far), give the group more ({}), or use the agent of a cluster \
+         (--agent SOCKET)",
+        .confines.group, readable(.confines.limit), readable(.confines.room), .confines.file
+    )]
+    Confined { local: Size, confines: Confines },
+    #[error(
         "--replicas {0} needs as many memory nodes, and without --agent there is one; leave it out, or use the \
          agent of a cluster (--agent SOCKET)"
     )]
@@ -60,11 +75,11 @@ impl RunOptions {
         let (program, arguments) = args.program.split_first().ok_or(OptionsError::NoProgram)?;
         let local = args
             .local
-            .unwrap_or_else(|| Size::clamped((machine.available / 2).max(MIN_LOCAL_BYTES)));
+            .unwrap_or_else(|| Size::clamped((machine.free() / 2).max(MIN_LOCAL_BYTES)));
         if local.bytes() < MIN_LOCAL_BYTES {
             return Err(OptionsError::LocalTooSmall(local));
         }
-        let far = args.far.unwrap_or_else(|| {
+        let mut far = args.far.unwrap_or_else(|| {
             let multiple = local.bytes().saturating_mul(DEFAULT_FAR_PER_LOCAL);
             Size::clamped(machine.total.max(multiple))
         });
@@ -72,6 +87,14 @@ impl RunOptions {
             return Err(OptionsError::LocalAboveFar { local, far });
         }
         if args.agent.is_none() {
+            if let Some(confines) = &machine.confines {
+                let most = confines.most_far(local.bytes());
+                if most == 0 || args.far.is_some_and(|far| far.bytes() > most) {
+                    let confines = confines.clone();
+                    return Err(OptionsError::Confined { local, confines });
+                }
+                far = Size::clamped(far.bytes().min(most));
+            }
             let here = Size::clamped(machine.total.saturating_add(machine.swap));
             // Only what was asked for: the default is a bound that no program on this machine reaches.
             if args.far.is_some_and(|far| far > here) && machine.total > 0 {
@@ -101,9 +124,52 @@ struct MachineMemory {
     total: u64,
     available: u64,
     swap: u64,
+    confines: Option<Confines>,
+}
+
+/// A memory cgroup that everything which runs here without `--agent` is in: program, agent and memory node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Confines {
+    group: String,
+    file: &'static str,
+    limit: u64,
+    /// What it leaves to memory here and far memory together.
+    room: u64,
+}
+
+impl Confines {
+    /// Of those above this process the one that leaves least.
+    fn above_us() -> Option<Self> {
+        let membership = cgroup::membership(std::process::id().cast_signed())?;
+        let groups = cgroup::limited_above(&membership).into_iter().map(|group| {
+            let others = group.held_bytes().saturating_add(OWN_PARTS_BYTES);
+            Self {
+                room: ceiling::room(group.limit_bytes, others),
+                group: group.folder.display().to_string(),
+                file: group.file,
+                limit: group.limit_bytes,
+            }
+        });
+        groups.min_by_key(|confines| confines.room)
+    }
+
+    /// How much may lie far beside so much here, in whole extents: a memory node comes to fill all of those it lends.
+    fn most_far(&self, local: u64) -> u64 {
+        let both = self.room.saturating_sub(local);
+        (both - both / METADATA_SHARE) / DEFAULT_EXTENT_BYTES * DEFAULT_EXTENT_BYTES
+    }
 }
 
 impl MachineMemory {
+    /// What is available to us.
+    fn free(&self) -> u64 {
+        let room = self
+            .confines
+            .as_ref()
+            .map_or(u64::MAX, |confines| confines.room);
+        self.available.min(room)
+    }
+
     fn read() -> Self {
         let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let field = |name: &str| {
@@ -123,6 +189,7 @@ impl MachineMemory {
             total: field("MemTotal"),
             available: field("MemAvailable"),
             swap: field("SwapTotal"),
+            confines: Confines::above_us(),
         }
     }
 }
@@ -134,6 +201,10 @@ mod tests {
     use clap::Parser;
 
     fn judge(flags: &str) -> Result<RunOptions, OptionsError> {
+        judge_within(flags, None)
+    }
+
+    fn judge_within(flags: &str, confines: Option<Confines>) -> Result<RunOptions, OptionsError> {
         let words = format!("farpage run {flags} -- true");
         let Command::Run(args) = Cli::parse_from(words.split_whitespace()).command else {
             panic!()
@@ -144,6 +215,7 @@ mod tests {
                 total: 8 << 30,
                 available: 4 << 30,
                 swap: 0,
+                confines,
             },
         )
     }
@@ -156,6 +228,37 @@ mod tests {
             (2 << 30, 8 << 30)
         );
         assert_eq!(judge("--local 4G").unwrap().far.bytes(), 16 << 30);
+    }
+
+    #[test]
+    fn in_a_memory_cgroup_both_must_fit() {
+        let confines = |room: u64| {
+            Some(Confines {
+                group: "/g".to_owned(),
+                file: "memory.max",
+                limit: 2 * room,
+                room,
+            })
+        };
+        let sizes = |flags: &str| {
+            let options = judge_within(flags, confines(256 << 20)).unwrap();
+            (options.local.bytes() >> 20, options.far.bytes() >> 20)
+        };
+        assert_eq!(sizes(""), (128, 112));
+        assert_eq!(sizes("--local 64M"), (64, 176));
+        assert_eq!(sizes("--local 64M --far 100M"), (64, 100));
+        // Far memory is elsewhere.
+        assert_eq!(sizes("--local 1G --far 8G --agent /run/a"), (1024, 8192));
+        for flags in ["--local 64M --far 200M", "--local 250M", "--local 1G"] {
+            let error = judge_within(flags, confines(256 << 20)).unwrap_err();
+            let text = error.to_string();
+            assert!(
+                ["/g", "512.0 MiB", "256.0 MiB", "memory.max", "--agent"]
+                    .iter()
+                    .all(|word| text.contains(word)),
+                "{flags}: {text}"
+            );
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::run::options::RunOptions;
 use crate::run::preload::{self, PreloadError};
 use crate::run::signals::Ended;
 use crate::run::summary::Summary;
+use crate::size::{Size, readable};
 
 /// Why there is no far memory, or no account of it.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +51,6 @@ impl SessionError {
 /// Far memory, up for one program. Dropping it takes everything down that it brought up.
 #[derive(Debug)]
 pub(crate) struct Session {
-    local_limit_bytes: u64,
     fabric: &'static str,
     environment: Vec<(OsString, OsString)>,
     job: JobClient,
@@ -96,12 +96,24 @@ impl Session {
             (JOB_VARIABLE.into(), job.token().into()),
         ];
         Ok(Self {
-            local_limit_bytes: local,
             fabric: options.fabric.name(),
             environment,
             job,
             agent,
         })
+    }
+
+    /// What the user must know before the program starts: that a memory cgroup leaves it less than `--local`.
+    pub(crate) fn notice(&self, asked: Size) -> Option<String> {
+        let lowered = self.job.lowered()?;
+        Some(format!(
+            "--local {asked} is lowered to {}: the memory cgroup {} is limited to {}, and others in it and a reserve are left \
+             room; give it more ({}) for the program to have --local",
+            readable(lowered.local_bytes),
+            lowered.group,
+            readable(lowered.limit_bytes),
+            lowered.file,
+        ))
     }
 
     /// What the program's environment must have in addition.
@@ -136,7 +148,7 @@ impl Session {
             prefetch_hits: account.prefetch_hits,
             pages_evicted: account.pages_evicted,
             pages_written_back: account.pages_written_back,
-            local_limit_bytes: self.local_limit_bytes,
+            local_limit_bytes: account.local_limit_bytes,
             local_peak_bytes: account.local_peak_bytes,
             far_peak_bytes: account.far_peak_bytes,
             far_slots_in_use_at_exit: account.far_slots_in_use_at_exit,

@@ -10,6 +10,7 @@
 )]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod cgroup;
 pub mod cluster;
 pub mod programs_in_c;
 pub mod pty;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use farpage_attach::message::{Packet, kind, tag};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
-use crate::protocol::{Account, JobReply, JobRequest, MAX_PACKET, ProcessFigures};
+use crate::protocol::{Account, JobReply, JobRequest, Lowered, MAX_PACKET, ProcessFigures};
 
 /// How long the agent may take to answer. An account waits for the last address spaces.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
@@ -38,6 +38,7 @@ pub enum ClientError {
 pub struct JobClient {
     socket: OwnedFd,
     token: String,
+    lowered: Option<Lowered>,
 }
 
 impl JobClient {
@@ -60,7 +61,11 @@ impl JobClient {
                 replicas,
             },
         )? {
-            JobReply::Opened { token } => Ok(Self { socket, token }),
+            JobReply::Opened { token, lowered } => Ok(Self {
+                socket,
+                token,
+                lowered,
+            }),
             JobReply::Refused { reason } => Err(ClientError::Refused(reason)),
             _ => Err(ClientError::Malformed),
         }
@@ -70,6 +75,12 @@ impl JobClient {
     #[must_use]
     pub fn token(&self) -> &str {
         &self.token
+    }
+
+    /// Why the program may have less here than was asked for, if it may.
+    #[must_use]
+    pub fn lowered(&self) -> Option<&Lowered> {
+        self.lowered.as_ref()
     }
 
     /// Tells which process is the job's first program.

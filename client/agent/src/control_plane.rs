@@ -302,7 +302,7 @@ fn host_name() -> HostName {
 pub fn figures(spaces: &Spaces) -> Vec<ProcessFigures> {
     use std::sync::atomic::Ordering::Relaxed;
     let of_job = |job: Arc<crate::job::Job>| {
-        let limit = job.limits.local_pages * 4096;
+        let limit = job.local_pages() * 4096;
         job.spaces().into_iter().map(move |handle| {
             let pid = handle.pid().unwrap_or(0);
             let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();

@@ -156,7 +156,7 @@ impl Door {
             );
         }
         match hello.kind {
-            kind::JOB => self.serve_launcher(peer, uid),
+            kind::JOB => self.serve_launcher(peer, pid, uid),
             kind::START | kind::FORK | kind::LIBRARY => match self.shared.spawner.job(hello.job) {
                 Some(job) if uid == 0 || uid == job.uid || job.uid == 0 => {
                     let handle = self.attach(peer, pid, &hello, &job)?;
@@ -250,6 +250,10 @@ impl Door {
         )?;
         pager.install_helper(*offer)?;
         self.shared.spawner.start(job, pager, Arc::clone(&handle))?;
+        // Whoever started it may have put it into another group than its launcher's.
+        if job.ceiling.is_news(pid) {
+            crate::ceiling::look(&self.shared.spawner);
+        }
         send_go(peer, &handle, &[])?;
         finish(peer, pid, &handle)?;
         Ok(handle)
@@ -321,11 +325,11 @@ impl Door {
     }
 
     /// A launcher's connection: a job's life. However the connection ends, the job ends with it.
-    fn serve_launcher(&self, peer: &OwnedFd, uid: u32) -> io::Result<()> {
+    fn serve_launcher(&self, peer: &OwnedFd, pid: i32, uid: u32) -> io::Result<()> {
         socket::set_deadline(peer.as_fd(), Duration::ZERO)?;
         let mut job: Option<Arc<Job>> = None;
         let mut finished = false;
-        let result = self.talk_to_launcher(peer, uid, &mut job, &mut finished);
+        let result = self.talk_to_launcher(peer, (pid, uid), &mut job, &mut finished);
         if let Some(job) = job {
             let kill = !finished && !job.is_for_regions();
             if kill {
@@ -342,7 +346,7 @@ impl Door {
     fn talk_to_launcher(
         &self,
         peer: &OwnedFd,
-        uid: u32,
+        (pid, uid): (i32, u32),
         job: &mut Option<Arc<Job>>,
         finished: &mut bool,
     ) -> io::Result<()> {
@@ -363,11 +367,15 @@ impl Door {
                         ..
                     },
                     None,
-                ) => match self.shared.spawner.open_job(uid, local_bytes, far_bytes) {
+                ) => match self
+                    .shared
+                    .spawner
+                    .open_job(pid, uid, local_bytes, far_bytes) {
                     Ok(new) => {
                         let token = format!("{:x}", new.token);
+                        let lowered = new.ceiling.lowered();
                         *job = Some(new);
-                        JobReply::Opened { token }
+                        JobReply::Opened { token, lowered }
                     }
                     Err(error) => JobReply::Refused {
                         reason: error.to_string(),

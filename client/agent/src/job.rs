@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::ceiling::Ceiling;
 use crate::latency::Latencies;
 use crate::mailbox::SpaceHandle;
 use crate::protocol::{Account, ProcessPeaks};
@@ -20,7 +21,7 @@ const MAX_PROCESSES_TOLD: usize = 64;
 /// What one run asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Pages of anonymous memory that may be resident.
+    /// Pages of anonymous memory that may be resident, if no memory cgroup allows less: see [`Job::local_pages`].
     pub local_pages: u64,
     /// Slots that may be used.
     pub far_pages: u64,
@@ -56,8 +57,10 @@ pub struct Job {
     pub token: u64,
     /// The user who opened it; only this user's processes (and root's) may join.
     pub uid: u32,
-    /// Its limits.
+    /// What was asked for.
     pub limits: Limits,
+    /// What memory cgroups leave to it.
+    pub ceiling: Ceiling,
     /// What was counted.
     pub counters: Counters,
     /// How long faults took, from their message to the wake-up.
@@ -75,6 +78,7 @@ pub struct Job {
     unmanaged_peak: AtomicU64,
     armed: AtomicBool,
     armed_at: OnceLock<Instant>,
+    launcher: AtomicI32,
     root: AtomicI32,
     failure: OnceLock<String>,
     regions_only: AtomicBool,
@@ -91,6 +95,7 @@ impl Job {
             token,
             uid,
             limits,
+            ceiling: Ceiling::default(),
             counters: Counters::default(),
             latencies: Latencies::default(),
             sharing: Sharing::default(),
@@ -102,6 +107,7 @@ impl Job {
             unmanaged_peak: AtomicU64::new(0),
             armed: AtomicBool::new(false),
             armed_at: OnceLock::new(),
+            launcher: AtomicI32::new(0),
             root: AtomicI32::new(0),
             failure: OnceLock::new(),
             regions_only: AtomicBool::new(false),
@@ -110,10 +116,34 @@ impl Job {
         }
     }
 
+    /// Pages of anonymous memory that may be resident now.
+    #[must_use]
+    pub fn local_pages(&self) -> u64 {
+        self.limits.local_pages.min(self.ceiling.pages())
+    }
+
+    /// What was asked for to be resident, in bytes.
+    #[must_use]
+    pub fn asked_bytes(&self) -> u64 {
+        self.limits.local_pages * 4096
+    }
+
+    /// What its user can do where the limit is too low for it.
+    #[must_use]
+    pub fn remedy(&self) -> String {
+        match self.ceiling.lowered() {
+            None => "give --local more than that".to_owned(),
+            Some(lowered) => format!(
+                "the memory cgroup {} leaves no more; give that group more ({})",
+                lowered.group, lowered.file
+            ),
+        }
+    }
+
     /// Pages that may still be installed before the limit is reached; negative past it.
     #[must_use]
     pub fn room(&self) -> i64 {
-        self.limits.local_pages as i64 - self.resident()
+        self.local_pages() as i64 - self.resident()
     }
 
     /// Resident pages as far as is known between two samples.
@@ -220,6 +250,26 @@ impl Job {
         self.root.store(pid, Ordering::Relaxed);
     }
 
+    /// The process that opened it runs under this pid: where it is, its program begins.
+    pub fn opened_by(&self, pid: i32) {
+        self.launcher.store(pid, Ordering::Relaxed);
+    }
+
+    /// Its processes as far as they attached; who opened it, before any has.
+    #[must_use]
+    pub fn pids(&self) -> Vec<i32> {
+        let attached: Vec<i32> = self
+            .lock()
+            .iter()
+            .filter_map(|handle| handle.pid())
+            .collect();
+        // Later the launcher's place says nothing: when the last has ended, the account tells what held for it.
+        if self.counters.processes.load(Ordering::Relaxed) == 0 {
+            return vec![self.launcher.load(Ordering::Relaxed)];
+        }
+        attached
+    }
+
     /// The job cannot go on: its processes are ended, and its user is told why. The first reason counts.
     pub fn fail(&self, reason: String) {
         tracing::error!(
@@ -304,6 +354,7 @@ impl Job {
             pages_evicted: count(&counters.pages_evicted),
             pages_written_back: count(&counters.pages_written_back),
             pages_poisoned: count(&counters.pages_poisoned),
+            local_limit_bytes: self.local_pages() * 4096,
             local_peak_bytes: self.local_peak() * 4096,
             far_peak_bytes: self.far_peak() * 4096,
             far_slots_in_use_at_exit: self.far_used(),

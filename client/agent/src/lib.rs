@@ -2,14 +2,16 @@
 //!
 //! One process per host. Programs come to its [`door`]; each address space gets a thread of its own, its
 //! [`pager`]; the [`sampler`] watches what the kernel says is resident and [`sharing`] what of it is counted more than
-//! once; [`control_plane`] holds the lease under
-//! which extents of far memory are granted. Nothing asynchronous is on the path of a fault.
+//! once, [`ceiling`] what memory cgroups leave to whom; [`control_plane`] holds the lease under which extents of far memory
+//! are granted. Nothing asynchronous is on the path of a fault.
 //!
 //! The pure parts are a crate of their own, `farpage_core`, whose modules appear here under the same names:
 //! [`entry`] (where a page is, in one word), [`page_cell`] and [`table`] (entries as threads and pagers share
 //! them), [`gate`] (what excludes what), [`residents`] (who goes), [`prefetch`] (who comes along). Pure too,
 //! but kept beside the grants that feed it: [`far`] (slots and their references).
 
+pub mod ceiling;
+pub mod cgroup;
 pub mod client;
 pub mod control_plane;
 pub mod door;

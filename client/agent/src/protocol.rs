@@ -41,6 +41,8 @@ pub enum JobReply {
     Opened {
         /// Hexadecimal, as programs find it in their environment.
         token: String,
+        /// Why it may have less resident than was asked for, if it may.
+        lowered: Option<Lowered>,
     },
     /// Noted.
     Noted,
@@ -51,6 +53,19 @@ pub enum JobReply {
         /// For the user.
         reason: String,
     },
+}
+
+/// A memory cgroup that leaves less to a job than was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lowered {
+    /// What may be resident, bytes.
+    pub local_bytes: u64,
+    /// The group's folder.
+    pub group: String,
+    /// The file in it that holds its limit.
+    pub file: String,
+    /// That limit, bytes.
+    pub limit_bytes: u64,
 }
 
 /// What was counted for a job.
@@ -74,6 +89,8 @@ pub struct Account {
     pub pages_written_back: u64,
     /// Pages lost.
     pub pages_poisoned: u64,
+    /// What of anonymous memory might be resident at the end, bytes.
+    pub local_limit_bytes: u64,
     /// Most anonymous memory resident at any sample, bytes.
     pub local_peak_bytes: u64,
     /// Most far memory in use, bytes.

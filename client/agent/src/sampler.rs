@@ -90,7 +90,8 @@ impl WatchedJob {
             .map(|handle| handle.figures.unmanaged.load(Ordering::Relaxed))
             .sum();
         let floor = floor.saturating_sub(job.sharing.pages());
-        if floor <= job.limits.local_pages {
+        let allowed = job.local_pages();
+        if floor <= allowed {
             self.crowded_since = None;
         } else if self
             .crowded_since
@@ -100,10 +101,11 @@ impl WatchedJob {
         {
             let mib = |pages: u64| (pages * 4096) >> 20;
             job.fail(format!(
-                "{} MiB of its memory are stacks and small or locked mappings, which cannot be taken out, and --local allows \
-                 {} MiB; give --local more than that",
+                "{} MiB of its memory are stacks and small or locked mappings, which cannot be taken out, and {} MiB are \
+                 allowed; {}",
                 mib(floor),
-                mib(job.limits.local_pages),
+                mib(allowed),
+                job.remedy(),
             ));
         }
     }
@@ -154,7 +156,7 @@ fn sample(
             seen.accepted = accepted.min(unexplained);
         }
     }
-    let limit = job.limits.local_pages;
+    let limit = job.local_pages();
     let near = measured > limit - margin(limit);
     job.sharing.want(near && handles.len() > 1);
     if job.sharing.is_wanted() {

@@ -109,6 +109,10 @@ pub fn serve(
         let sharing = sharing.thread().clone();
         move || crate::sampler::run(&spaces, &sharing, &|| ended.load(Ordering::Acquire))
     })?;
+    spawn("ceilings", {
+        let (spaces, ended) = (Arc::clone(&spaces), Arc::clone(&ended));
+        move || crate::ceiling::run(&spaces, &|| ended.load(Ordering::Acquire))
+    })?;
     spawn("door", {
         let ended = Arc::clone(&ended);
         move || door.serve(&listener, &|| ended.load(Ordering::Acquire))

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::ceiling;
 use crate::far::FarMemory;
 use crate::job::{Job, Limits};
 use crate::mailbox::{Request, SpaceHandle};
@@ -17,12 +18,12 @@ const MAX_JOBS: usize = 1024;
 const MAX_SPACES: u64 = 4096;
 
 /// The least resident memory that a job can be asked to live with.
-const LEAST_LOCAL_BYTES: u64 = 4 << 20;
+pub(crate) const LEAST_LOCAL_BYTES: u64 = 4 << 20;
 /// How often a job without a launcher is looked at.
 const LAST_PROCESS_POLL: Duration = Duration::from_millis(2);
 
 /// Why a job was not opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum JobError {
     /// Below [`LEAST_LOCAL_BYTES`].
     #[error("--local is below 4M, which no program can run with; give it more")]
@@ -32,6 +33,22 @@ pub enum JobError {
         "this agent serves as many jobs as it can ({MAX_JOBS}); try again when some have ended"
     )]
     TooMany,
+    /// A memory cgroup leaves it less than [`LEAST_LOCAL_BYTES`].
+    #[error(
+        "the memory cgroup {group} allows {} MiB, and what others in it hold and a reserve leave {} MiB for a program; \
+         give the group more ({file}), or start the program in another",
+        limit_bytes >> 20, left_bytes >> 20
+    )]
+    Confined {
+        /// Its folder.
+        group: String,
+        /// The file with its limit.
+        file: String,
+        /// The limit.
+        limit_bytes: u64,
+        /// What is left.
+        left_bytes: u64,
+    },
     /// The kernel gave no random bytes.
     #[error("no randomness for the job's token; try again")]
     NoRandomness,
@@ -136,12 +153,13 @@ impl Spaces {
         self.lock_jobs().get(&token).cloned()
     }
 
-    /// Opens a job of these limits, in bytes.
+    /// Opens a job of these limits, in bytes, for a launcher.
     ///
     /// # Errors
     /// [`JobError`], for the launcher's user.
     pub fn open_job(
         &self,
+        launcher: i32,
         uid: u32,
         local_bytes: u64,
         far_bytes: u64,
@@ -157,12 +175,26 @@ impl Spaces {
             far_pages: far_bytes / 4096,
         };
         let job = Arc::new(Job::new(u64::from_ne_bytes(token), uid, limits));
+        job.opened_by(launcher);
         let mut jobs = self.lock_jobs();
         if jobs.len() >= MAX_JOBS {
             return Err(JobError::TooMany);
         }
         jobs.insert(job.token, Arc::clone(&job));
-        Ok(job)
+        drop(jobs);
+        ceiling::look(self);
+        match job.ceiling.lowered() {
+            Some(lowered) if lowered.local_bytes < LEAST_LOCAL_BYTES => {
+                self.lock_jobs().remove(&job.token);
+                Err(JobError::Confined {
+                    group: lowered.group,
+                    file: lowered.file,
+                    limit_bytes: lowered.limit_bytes,
+                    left_bytes: lowered.local_bytes,
+                })
+            }
+            _ => Ok(job),
+        }
     }
 
     /// The launcher is gone. Its programs are ended with it if it did not finish; those that outlive an orderly

@@ -365,11 +365,12 @@ impl Pager {
                         .unmanaged()
                         .saturating_sub(self.job.sharing.pages());
                     let stuck = (stuck * 4096) >> 20;
-                    let limit = (self.job.limits.local_pages * 4096) >> 20;
+                    let limit = (self.job.local_pages() * 4096) >> 20;
                     self.job.fail(format!(
                         "nothing of it can be taken out any more to make room: of {limit} MiB allowed, {stuck} MiB are \
                          stacks, small or locked mappings and processes that are not managed, and the rest is locked \
-                         or pinned; give --local more"
+                         or pinned; {}",
+                        self.job.remedy()
                     ));
                     self.closing = true;
                 }

@@ -94,7 +94,8 @@ impl Pager {
             return;
         };
         if !self.job.is_armed() {
-            return;
+            // The limit may have become another since it was last reckoned with.
+            return self.look_ahead();
         }
         if let Some(helper) = &self.helper {
             helper.control().headroom.store(-1, Ordering::Release);
@@ -151,7 +152,7 @@ impl Pager {
             .iter()
             .map(|handle| handle.figures.reach.load(Ordering::Relaxed))
             .sum();
-        let limit = self.job.limits.local_pages * 4096;
+        let limit = self.job.local_pages() * 4096;
         if of_all >= limit {
             self.job.arm();
             for handle in &spaces {

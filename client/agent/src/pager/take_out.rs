@@ -102,7 +102,7 @@ impl Pager {
             return 0;
         }
         // Two watermarks: begun at half of what is to be free, so that a batch is worth the helper's waking.
-        let free = (self.job.limits.local_pages / FREE_SHARE).clamp(FREE_LEAST, FREE_MOST) as i64;
+        let free = (self.job.local_pages() / FREE_SHARE).clamp(FREE_LEAST, FREE_MOST) as i64;
         let room = self.job.room();
         let short = if room < free / 2 { free - room } else { 0 };
         (short.max(0) as u64)

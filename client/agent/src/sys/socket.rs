@@ -139,3 +139,27 @@ pub fn owned(fd: i32) -> OwnedFd {
     // SAFETY: the caller has this descriptor from `raw::connect`, which gives it to nobody else.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixDatagram;
+
+    use super::*;
+
+    /// A peer could use up the agent's descriptors by sending some beside what is no packet.
+    #[test]
+    fn descriptors_beside_garbage_are_closed() {
+        let (peer, here) = UnixDatagram::pair().unwrap();
+        let (mut end, other_end) = io::pipe().unwrap();
+        let garbage = Packet::default();
+        send(peer.as_fd(), &garbage, &[other_end.as_fd()]).unwrap();
+        drop(other_end);
+        let error = receive(here.as_fd()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EPROTO));
+        rustix::io::ioctl_fionbio(&end, true).unwrap();
+        // The end of the pipe, and not EAGAIN: nobody holds the other end any more.
+        assert_eq!(end.read(&mut [0; 1]).unwrap(), 0);
+    }
+}

@@ -206,10 +206,13 @@ pub fn receive(fd: i32) -> Result<Received, Errno> {
             *to = from;
         }
     }
-    let packet = bytes
-        .get(..got)
-        .and_then(Packet::from_bytes)
-        .ok_or(Errno(EPROTO))?;
+    let Some(packet) = bytes.get(..got).and_then(Packet::from_bytes) else {
+        // The caller is not told of descriptors beside what is no packet: they are closed here, or never.
+        for fd in fds.into_iter().filter(|fd| *fd >= 0) {
+            super::calls::close(fd);
+        }
+        return Err(Errno(EPROTO));
+    };
     let mut text = [0u8; MAX_TEXT];
     let text_len = (got - PACKET_BYTES)
         .min(packet.text_len as usize)

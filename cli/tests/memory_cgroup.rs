@@ -1,0 +1,246 @@
+//! Programs in a memory cgroup that allows less than `--local`: they run within it, and the kernel ends nobody.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout
+)]
+
+mod common;
+
+use std::process::Command;
+
+use common::cgroup::MemoryCgroup;
+use common::cluster::{Cluster, GROUP, PYTHON, Program, as_user};
+use common::programs_in_c::{Expect, compiled, run_words};
+use common::{
+    alone, eventually, farpage, skip, status_field, sys, without_far_memory, without_program,
+};
+
+const MIB: u64 = 1 << 20;
+/// 90 MB of data, in a program of some 100 MB.
+const PIECES: u32 = 30_000;
+
+/// A group with this limit; none, said so, where there can be none, or nothing could be run in it.
+fn group(test: &str, limit_bytes: u64) -> Option<MemoryCgroup> {
+    if !sys::is_root() {
+        skip(test, "making a memory cgroup needs root");
+        return None;
+    }
+    if without_far_memory(test) || without_program(test, "python3") {
+        return None;
+    }
+    MemoryCgroup::create(test, limit_bytes)
+        .map_err(|reason| skip(test, &reason))
+        .ok()
+}
+
+/// The program of the unprivileged user's, begun in the group; agent and memory nodes are outside of it.
+fn begin(cluster: &Cluster, group: &MemoryCgroup, local: &str, pieces: u32) -> Program {
+    let mut command = cluster.run_command(local, "summary");
+    command
+        .args(["--", PYTHON])
+        .arg(cluster.path("program.py"))
+        .arg(pieces.to_string());
+    group.contain(&mut command);
+    Program::start(command)
+}
+
+#[test]
+fn a_program_stays_below_a_limit_that_is_below_local() {
+    let test = "a_program_stays_below_a_limit_that_is_below_local";
+    let Some(group) = group(test, 64 * MIB) else {
+        return;
+    };
+    let _alone = alone();
+    let cluster = Cluster::start("tcp", &["128M", "128M"]);
+    let native = cluster.run_native(PIECES).complete(1);
+    let mut program = begin(&cluster, &group, "200M", PIECES);
+    program.built();
+    assert_eq!(program.check(), native[0]);
+    assert_eq!(program.check(), native[0]);
+    let (status, errors) = program.end();
+    let (peak, met) = group.peak();
+    println!(
+        "{test}: {} MiB charged at most, the limit met {met} times",
+        peak >> 20
+    );
+    assert!(status.success(), "{status}: {errors}");
+    assert_eq!(group.kills(), 0);
+    let shown = group.folder.display().to_string();
+    for word in ["--local 200M is lowered to", "limited to 64.0 MiB", &shown] {
+        assert!(errors.contains(word), "{word} is not in: {errors}");
+    }
+    let summary = cluster.summary("summary");
+    let limit = summary["local_limit_bytes"].as_u64().unwrap();
+    assert!((20 * MIB..44 * MIB).contains(&limit), "{summary}");
+    assert_eq!(summary["far_slots_in_use_at_exit"], 0, "{summary}");
+    cluster.stop();
+}
+
+#[test]
+fn a_limit_that_changes_is_followed() {
+    let test = "a_limit_that_changes_is_followed";
+    let Some(group) = group(test, 512 * MIB) else {
+        return;
+    };
+    let _alone = alone();
+    let cluster = Cluster::start("tcp", &["128M"]);
+    let mut program = begin(&cluster, &group, "200M", PIECES);
+    program.built();
+    let hash = program.check();
+    let shown = || cluster.status()["agents"][0]["processes"][0].clone();
+    eventually("it is allowed --local", || {
+        shown()["local_limit_bytes"] == 200 * MIB
+    });
+    let pid = shown()["pid"].as_u64().unwrap() as u32;
+    let resident = || {
+        let field = status_field(pid, "RssAnon").unwrap();
+        field.trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+    };
+    let before = resident();
+    assert!(before > 90 * MIB, "{before}");
+
+    // Not far above what is there: below that the kernel does not let the limit go.
+    group.set_limit(before + 10 * MIB);
+    eventually("what it is allowed falls", || {
+        shown()["local_limit_bytes"].as_u64() < Some(before)
+    });
+    let allowed = shown()["local_limit_bytes"].as_u64().unwrap();
+    eventually("it keeps to that", || resident() <= allowed);
+    assert_eq!(program.check(), hash);
+    assert!(resident() <= allowed + 16 * MIB);
+
+    group.set_limit(512 * MIB);
+    eventually("it is allowed --local again", || {
+        shown()["local_limit_bytes"] == 200 * MIB
+    });
+    assert_eq!(program.check(), hash);
+    assert!(program.end().0.success());
+    assert_eq!(group.kills(), 0);
+    cluster.stop();
+}
+
+#[test]
+fn a_program_that_joins_a_group_of_its_own_is_kept_below_its_limit() {
+    let test = "a_program_that_joins_a_group_of_its_own_is_kept_below_its_limit";
+    let Some(group) = group(test, 48 * MIB) else {
+        return;
+    };
+    let _alone = alone();
+    if without_program(test, "cc") {
+        return;
+    }
+    // As a service manager does it: in the process that then becomes the program.
+    let script = "echo $$ > \"$1\"; exec \"$2\" work";
+    let program = compiled("hostile");
+    let procs = group.procs();
+    let words = [
+        "sh",
+        "-c",
+        script,
+        "sh",
+        procs.to_str().unwrap(),
+        program.to_str().unwrap(),
+    ];
+    let expect = Expect {
+        local: 64 * MIB,
+        ..Expect::default()
+    };
+    if let Some(outcome) = run_words(test, &words, expect) {
+        let summary = outcome.summary.unwrap();
+        assert!(
+            summary["local_limit_bytes"].as_u64() <= Some(28 * MIB),
+            "{summary}"
+        );
+        assert!(outcome.seen.peak_bytes < 44 * MIB, "{:?}", outcome.seen);
+    }
+    assert_eq!(group.kills(), 0);
+}
+
+#[test]
+fn too_small_a_limit_is_refused() {
+    let test = "too_small_a_limit_is_refused";
+    let Some(group) = group(test, 20 * MIB) else {
+        return;
+    };
+    let _alone = alone();
+    let cluster = Cluster::start("tcp", &["32M"]);
+    let mut command = cluster.farpage();
+    command
+        .args(["run", "--local", "64M", "--agent"])
+        .arg(cluster.socket());
+    command.args(["--", "touch"]).arg(cluster.path("started"));
+    as_user(&mut command, &[GROUP]);
+    group.contain(&mut command);
+    let out = command.output().unwrap();
+    let errors = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{errors}");
+    for word in [
+        group.folder.to_str().unwrap(),
+        "allows 20 MiB",
+        "give the group more",
+    ] {
+        assert!(errors.contains(word), "{word} is not in: {errors}");
+    }
+    assert!(!cluster.path("started").exists());
+    cluster.stop();
+}
+
+/// `farpage run` with everything of its own in the group.
+fn embedded(group: &MemoryCgroup, flags: &[&str], megabytes: u64) -> Command {
+    let program = "import sys\n\
+        data = bytearray(int(sys.argv[1]) << 20)\n\
+        for at in range(0, len(data), 4096): data[at] = at >> 12 & 255\n\
+        assert all(data[at] == at >> 12 & 255 for at in range(0, len(data), 4096))\n\
+        print('right')\n";
+    let mut command = Command::new(farpage());
+    command
+        .arg("run")
+        .args(flags)
+        .args(["--", PYTHON, "-I", "-c", program]);
+    command
+        .arg(megabytes.to_string())
+        .env_remove("FARPAGE_AGENT");
+    group.contain(&mut command);
+    command
+}
+
+#[test]
+fn without_an_agent_far_memory_counts_too() {
+    let test = "without_an_agent_far_memory_counts_too";
+    let Some(group) = group(test, 192 * MIB) else {
+        return;
+    };
+    let _alone = alone();
+    for flags in [
+        &["--local", "64M", "--far", "192M"][..],
+        &["--local", "180M"],
+    ] {
+        let out = embedded(&group, flags, 1).output().unwrap();
+        let errors = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{flags:?}: {errors}");
+        for word in [
+            group.folder.to_str().unwrap(),
+            "limited to 192.0 MiB",
+            "--agent SOCKET",
+        ] {
+            assert!(
+                errors.contains(word),
+                "{flags:?}: {word} is not in: {errors}"
+            );
+        }
+    }
+    // What fits into both together.
+    let out = embedded(&group, &["--local", "32M"], 80).output().unwrap();
+    let (peak, met) = group.peak();
+    println!(
+        "{test}: {} MiB charged at most, the limit met {met} times",
+        peak >> 20
+    );
+    let errors = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{}: {errors}", out.status);
+    assert_eq!(out.stdout, b"right\n");
+    assert!(!errors.contains("lowered"), "{errors}");
+    assert_eq!(group.kills(), 0);
+}
