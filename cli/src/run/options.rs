@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::args::{Fabric, RunArgs, SummaryForm};
 use crate::size::Size;
@@ -21,6 +22,7 @@ pub(crate) struct RunOptions {
     pub(crate) agent: Option<PathBuf>,
     pub(crate) fabric: Fabric,
     pub(crate) replicas: u8,
+    pub(crate) fault_deadline: Option<Duration>,
     pub(crate) program: OsString,
     pub(crate) arguments: Vec<OsString>,
 }
@@ -90,6 +92,7 @@ impl RunOptions {
             agent: args.agent.clone(),
             fabric: args.fabric,
             replicas: args.replicas,
+            fault_deadline: args.fault_deadline.map(Duration::from_secs),
             program: program.clone(),
             arguments: arguments.to_vec(),
         })
