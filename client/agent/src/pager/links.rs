@@ -273,6 +273,19 @@ impl Links {
         })
     }
 
+    /// Whether the connection to a slot's node has broken.
+    pub(super) fn is_away(&self, far: &FarMemory, slot: Slot) -> bool {
+        let Some((extent, _)) = far.locate(slot) else {
+            return true;
+        };
+        let mut links = self.links.iter();
+        let link = links.find(|link| link.address == extent.grant.address);
+        link.is_some_and(|link| {
+            let endpoint = link.endpoint.as_ref();
+            !endpoint.is_some_and(Endpoint::is_connected)
+        })
+    }
+
     /// Sees to it that answers wake this pager. False where one is there already.
     pub(super) fn arm(&mut self) -> bool {
         let waiting = self.links.iter_mut().filter(|link| link.in_flight > 0);

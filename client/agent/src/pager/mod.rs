@@ -313,7 +313,10 @@ impl Pager {
             let Some(fault) = self.waiting.pop_front() else {
                 break;
             };
-            let full = self.staging.is_exhausted() && self.room() <= 0;
+            // Memory of a node that is silent is not full: it may be back before the deadline.
+            let full = self.staging.is_exhausted()
+                && self.room() <= 0
+                && !self.shared.far.any_unreachable();
             if full || self.is_late(&fault) {
                 let why = if full {
                     "far memory is full and nothing more fits"
