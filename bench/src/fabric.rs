@@ -121,7 +121,8 @@ impl Served {
         let perftest = match &responder {
             Responder::Rdma(responder) => {
                 let at = responder.local_addr();
-                Some(Servers::start(&perftest::device(device, at)?, at)?)
+                let device = perftest::device(device, at)?;
+                Some(Servers::start(&device, at, &What::ALL)?)
             }
             _ => None,
         };

@@ -1,7 +1,7 @@
 //! `bench fault`: what touching a far page costs, against a bare userfaultfd loop.
 //!
 //! One process touches pages, another answers, in both cases. The baseline's answers come from a loop that
-//! waits, reads one message and installs one page that it has at hand; where pages travel over TCP, the bare
+//! waits, reads one message and installs one page that it has at hand; where pages travel over TCP or RDMA, the bare
 //! round trip for a page is added to it. Ours come from an agent that looks the page up, reads it from a memory
 //! node, checks it, installs it, and takes another page out to make room.
 
@@ -76,12 +76,12 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
             .into(),
     );
     report.notes.extend(caveat);
-    if options.fabric == "tcp" {
-        report.notes.push(
-            "the baseline over tcp is the sum of two medians (or of two 99th percentiles) measured one after \
-             the other, not of one loop that does both"
-                .into(),
-        );
+    if round_trip_of(&options.fabric).is_some() {
+        report.notes.push(format!(
+            "the baseline over {} is the sum of two medians (or of two 99th percentiles) measured one after \
+             the other, not of one loop that does both",
+            options.fabric
+        ));
     }
     report.notes.push(
         "fault.sequential.page_us: ours also takes one page out for every page brought home; the baseline \
@@ -95,6 +95,8 @@ fn turn(options: &Options, figures: &mut Figures) -> Result<(), BenchError> {
     let mut bare: Touches = bare::answered(options, &["bare-random", RANDOM_PAGES, TOUCHES], 1)?;
     let (trip_p50, trip_p99) = match options.fabric.as_str() {
         "tcp" => bare::tcp_round_trip(options, ROUND_TRIPS)?,
+        #[cfg(feature = "verbs")]
+        "rdma" => crate::perftest::round_trip(&options.device, ROUND_TRIPS)?,
         _ => (0.0, 0.0),
     };
     let (mut ours, account): (Touches, Value) =
@@ -122,6 +124,15 @@ fn turn(options: &Options, figures: &mut Figures) -> Result<(), BenchError> {
     Ok(())
 }
 
+/// What a page's bare way is measured by, where it has one.
+fn round_trip_of(fabric: &str) -> Option<&'static str> {
+    match fabric {
+        "tcp" => Some("the bare 4 KiB round trip over TCP"),
+        "rdma" => Some("ib_read_lat"),
+        _ => None,
+    }
+}
+
 impl Pair {
     fn push(&mut self, ours: f64, baseline: f64) {
         self.ours.push(ours);
@@ -131,10 +142,10 @@ impl Pair {
 
 fn add(report: &mut Report, options: &Options, figures: &Figures, regime: &str) {
     let fabric = options.fabric.as_str();
-    let one_page = if fabric == "tcp" {
-        "bare userfaultfd loop in another process, plus the bare 4 KiB round trip over TCP"
-    } else {
-        "bare userfaultfd loop in another process"
+    let bare = "bare userfaultfd loop in another process";
+    let one_page = match round_trip_of(fabric) {
+        Some(trip) => &format!("{bare}, plus {trip}"),
+        None => bare,
     };
     let batched = "bare userfaultfd loop in another process, 64 pages at each fault";
     for (name, pair, baseline) in [
@@ -153,11 +164,8 @@ fn add(report: &mut Report, options: &Options, figures: &Figures, regime: &str) 
         "{regime}: bare userfaultfd loop alone {:.1} us",
         median(&figures.bare)
     );
-    if fabric == "tcp" {
-        note += &format!(
-            ", bare round trip alone {:.1} us",
-            median(&figures.round_trip)
-        );
+    if let Some(trip) = round_trip_of(fabric) {
+        note += &format!(", {trip} {:.1} us", median(&figures.round_trip));
     }
     if !figures.agent_p50.is_empty() {
         note += &format!(

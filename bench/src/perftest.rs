@@ -1,7 +1,7 @@
 //! The baselines over RDMA: perftest's programs, on the same device, port and address as ours.
 
 use std::io::Read;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,6 +21,9 @@ const THERE_WITHIN: Duration = Duration::from_secs(60);
 
 /// No run lasts so long; one that hangs is ended.
 const RUN_WITHIN: Duration = Duration::from_secs(300);
+
+/// Where the latency that all but one in a hundred keep stands.
+const P99_COLUMN: usize = 7;
 
 /// perftest counts bandwidth in these per second.
 const MEGABYTE: f64 = (1 << 20) as f64;
@@ -72,6 +75,26 @@ impl What {
         count: usize,
         depth: usize,
     ) -> Result<f64, BenchError> {
+        let [value] = self.figures(device, peer, count, depth, [self.column()])?;
+        Ok(match self {
+            Self::ReadLatency => value,
+            Self::ReadBandwidth | Self::WriteBandwidth => value * MEGABYTE,
+        })
+    }
+
+    /// Runs it against `peer` and returns these columns of its figures.
+    fn figures<const N: usize>(
+        self,
+        device: &DeviceChoice,
+        peer: SocketAddr,
+        count: usize,
+        depth: usize,
+        columns: [usize; N],
+    ) -> Result<[f64; N], BenchError> {
+        let failed = |reason: String| BenchError::Fabric {
+            what: format!("{} against {peer}", self.perftest()),
+            reason,
+        };
         let give_up = Instant::now() + THERE_WITHIN;
         loop {
             let mut command = self.command(device, self.port(peer.port()));
@@ -80,26 +103,31 @@ impl What {
                 command.args(["-t", &depth.to_string()]);
             }
             command.arg(peer.ip().to_string());
-            let printed = outcome(command);
-            match printed.as_deref().map(|text| figure(text, self.column())) {
-                Ok(Some(value)) if self == Self::ReadLatency => return Ok(value),
-                Ok(Some(value)) => return Ok(value * MEGABYTE),
-                Ok(None) => {
-                    return Err(BenchError::Fabric {
-                        what: self.perftest().into(),
-                        reason: format!("prints no figures: {}", printed.unwrap_or_default()),
-                    });
+            match outcome(command) {
+                Ok(printed) => {
+                    let found = columns.map(|column| figure(&printed, column));
+                    if found.iter().all(Option::is_some) {
+                        return Ok(found.map(Option::unwrap_or_default));
+                    }
+                    return Err(failed(format!("prints no figures: {printed}")));
                 }
-                Err(reason) if Instant::now() >= give_up => {
-                    return Err(BenchError::Fabric {
-                        what: format!("{} against {peer}", self.perftest()),
-                        reason: reason.clone(),
-                    });
-                }
+                Err(reason) if Instant::now() >= give_up => return Err(failed(reason)),
                 Err(_) => std::thread::sleep(10 * TICK),
             }
         }
     }
+}
+
+/// p50 and p99 of `ib_read_lat` within this machine, microseconds.
+pub(crate) fn round_trip(choice: &str, rounds: usize) -> Result<(f64, f64), BenchError> {
+    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .and_then(|listener| listener.local_addr())
+        .map_err(BenchError::system("looking for a free port"))?;
+    let device = device(choice, port)?;
+    let _server = Servers::start(&device, port, &[What::ReadLatency])?;
+    let columns = [What::ReadLatency.column(), P99_COLUMN];
+    let [p50, p99] = What::ReadLatency.figures(&device, port, rounds, 1, columns)?;
+    Ok((p50, p99))
 }
 
 /// The line of figures is the last one that begins with a number: bytes, iterations, and so on.
@@ -152,7 +180,7 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// The serving side of all of perftest's programs, until it is dropped.
+/// The serving side of perftest's programs, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Servers {
     stop: Arc<AtomicBool>,
@@ -160,13 +188,17 @@ pub(crate) struct Servers {
 }
 
 impl Servers {
-    pub(crate) fn start(device: &DeviceChoice, at: SocketAddr) -> Result<Self, BenchError> {
+    pub(crate) fn start(
+        device: &DeviceChoice,
+        at: SocketAddr,
+        programs: &[What],
+    ) -> Result<Self, BenchError> {
         let stop = Arc::new(AtomicBool::new(false));
         let mut servers = Self {
             stop: Arc::clone(&stop),
             threads: Vec::new(),
         };
-        for what in What::ALL {
+        for &what in programs {
             let (device, stop) = (device.clone(), Arc::clone(&stop));
             let thread = std::thread::Builder::new()
                 .name(what.perftest().into())
@@ -224,6 +256,7 @@ mod tests {
         let latency = " #bytes #iterations    t_min[usec]    t_max[usec]  t_typical[usec]    t_avg[usec]\n 4096    500          \
                        561.12         1871.29      688.46     \t       701.26  \t 92.33  \t 1021.10   1871.29\n----\n";
         assert_eq!(figure(latency, What::ReadLatency.column()), Some(688.46));
+        assert_eq!(figure(latency, P99_COLUMN), Some(1021.10));
         let bandwidth = " #bytes     #iterations    BW peak[MiB/sec]    BW average[MiB/sec]   MsgRate[Mpps]\n 4096       \
                          1000             12.57              12.06\t\t     0.003088\n";
         assert_eq!(figure(bandwidth, What::ReadBandwidth.column()), Some(12.06));

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use farpage_agent::{AgentConfig, serve};
 use farpage_proto::transport::EndpointUrl;
@@ -53,6 +54,7 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
         group: group(args)?,
         id: args.id.clone().unwrap_or_else(daemon::default_id),
         fabric: args.fabric.map(Fabric::kind),
+        fault_deadline: Duration::from_secs(args.fault_deadline),
         exit_on_eof: args.lifeline.map(crate::sys::take_descriptor).transpose()?,
     };
     let stop = Arc::new(AtomicBool::new(false));

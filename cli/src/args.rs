@@ -114,6 +114,10 @@ pub(crate) struct RunArgs {
     /// On how many memory nodes each page is kept
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     pub(crate) replicas: u8,
+    /// How long a touch of a page may wait for a memory node that does not answer, before it ends in SIGBUS [default: the
+    /// agent's, 60]
+    #[arg(long, value_name = "SECONDS", value_parser = fault_deadline())]
+    pub(crate) fault_deadline: Option<u64>,
     /// What to tell on standard error when the program has ended
     #[arg(long, value_enum, default_value_t = SummaryForm::Text)]
     pub(crate) summary: SummaryForm,
@@ -123,6 +127,10 @@ pub(crate) struct RunArgs {
     /// The program and its arguments
     #[arg(value_name = "CMD", required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = false)]
     pub(crate) program: Vec<OsString>,
+}
+
+fn fault_deadline() -> clap::builder::RangedU64ValueParser {
+    clap::value_parser!(u64).range(1..=farpage_agent::MAX_FAULT_DEADLINE.as_secs())
 }
 
 /// How a side that serves or measures RDMA does it.
@@ -199,6 +207,10 @@ pub(crate) struct CoordinatorArgs {
     /// Where the state is kept: file:PATH or etcd:URL,...
     #[arg(long, value_name = "STORE", value_parser = parse_state)]
     pub(crate) state: StateStore,
+    /// How long an agent that is not heard of keeps what it holds; more than --fault-deadline where agents may be cut off
+    /// from both this and the nodes
+    #[arg(long, value_name = "SECONDS", default_value_t = 15, value_parser = clap::value_parser!(u64).range(5..=86400))]
+    pub(crate) lease_time: u64,
 }
 
 /// Where a coordinator keeps its state.
@@ -244,6 +256,10 @@ pub(crate) struct AgentArgs {
     /// Its name in the cluster [default: the host name and the pid]
     #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) id: Option<String>,
+    /// How long a touch of a page may wait for a memory node that does not answer, before it ends in SIGBUS; for runs that
+    /// do not say
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = fault_deadline())]
+    pub(crate) fault_deadline: u64,
     /// Bring up a coordinator and a memory node of this capacity for this agent alone
     #[arg(long, value_name = "SIZE", hide = true)]
     pub(crate) own_far_memory: Option<Size>,

@@ -1,5 +1,7 @@
 //! `farpage coordinator`: the gRPC control plane.
 
+use std::time::Duration;
+
 use farpage_proto::FieldError;
 use farpage_proto::transport::EndpointUrl;
 use farpage_server::coordinator::{StoreUrl, Timing};
@@ -30,7 +32,10 @@ pub(crate) fn command(args: &CoordinatorArgs) -> Result<(), CoordinatorError> {
     let config = CoordinatorConfig {
         listen: EndpointUrl::parse_field("the address", &args.listen.to_string())?,
         store: StoreUrl::File(path.clone()),
-        timing: Timing::default(),
+        timing: Timing {
+            lease_ttl: Duration::from_secs(args.lease_time),
+            ..Timing::default()
+        },
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -249,7 +249,7 @@ impl Ours {
             }
             if self.spin {
                 std::thread::yield_now();
-            } else {
+            } else if self.endpoint.arm() {
                 let fd = self.endpoint.wait_fd().ok_or("no descriptor to wait on")?;
                 let fd = rustix::event::PollFd::from_borrowed_fd(fd, rustix::event::PollFlags::IN);
                 rustix::event::poll(&mut [fd], None)?;

@@ -129,9 +129,15 @@ pub trait Endpoint: Send {
     /// Whether posts can still succeed.
     fn is_connected(&self) -> bool;
 
-    /// What to sleep on when [`Self::poll`] has nothing: readable once calling `poll` makes sense again. `None`
+    /// What to sleep on when [`Self::poll`] has nothing: once armed, readable when calling `poll` makes sense again. `None`
     /// where posts complete at once (shared memory).
     fn wait_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Has whatever comes from now on make [`Self::wait_fd`] readable; to be called before each sleep on it, since polling
+    /// alone may ask nobody but the device. False where there is something to poll for already.
+    fn arm(&mut self) -> bool {
+        true
+    }
 }
 
 impl<E: Endpoint + ?Sized> Endpoint for Box<E> {
@@ -188,5 +194,9 @@ impl<E: Endpoint + ?Sized> Endpoint for Box<E> {
 
     fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
         (**self).wait_fd()
+    }
+
+    fn arm(&mut self) -> bool {
+        (**self).arm()
     }
 }

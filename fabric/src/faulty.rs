@@ -374,6 +374,10 @@ impl<E: Endpoint> Endpoint for FaultyEndpoint<E> {
     fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.epoll.as_fd())
     }
+
+    fn arm(&mut self) -> bool {
+        self.inner.as_mut().is_none_or(Endpoint::arm)
+    }
 }
 
 /// Vigna's splitmix64: enough to draw faults with.

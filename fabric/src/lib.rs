@@ -42,7 +42,7 @@
 //! endpoint.post_read(WorkId(1), slice, RemoteSlice { extent: 0, key: 7, offset: 4096 })?;
 //! endpoint.flush();
 //! let mut completions = Vec::new();
-//! while endpoint.poll(&mut completions) == 0 {} // Or sleep on `endpoint.wait_fd()`.
+//! while endpoint.poll(&mut completions) == 0 {} // Or `arm`, and sleep on `wait_fd`.
 //! completions[0].result?;
 //! let mut bytes = [0; 3];
 //! local.read(0, &mut bytes)?;

@@ -379,7 +379,7 @@ fn an_idle_endpoint_notices_that_its_responder_stopped(transport: Transport) {
     let end = deadline();
     while client.endpoint.is_connected() {
         assert!(Instant::now() < end);
-        common::sleep_on(&*client.endpoint);
+        common::sleep_on(&mut *client.endpoint);
         assert_eq!(client.endpoint.poll(&mut Vec::new()), 0);
     }
 }

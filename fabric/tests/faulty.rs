@@ -143,7 +143,7 @@ fn lost_requests_hold_their_credits_until_the_connection_breaks() {
         assert_eq!(endpoint.poll(&mut out), 0);
         assert_eq!(endpoint.credits(), WINDOW - lost);
         endpoint.disconnect();
-        common::sleep_on(&endpoint);
+        common::sleep_on(&mut endpoint);
         assert_eq!(endpoint.poll(&mut out), lost);
         assert!(
             out[WINDOW - lost..]

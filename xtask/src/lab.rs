@@ -1,8 +1,9 @@
 //! `cargo xtask lab`: real RDMA on virtual machines (`deploy/softroce/`).
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use clap::ValueEnum;
 use serde_json::Value;
 
 use crate::step::{Step, StepError, build_programs, release_folder, root};
@@ -12,14 +13,29 @@ use crate::tally::Tally;
 pub(crate) const KERNELS: [&str; 2] = ["6.12", "6.1"];
 
 /// The fabric's tests that want a device, and how each program of theirs is told to run only those.
-const TESTS: [(&str, &str); 3] = [
+const TESTS: [(&str, &str); 4] = [
     ("conformance", "over_rdma"),
     ("death", "over_rdma"),
+    ("leaks", "over_rdma"),
     ("farpage_fabric", "verbs::"),
 ];
 
-/// The one that wants two machines.
+/// The ones that want two machines have one name: the fabric's alone, and whole programs'.
 const TEST_OF_TWO: &str = "two_machines";
+
+/// The parts of the tests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Part {
+    /// The fabric, on one machine
+    One,
+    /// The fabric, between two machines
+    Two,
+    /// Whole programs with their pages on another machine
+    Programs,
+}
+
+/// Handed on to the machines, for who runs a part by hand.
+const HANDED_ON: &str = "FARPAGE_OUTAGES";
 
 /// What a run may take: boot to power-off is 90 seconds on two idle cores, and ten times that where others build.
 const TIMEOUT_SECONDS: &str = "900";
@@ -51,8 +67,9 @@ pub(crate) fn run(machines: u8, kernel: &str, command: &[OsString]) -> Result<u8
     }
 }
 
-/// The verbs tests, on real kernels with a device each; both kernels at a time, as a machine keeps one core busy.
-pub(crate) fn test(tally: &mut Tally) {
+/// The verbs tests, on real kernels with a device each; the kernels at a time, as a machine keeps one core busy. All of
+/// either where none is chosen.
+pub(crate) fn test(tally: &mut Tally, kernel: Option<&str>, part: Option<Part>) {
     let programs = match build() {
         Ok(programs) => programs,
         Err(error) => {
@@ -61,8 +78,12 @@ pub(crate) fn test(tally: &mut Tally) {
         }
     };
     let programs = &programs;
+    let kernels = kernel.map_or(KERNELS.to_vec(), |kernel| vec![kernel]);
     let runs: Vec<_> = std::thread::scope(|scope| {
-        let started = KERNELS.map(|kernel| (kernel, scope.spawn(move || on(kernel, programs))));
+        let started: Vec<_> = kernels
+            .into_iter()
+            .map(|kernel| (kernel, scope.spawn(move || on(kernel, part, programs))))
+            .collect();
         started
             .into_iter()
             .map(|(kernel, run)| (kernel, run.join()))
@@ -93,8 +114,18 @@ enum Run {
     Done(bool, String),
 }
 
-fn on(kernel: &str, programs: &Programs) -> Run {
-    let step = || Step::new(lab()).args(["--kernel", kernel, "--timeout", TIMEOUT_SECONDS]);
+fn on(kernel: &str, part: Option<Part>, programs: &Programs) -> Run {
+    let step = || {
+        let options = [
+            "--kernel",
+            kernel,
+            "--timeout",
+            TIMEOUT_SECONDS,
+            "--env",
+            HANDED_ON,
+        ];
+        Step::new(lab()).args(options)
+    };
     match step().arg("--prepare").quietly() {
         Some((true, _)) => {}
         Some((false, printed)) => {
@@ -111,21 +142,35 @@ fn on(kernel: &str, programs: &Programs) -> Run {
             let program = program.display();
             format!("'{program}' --test-threads 1 --show-output {filter} || failed=1; ")
         });
-    let script = format!(
+    let on_one = format!(
         "export FARPAGE_TEST_PATIENCE={PATIENCE_SECONDS}; failed=0; {}exit $failed",
         tests.collect::<String>()
     );
-    let alone = step().args(["--", "bash", "-c", &script]).quietly();
-    let serve = format!("FARPAGE_LAB=serve '{}'", programs.of_two.display());
-    let endure = format!(
-        "FARPAGE_TEST_PATIENCE={PATIENCE_SECONDS} FARPAGE_LAB=10.77.0.2 '{}' --show-output",
-        programs.of_two.display()
-    );
-    let of_two = step()
-        .args(["--peer", &serve, "--", "bash", "-c", &endure])
-        .quietly();
-    let (alone, of_two) = (alone.unwrap_or_default(), of_two.unwrap_or_default());
-    Run::Done(alone.0 && of_two.0, alone.1 + &of_two.1)
+    let of_two = |program: &Path| {
+        let (program, patience) = (program.display(), PATIENCE_SECONDS);
+        let serve = format!("FARPAGE_TEST_PATIENCE={patience} FARPAGE_LAB=serve '{program}'");
+        let endure = format!(
+            "FARPAGE_TEST_PATIENCE={patience} FARPAGE_LAB=10.77.0.2 '{program}' --show-output"
+        );
+        step().args(["--peer", &serve, "--", "bash", "-c", &endure])
+    };
+    let steps = [
+        (Part::One, step().args(["--", "bash", "-c", &on_one])),
+        (Part::Two, of_two(&programs.of_two)),
+        (Part::Programs, of_two(&programs.whole)),
+    ];
+    let (mut all_well, mut all_printed) = (true, String::new());
+    let wanted = |its: Part| match part {
+        Some(part) => part == its,
+        // Minutes each: on one kernel, unless asked for.
+        None => its != Part::Programs || kernel == KERNELS[0],
+    };
+    for (_, step) in steps.into_iter().filter(|(its, _)| wanted(*its)) {
+        let (well, printed) = step.quietly().unwrap_or_default();
+        all_well &= well;
+        all_printed += &printed;
+    }
+    Run::Done(all_well, all_printed)
 }
 
 fn lab() -> PathBuf {
@@ -137,35 +182,41 @@ struct Programs {
     /// In the order of [`TESTS`].
     alone: Vec<PathBuf>,
     of_two: PathBuf,
+    /// Whole programs, between two machines.
+    whole: PathBuf,
 }
 
 fn build() -> Result<Programs, String> {
-    let step = Step::cargo(&[
-        "test",
-        "-p",
-        "farpage-fabric",
-        "--no-run",
-        "--message-format=json",
-    ]);
+    // The shim is loaded from beside the executable.
+    build_programs().map_err(|error| error.to_string())?;
+    let fabric = built(&["-p", "farpage-fabric"])?;
+    let cli = built(&["--release", "-p", "farpage-cli", "--test", TEST_OF_TWO])?;
+    Ok(Programs {
+        alone: TESTS
+            .iter()
+            .map(|(name, _)| program(&fabric, name))
+            .collect::<Result<_, _>>()?,
+        of_two: program(&fabric, TEST_OF_TWO)?,
+        whole: program(&cli, TEST_OF_TWO)?,
+    })
+}
+
+/// Builds test programs; returns what cargo says that it made.
+fn built(of: &[&str]) -> Result<Vec<Value>, String> {
+    let step = Step::cargo(&["test", "--no-run", "--message-format=json"]).args(of);
     let (built, printed) = step.quietly().ok_or("cargo cannot be started")?;
     if !built {
         return Err(printed);
     }
-    let made: Vec<Value> = printed
+    let made = printed
         .lines()
-        .filter_map(|line| serde_json::from_str(line).ok())
-        .collect();
-    let program = |name: &str| {
-        made.iter()
-            .filter(|made| made["target"]["name"] == name && made["profile"]["test"] == true)
-            .find_map(|made| Some(PathBuf::from(made["executable"].as_str()?)))
-            .ok_or_else(|| format!("cargo built no test program {name}"))
-    };
-    Ok(Programs {
-        alone: TESTS
-            .iter()
-            .map(|(name, _)| program(name))
-            .collect::<Result<_, _>>()?,
-        of_two: program(TEST_OF_TWO)?,
-    })
+        .filter_map(|line| serde_json::from_str(line).ok());
+    Ok(made.collect())
+}
+
+fn program(made: &[Value], name: &str) -> Result<PathBuf, String> {
+    made.iter()
+        .filter(|made| made["target"]["name"] == name && made["profile"]["test"] == true)
+        .find_map(|made| Some(PathBuf::from(made["executable"].as_str()?)))
+        .ok_or_else(|| format!("cargo built no test program {name}"))
 }

@@ -43,14 +43,20 @@ enum Task {
     /// Install the Debian packages that the tests need
     Setup,
     /// Run a command on virtual machines with real RDMA (SoftRoCE); without one, the fabric's tests for it on each kernel
-    #[command(after_help = "Example:\n  cargo xtask lab --kernel 6.1 -- ibv_devinfo")]
+    #[command(
+        after_help = "Examples:\n  cargo xtask lab --kernel 6.1 -- ibv_devinfo\n  \
+                            FARPAGE_OUTAGES=60 cargo xtask lab --kernel 6.12 --part programs"
+    )]
     Lab {
         /// Two: the command runs on the first, with a memory node on the second (coordinator: http://10.77.0.2:7400)
         #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
         machines: u8,
-        /// Debian kernel to boot
-        #[arg(long, value_name = "VERSION", default_value = lab::KERNELS[0])]
-        kernel: String,
+        /// Debian kernel to boot [default: 6.12; for the tests, both]
+        #[arg(long, value_name = "VERSION")]
+        kernel: Option<String>,
+        /// Only this part of the tests
+        #[arg(long, value_enum, conflicts_with = "command")]
+        part: Option<lab::Part>,
         /// What to run
         #[arg(last = true)]
         command: Vec<OsString>,
@@ -73,19 +79,28 @@ fn main() -> ExitCode {
             tally.close()
         }
         Task::Setup => setup::run().map_err(|error| error.to_string()),
-        Task::Lab { command, .. } if command.is_empty() => {
+        Task::Lab {
+            kernel,
+            part,
+            command,
+            ..
+        } if command.is_empty() => {
             let mut tally = Tally::default();
-            lab::test(&mut tally);
+            lab::test(&mut tally, kernel.as_deref(), part);
             tally.close()
         }
         Task::Lab {
             machines,
             kernel,
             command,
-        } => match lab::run(machines, &kernel, &command) {
-            Ok(status) => return ExitCode::from(status),
-            Err(error) => Err(error.to_string()),
-        },
+            ..
+        } => {
+            let kernel = kernel.as_deref().unwrap_or(lab::KERNELS[0]);
+            match lab::run(machines, kernel, &command) {
+                Ok(status) => return ExitCode::from(status),
+                Err(error) => Err(error.to_string()),
+            }
+        }
         Task::Bench { arguments } => bench(arguments).map_err(|error| error.to_string()),
     };
     match done {

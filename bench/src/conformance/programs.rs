@@ -20,6 +20,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("hostile", include_str!("../../c/hostile.c")),
     ("kernel_access", include_str!("../../c/kernel_access.c")),
     ("memory_calls", include_str!("../../c/memory_calls.c")),
+    ("outage", include_str!("../../c/outage.c")),
     ("random_calls", include_str!("../../c/random_calls.c")),
     ("threads", include_str!("../../c/threads.c")),
 ];

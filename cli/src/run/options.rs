@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use farpage_agent::{ceiling, cgroup};
 use farpage_proto::limits::DEFAULT_EXTENT_BYTES;
@@ -29,6 +30,7 @@ pub(crate) struct RunOptions {
     pub(crate) agent: Option<PathBuf>,
     pub(crate) fabric: Fabric,
     pub(crate) replicas: u8,
+    pub(crate) fault_deadline: Option<Duration>,
     pub(crate) program: OsString,
     pub(crate) arguments: Vec<OsString>,
 }
@@ -113,6 +115,7 @@ impl RunOptions {
             agent: args.agent.clone(),
             fabric: args.fabric,
             replicas: args.replicas,
+            fault_deadline: args.fault_deadline.map(Duration::from_secs),
             program: program.clone(),
             arguments: arguments.to_vec(),
         })

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use farpage_agent::client::{ClientError, JOB_VARIABLE, JobClient, SOCKET_VARIABLE};
+use farpage_agent::client::{ClientError, JOB_VARIABLE, JobClient, SOCKET_VARIABLE, Terms};
 
 use crate::args::Fabric;
 use crate::run::helper::{Helper, HelperError};
@@ -76,16 +76,20 @@ impl Session {
                 (Some(agent), socket)
             }
         };
-        let (local, far) = (options.local.bytes(), options.far.bytes());
-        let job = JobClient::open(&socket, local, far, u32::from(options.replicas)).map_err(
-            |source| match (&options.agent, source) {
+        let terms = Terms {
+            local_bytes: options.local.bytes(),
+            far_bytes: options.far.bytes(),
+            replicas: u32::from(options.replicas),
+            fault_deadline: options.fault_deadline,
+        };
+        let job =
+            JobClient::open(&socket, &terms).map_err(|source| match (&options.agent, source) {
                 (Some(socket), source @ ClientError::Unreachable(_)) => SessionError::NoAgent {
                     socket: socket.clone(),
                     source,
                 },
                 (_, source) => SessionError::Agent(source),
-            },
-        )?;
+            })?;
         let existing = std::env::var_os("LD_PRELOAD");
         let environment = vec![
             (

@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use super::{farpage, marked, sys};
+use super::{farpage, marked, patience, sys};
 
 /// The user who runs programs: nobody.
 pub const USER: u32 = 65534;
@@ -18,7 +18,7 @@ pub const GROUP: u32 = 54321;
 /// Python without anybody's wrapper scripts around it.
 pub const PYTHON: &str = "/usr/bin/python3";
 
-/// Whatever is waited for takes less than this on a busy machine.
+/// Whatever is waited for takes less than this on a busy machine; see [`patience`] for an emulated one.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Builds a list of `argv[1]` strings of 3 KB whose bytes do not repeat, says so, and then prints its hash once per
@@ -75,7 +75,7 @@ impl Drop for Daemon {
 
 /// Waits for a child's end, not for ever.
 pub fn wait(child: &mut Child, what: &str) -> ExitStatus {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience(PATIENCE);
     loop {
         if let Some(status) = child.try_wait().unwrap() {
             return status;
@@ -172,7 +172,7 @@ impl Cluster {
             // Its standard output stays open for as long as it lives.
             let _ = out.read_to_end(&mut Vec::new());
         });
-        let said = said.recv_timeout(PATIENCE).unwrap_or_default();
+        let said = said.recv_timeout(patience(PATIENCE)).unwrap_or_default();
         Daemon { child, said, log }
     }
 
@@ -399,7 +399,7 @@ impl Program {
     }
 
     pub fn built(&mut self) {
-        let line = self.line_within(PATIENCE);
+        let line = self.line_within(patience(PATIENCE));
         if line.as_deref() != Some("built") {
             let status = self.child.try_wait();
             panic!("{line:?}, {status:?}, {:?}", self.errors.try_recv());
@@ -413,7 +413,7 @@ impl Program {
     /// The hash over all its data.
     pub fn check(&mut self) -> String {
         self.ask();
-        self.line_within(PATIENCE)
+        self.line_within(patience(PATIENCE))
             .unwrap_or_else(|| panic!("no hash in time: {:?}", self.errors.try_recv()))
     }
 
@@ -423,7 +423,9 @@ impl Program {
         let status = wait(&mut self.child, "the program's end");
         (
             status,
-            self.errors.recv_timeout(PATIENCE).unwrap_or_default(),
+            self.errors
+                .recv_timeout(patience(PATIENCE))
+                .unwrap_or_default(),
         )
     }
 

@@ -12,6 +12,7 @@
 
 pub mod cgroup;
 pub mod cluster;
+pub mod lab;
 pub mod programs_in_c;
 pub mod pty;
 pub mod runs;
@@ -88,9 +89,16 @@ pub fn alone() -> MutexGuard<'static, ()> {
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// `usual`; or so many seconds as `FARPAGE_TEST_PATIENCE` says if that is more, on emulated machines.
+pub fn patience(usual: Duration) -> Duration {
+    let seconds = std::env::var("FARPAGE_TEST_PATIENCE").ok();
+    let seconds = seconds.and_then(|seconds| seconds.parse().ok());
+    seconds.map_or(usual, |seconds| usual.max(Duration::from_secs(seconds)))
+}
+
 /// Waits until something holds, and fails the test with `what` if it does not in time.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + patience(Duration::from_secs(10));
     while !holds() {
         assert!(Instant::now() < deadline, "not in time: {what}");
         std::thread::sleep(Duration::from_millis(5));

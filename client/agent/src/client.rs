@@ -33,6 +33,19 @@ pub enum ClientError {
     Malformed,
 }
 
+/// What a job is opened with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// Resident anonymous memory of the whole tree, bytes.
+    pub local_bytes: u64,
+    /// Far memory, bytes.
+    pub far_bytes: u64,
+    /// Copies of each page.
+    pub replicas: u32,
+    /// How long a fault may wait for its page; the agent's own choice where none is given.
+    pub fault_deadline: Option<Duration>,
+}
+
 /// An open job. Dropping it without [`JobClient::finish`] ends the job's programs.
 #[derive(Debug)]
 pub struct JobClient {
@@ -46,19 +59,15 @@ impl JobClient {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub fn open(
-        path: &str,
-        local_bytes: u64,
-        far_bytes: u64,
-        replicas: u32,
-    ) -> Result<Self, ClientError> {
+    pub fn open(path: &str, terms: &Terms) -> Result<Self, ClientError> {
         let socket = hello(path, kind::JOB)?;
         match ask(
             &socket,
             &JobRequest::Open {
-                local_bytes,
-                far_bytes,
-                replicas,
+                local_bytes: terms.local_bytes,
+                far_bytes: terms.far_bytes,
+                replicas: terms.replicas,
+                fault_deadline_s: terms.fault_deadline.map(|time| time.as_secs()),
             },
         )? {
             JobReply::Opened { token, lowered } => Ok(Self {

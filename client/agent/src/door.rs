@@ -67,6 +67,8 @@ pub struct Door {
     pub admission: Admission,
     /// The fabric's name, for accounts.
     pub fabric: String,
+    /// How long a fault may wait in jobs that do not say.
+    pub fault_deadline: Duration,
     /// Peers being served now.
     pub peers: AtomicUsize,
 }
@@ -364,23 +366,26 @@ impl Door {
                     JobRequest::Open {
                         local_bytes,
                         far_bytes,
+                        fault_deadline_s,
                         ..
                     },
                     None,
-                ) => match self
-                    .shared
-                    .spawner
-                    .open_job(pid, uid, local_bytes, far_bytes) {
-                    Ok(new) => {
-                        let token = format!("{:x}", new.token);
-                        let lowered = new.ceiling.lowered();
-                        *job = Some(new);
-                        JobReply::Opened { token, lowered }
+                ) => {
+                    let deadline =
+                        fault_deadline_s.map_or(self.fault_deadline, Duration::from_secs);
+                    let spaces = &self.shared.spawner;
+                    match spaces.open_job(pid, uid, local_bytes, far_bytes, deadline) {
+                        Ok(new) => {
+                            let token = format!("{:x}", new.token);
+                            let lowered = new.ceiling.lowered();
+                            *job = Some(new);
+                            JobReply::Opened { token, lowered }
+                        }
+                        Err(error) => JobReply::Refused {
+                            reason: error.to_string(),
+                        },
                     }
-                    Err(error) => JobReply::Refused {
-                        reason: error.to_string(),
-                    },
-                },
+                }
                 (JobRequest::Started { pid }, Some(job)) => {
                     job.started(pid);
                     JobReply::Noted

@@ -255,6 +255,23 @@ impl FarMemory {
             .unwrap_or(false)
     }
 
+    /// Whether a slot's extent is neither lost nor on a silent node, as far as is known.
+    #[must_use]
+    pub fn is_usable(&self, slot: Slot) -> bool {
+        self.record(slot, |extent, _| {
+            lock(&extent.free).condition == Condition::Usable
+        })
+        .unwrap_or(false)
+    }
+
+    /// Whether some extent's node is silent: what cannot be had now may be had again.
+    #[must_use]
+    pub fn any_unreachable(&self) -> bool {
+        let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
+        let mut extents = extents.iter().flatten();
+        extents.any(|extent| lock(&extent.free).condition == Condition::Unreachable)
+    }
+
     /// By which fabrics the extents held are reached: `tcp`, `shm`, both joined by a plus; empty without extents.
     #[must_use]
     pub fn fabrics(&self) -> String {
@@ -454,10 +471,11 @@ mod tests {
         let held = far.take_run(1).unwrap().first;
         far.heard_of_nodes(&[], &[0]);
         assert_eq!(far.free(), 64);
-        assert!(!far.is_lost(held));
+        assert!(!far.is_lost(held) && !far.is_usable(held) && far.any_unreachable());
         assert_eq!(far.take_run(1).unwrap().first.extent(), 1);
         far.heard_of_nodes(&[], &[]);
         assert_eq!(far.free(), 63 + 63);
+        assert!(far.is_usable(held) && !far.any_unreachable());
         far.heard_of_nodes(&[0], &[]);
         assert!(far.is_lost(held));
         assert!(far.release(held));

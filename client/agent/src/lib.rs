@@ -32,3 +32,4 @@ pub mod tree;
 
 pub use farpage_core::{entry, gate, page_cell, prefetch, residents, table};
 pub use serve::{AgentConfig, AgentError, serve};
+pub use spaces::MAX_FAULT_DEADLINE;

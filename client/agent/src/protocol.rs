@@ -23,6 +23,9 @@ pub enum JobRequest {
         far_bytes: u64,
         /// Copies of each page.
         replicas: u32,
+        /// How long a fault may wait for its page, seconds; the agent's own choice where none is given.
+        #[serde(default)]
+        fault_deadline_s: Option<u64>,
     },
     /// The first program of the job runs under this pid.
     Started {

@@ -32,6 +32,8 @@ pub struct AgentConfig {
     pub id: String,
     /// The fabric to reach memory by; any that nodes serve when absent.
     pub fabric: Option<FabricKind>,
+    /// How long a fault may wait for its page, in jobs that do not say.
+    pub fault_deadline: Duration,
     /// End when this reports end-of-file and the last program has ended: its other end is the launcher's.
     pub exit_on_eof: Option<OwnedFd>,
 }
@@ -97,6 +99,7 @@ pub fn serve(
             group: config.group,
         },
         fabric: config.fabric.map_or("any", FabricKind::as_str).to_owned(),
+        fault_deadline: config.fault_deadline,
         peers: AtomicUsize::new(0),
     });
     let ended = Arc::clone(stop);

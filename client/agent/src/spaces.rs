@@ -19,6 +19,8 @@ const MAX_SPACES: u64 = 4096;
 
 /// The least resident memory that a job can be asked to live with.
 pub(crate) const LEAST_LOCAL_BYTES: u64 = 4 << 20;
+/// How long a fault may be asked to wait at most: whoever wants more wants to wait for ever.
+pub const MAX_FAULT_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 /// How often a job without a launcher is looked at.
 const LAST_PROCESS_POLL: Duration = Duration::from_millis(2);
 
@@ -28,6 +30,9 @@ pub enum JobError {
     /// Below [`LEAST_LOCAL_BYTES`].
     #[error("--local is below 4M, which no program can run with; give it more")]
     TooLittle,
+    /// None, or beyond [`MAX_FAULT_DEADLINE`].
+    #[error("--fault-deadline is not between 1 second and a day")]
+    Deadline,
     /// As many jobs as there may be.
     #[error(
         "this agent serves as many jobs as it can ({MAX_JOBS}); try again when some have ended"
@@ -153,7 +158,7 @@ impl Spaces {
         self.lock_jobs().get(&token).cloned()
     }
 
-    /// Opens a job of these limits, in bytes, for a launcher.
+    /// Opens a job of these limits, bytes and how long a fault may wait, for a launcher.
     ///
     /// # Errors
     /// [`JobError`], for the launcher's user.
@@ -163,9 +168,13 @@ impl Spaces {
         uid: u32,
         local_bytes: u64,
         far_bytes: u64,
+        fault_deadline: Duration,
     ) -> Result<Arc<Job>, JobError> {
         if local_bytes < LEAST_LOCAL_BYTES {
             return Err(JobError::TooLittle);
+        }
+        if fault_deadline < Duration::from_secs(1) || fault_deadline > MAX_FAULT_DEADLINE {
+            return Err(JobError::Deadline);
         }
         let mut token = [0u8; 8];
         rustix::rand::getrandom(&mut token, rustix::rand::GetRandomFlags::empty())
@@ -173,6 +182,7 @@ impl Spaces {
         let limits = Limits {
             local_pages: local_bytes / 4096,
             far_pages: far_bytes / 4096,
+            fault_deadline,
         };
         let job = Arc::new(Job::new(u64::from_ne_bytes(token), uid, limits));
         job.opened_by(launcher);

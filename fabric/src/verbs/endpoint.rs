@@ -25,9 +25,9 @@ use crate::memory::RegisteredMemory;
 use crate::regions::Regions;
 use crate::wire::WireError;
 
-/// An empty poll looks for so long before it arms the notification: a device in the machine's own rack answers within it,
-/// and a sleep costs more.
-const SPIN: Duration = Duration::from_micros(5);
+/// Every so many polls the control connection is looked at as well. Looking at the device's queue costs no system call, and
+/// this one should not be felt beside it.
+const HEAR_EVERY: u32 = 64;
 
 /// A responder that takes longer over a key or a lane is stopped or broken.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
@@ -48,8 +48,7 @@ enum Queue {
 /// Requests wait until their extent's window is known (asked for once per extent and lane) and [`Endpoint::flush`] or `poll`
 /// hands them to the device in one chain per lane. A refused access breaks the lane; it is opened again, and what was under
 /// way on it is sent again, so that a refusal costs others only time. The wait descriptor is an epoll descriptor over the
-/// device's notifications and the control connection. A `poll` that finds nothing has armed the notification, and looked
-/// once more since.
+/// device's notifications, which `arm` asks for, and the control connection.
 pub struct VerbsEndpoint {
     // Lanes go first: the device must be done with the regions' memory.
     lanes: [Lane; LANES],
@@ -61,6 +60,7 @@ pub struct VerbsEndpoint {
     /// Bytes of frames that the socket did not take yet, in whole frames when first put here.
     output: VecDeque<u8>,
     watching_output: bool,
+    polls: u32,
     armed: bool,
     dead: Option<WorkError>,
     window: usize,
@@ -142,6 +142,7 @@ impl VerbsEndpoint {
             received: 0,
             output: VecDeque::new(),
             watching_output: false,
+            polls: 0,
             armed: false,
             dead: None,
             window,
@@ -339,35 +340,24 @@ impl VerbsEndpoint {
 
     fn progress(&mut self) -> Result<(), WorkError> {
         self.take_completions()?;
-        if self.link.done.is_empty() {
+        let asked = self.lanes.iter().any(Lane::has_questions);
+        if asked || self.polls.is_multiple_of(HEAR_EVERY) {
             self.hear()?;
         }
+        self.polls = self.polls.wrapping_add(1);
         self.advance()?;
-        if !self.link.done.is_empty() {
-            return Ok(());
-        }
         let late = |lane: &Lane| {
             lane.oldest_question()
                 .is_some_and(|since| since.elapsed() > ANSWER_DEADLINE)
         };
-        if self.lanes.iter().any(late) {
+        if asked && self.lanes.iter().any(late) {
             return Err(WorkError::Disconnected);
         }
-        if self.lanes.iter().any(|lane| lane.in_device() > 0) {
-            let start = Instant::now();
-            while self.take_completions()? == 0 && start.elapsed() < SPIN {
-                std::hint::spin_loop();
-            }
-        }
-        if self.link.done.is_empty() {
-            self.arm()
-        } else {
-            Ok(())
-        }
+        Ok(())
     }
 
     /// Sees to it that the next completion wakes a sleeper, and looks once more: what came before the arming does not.
-    fn arm(&mut self) -> Result<(), WorkError> {
+    fn await_completions(&mut self) -> Result<(), WorkError> {
         if self.armed && self.link.completions.take_notifications() {
             self.armed = false;
         }
@@ -377,11 +367,11 @@ impl VerbsEndpoint {
                 .arm()
                 .map_err(|_| WorkError::Disconnected)?;
             self.armed = true;
-            if self.take_completions()? > 0 {
-                self.advance()?;
-            }
         }
-        Ok(())
+        // What wakes the sleeper may be the control connection.
+        self.polls = 0;
+        self.take_completions()?;
+        self.advance()
     }
 
     /// Ends the connection. The socket's shutdown makes the wait descriptor readable for good.
@@ -489,5 +479,14 @@ impl Endpoint for VerbsEndpoint {
 
     fn wait_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.epoll.as_fd())
+    }
+
+    fn arm(&mut self) -> bool {
+        if self.dead.is_none()
+            && let Err(error) = self.await_completions()
+        {
+            self.die(error);
+        }
+        self.link.done.is_empty()
     }
 }

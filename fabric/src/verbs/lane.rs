@@ -101,6 +101,8 @@ pub(super) struct Lane {
     sent: VecDeque<Posted>,
     first: u32,
     grants: HashMap<(u32, u64), Grant>,
+    /// Grants that were asked for and not answered.
+    asked: usize,
 }
 
 impl Lane {
@@ -113,6 +115,7 @@ impl Lane {
             sent: VecDeque::new(),
             first: 0,
             grants: HashMap::new(),
+            asked: 0,
         }
     }
 
@@ -124,9 +127,9 @@ impl Lane {
         self.waiting.len() + self.sent.len()
     }
 
-    /// How many requests the device has.
-    pub(super) fn in_device(&self) -> usize {
-        self.sent.len()
+    /// Whether the responder owes an answer.
+    pub(super) fn has_questions(&self) -> bool {
+        self.asked > 0 || matches!(self.state, State::Opening { .. })
     }
 
     pub(super) fn post(&mut self, posted: Posted) {
@@ -182,6 +185,7 @@ impl Lane {
     fn close(&mut self) {
         self.state = State::Closed;
         self.grants.clear();
+        self.asked = 0;
         self.sent.append(&mut self.waiting);
         std::mem::swap(&mut self.sent, &mut self.waiting);
     }
@@ -209,6 +213,7 @@ impl Lane {
                 remote_key,
                 address,
             };
+            self.asked -= 1;
         }
     }
 
@@ -220,6 +225,7 @@ impl Lane {
             return;
         }
         self.grants.remove(&(extent, key));
+        self.asked -= 1;
         self.waiting.retain(|posted| {
             let concerned = posted.remote.extent == extent && posted.remote.key == key;
             if concerned {
@@ -255,6 +261,7 @@ impl Lane {
                 None => {
                     self.grants
                         .insert((extent, key), Grant::Asked(Instant::now()));
+                    self.asked += 1;
                     link.asks.push_back(Ask::Bind {
                         lane: self.number,
                         generation: self.generation,

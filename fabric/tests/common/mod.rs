@@ -206,7 +206,7 @@ impl Client {
                 out.len()
             );
             if self.endpoint.poll(&mut out) == 0 {
-                sleep_on(&*self.endpoint);
+                sleep_on(&mut *self.endpoint);
             }
         }
         assert_eq!(out.len(), count);
@@ -269,8 +269,11 @@ impl Client {
 }
 
 /// Sleeps on the wait descriptor, where there is one. Wakes up after a while in any case, to see the deadline.
-pub fn sleep_on(endpoint: &dyn Endpoint) {
+pub fn sleep_on(endpoint: &mut dyn Endpoint) {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    if !endpoint.arm() {
+        return;
+    }
     if let Some(fd) = endpoint.wait_fd() {
         let timeout = Timespec {
             tv_sec: 20,

@@ -26,6 +26,8 @@ pub(crate) struct Fault {
     pub(crate) protected: bool,
     pub(crate) thread: u32,
     pub(crate) began: Instant,
+    /// Its fetch has failed once: its page is brought without others, whose nodes may be what failed.
+    pub(crate) alone: bool,
 }
 
 impl Fault {
@@ -42,6 +44,7 @@ impl Fault {
             protected,
             thread,
             began,
+            alone: false,
         }
     }
 }
@@ -63,6 +66,7 @@ impl Pager {
         match entry.state() {
             State::Untouched | State::Zero => self.answer_with_zeros(fault),
             State::Local => self.answer_local(fault),
+            State::FarRead | State::FarWrite if fault.alone => self.fetch_again(fault),
             State::FarRead | State::FarWrite => self.start_fetch(fault),
             State::Fetching => self.join_fetch(fault),
             State::Evicting => self.answer_from_staging(fault),

@@ -22,9 +22,6 @@ use crate::table::Page;
 const MAX_FETCHES: usize = 16;
 /// Threads that wait for one fetch without the record having to grow.
 const USUAL_WAITERS: usize = 8;
-/// How often a page whose bytes fail their check is read again before it counts as lost.
-const MAX_RETRIES: u8 = 3;
-
 const FRAMES_BYTES: usize = ZERO_FRAME + 4096;
 const ZERO_FRAME: usize = MAX_FETCHES * MAX_WINDOW as usize * 4096;
 
@@ -32,22 +29,22 @@ const _: () = assert!(MAX_WINDOW <= 64, "a fetch keeps one bit per page");
 
 /// One fetch's record. Records are kept and used again, so that a fault allocates nothing.
 #[derive(Debug)]
-struct Fetch {
+pub(super) struct Fetch {
     active: bool,
     first: Page,
-    slots: Vec<Slot>,
+    pub(super) slots: Vec<Slot>,
     /// Pages that were discarded or otherwise taken from this fetch.
     dropped: u64,
     /// Reads posted and not completed.
     outstanding: u32,
     /// First of the slots for which no read has been posted yet.
-    posted: usize,
-    failed: bool,
-    checked: bool,
-    retries: u8,
+    pub(super) posted: usize,
+    pub(super) failed: bool,
+    pub(super) checked: bool,
+    pub(super) retries: u8,
     /// A thread waits for it (else it was read ahead).
-    wanted: bool,
-    waiters: Vec<Fault>,
+    pub(super) wanted: bool,
+    pub(super) waiters: Vec<Fault>,
 }
 
 impl Fetch {
@@ -76,6 +73,11 @@ impl Fetch {
         (self.failed, self.checked, self.wanted) = (false, false, false);
     }
 
+    /// Its first page.
+    pub(super) fn first(&self) -> Page {
+        self.first
+    }
+
     fn index_of(&self, page: Page) -> Option<usize> {
         let index = page.0.checked_sub(self.first.0)? as usize;
         (index < self.slots.len() && self.dropped >> index & 1 == 0).then_some(index)
@@ -102,7 +104,7 @@ pub(crate) struct Fetches {
     zero_hash: u128,
     places: [Fetch; MAX_FETCHES],
     /// Places read ahead, oldest first: the first to go when a frame is needed.
-    ahead: VecDeque<usize>,
+    pub(super) ahead: VecDeque<usize>,
 }
 
 impl Default for Fetches {
@@ -166,7 +168,7 @@ impl Fetches {
             .position(|fetch| fetch.active && fetch.index_of(page).is_some())
     }
 
-    fn get(&mut self, place: usize) -> Option<&mut Fetch> {
+    pub(super) fn get(&mut self, place: usize) -> Option<&mut Fetch> {
         self.places.get_mut(place).filter(|fetch| fetch.active)
     }
 }
@@ -185,7 +187,7 @@ impl Pager {
             return Some(fault);
         };
         let mut window = self.prefetcher.fault(fault.page);
-        if !self.is_inheritance_known() {
+        if fault.alone || !self.is_inheritance_known() {
             window.pages = 1;
         }
         self.job
@@ -371,6 +373,7 @@ impl Pager {
             if fetch.posted < fetch.slots.len() && !fetch.failed {
                 self.post_reads(place);
             }
+            worked |= self.give_up_late(place);
             worked |= self.try_install(place);
         }
         worked
@@ -471,66 +474,8 @@ impl Pager {
         good
     }
 
-    /// A fetch failed, or brought bytes that do not pass their check: once more, a few times; then its wanted
-    /// page is lost, and the others go back to far.
-    fn retry_fetch(&mut self, place: usize) -> bool {
-        let Some(fetch) = self.fetches.get(place) else {
-            return false;
-        };
-        let corrupt = !fetch.failed;
-        let lost = fetch
-            .slots
-            .iter()
-            .any(|slot| self.shared.far.is_lost(*slot));
-        let Some(fetch) = self.fetches.get(place) else {
-            return false;
-        };
-        if corrupt {
-            fetch.retries += 1;
-        }
-        if fetch.wanted && !lost && fetch.retries <= MAX_RETRIES {
-            // Unreachable is not lost: tried again until the faults' own deadline.
-            let first = fetch.first;
-            let waiters = std::mem::take(&mut fetch.waiters);
-            let expired = waiters
-                .iter()
-                .any(|fault| fault.began.elapsed() > super::FAULT_DEADLINE);
-            if !expired {
-                (fetch.waiters, fetch.posted, fetch.failed, fetch.checked) =
-                    (waiters, 0, false, false);
-                if corrupt {
-                    tracing::warn!(
-                        page = format_args!("{:#x}", first.address()),
-                        "bytes from far memory failed their check; they are read again"
-                    );
-                } else {
-                    tracing::warn!(
-                        page = format_args!("{:#x}", first.address()),
-                        "a read of far memory failed; it is tried again"
-                    );
-                    self.links.reconnect_later();
-                }
-                self.post_reads(place);
-                return false;
-            }
-            fetch.waiters = waiters;
-        }
-        let waiters = std::mem::take(&mut fetch.waiters);
-        tracing::error!(
-            pid = self.pid(),
-            corrupt,
-            lost,
-            "far pages could not be brought home"
-        );
-        self.drop_fetch(place);
-        for fault in waiters {
-            self.deliver_sigbus(&fault);
-        }
-        true
-    }
-
     /// Gives a fetch up: its pages are far again.
-    fn drop_fetch(&mut self, place: usize) {
+    pub(super) fn drop_fetch(&mut self, place: usize) {
         self.fetches.ahead.retain(|ahead| *ahead != place);
         let fetch = &mut self.fetches.places[place];
         fetch.active = false;

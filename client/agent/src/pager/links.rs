@@ -1,11 +1,13 @@
 //! The pager's connections to memory nodes: one endpoint per node, as it would have its own queue pair.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farpage_fabric::memory::RegisteredMemory;
 use farpage_fabric::{Completion, Endpoint, LocalSlice, PostError, RegionId, WorkId};
 
+use super::dial::{Dialled, Dialling, Said};
 use super::patience::{FOR_ANSWERS, Patience};
 use super::wakeups::Source;
 use super::{Pager, Wakeups};
@@ -13,9 +15,7 @@ use crate::entry::Slot;
 use crate::far::FarMemory;
 
 /// Requests outstanding at once on one connection: enough for all fetches and all staging areas.
-const WINDOW: usize = 128;
-/// How long a connection may take to come up.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
+pub(super) const WINDOW: usize = 128;
 /// Between two attempts to reach a node that did not answer.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -63,7 +63,7 @@ impl Work {
 /// Why a request could not be posted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LinkError {
-    /// The window is full: after the next completion.
+    /// The window is full, or a connection is being made: after the next completion.
     Busy,
     /// No connection to that node now.
     Unreachable,
@@ -72,7 +72,10 @@ pub(super) enum LinkError {
 struct Link {
     address: String,
     endpoint: Option<Box<dyn Endpoint>>,
+    dialling: Option<Dialling>,
     retry_at: Option<Instant>,
+    /// Since when no attempt has succeeded.
+    away_since: Option<Instant>,
     in_flight: usize,
     dirty: bool,
     /// For its answers; none where they come with the asking (shared memory).
@@ -84,6 +87,7 @@ pub(crate) struct Links {
     links: Vec<Link>,
     staging: Option<Arc<RegisteredMemory>>,
     wakeups: Wakeups,
+    dialled: Dialled,
 }
 
 /// Regions are registered in this order on every endpoint.
@@ -92,12 +96,18 @@ const STAGING: RegionId = RegionId(1);
 
 impl Links {
     /// None yet. Whatever they have to wait for wakes `wakeups`.
-    pub(super) fn new(wakeups: Wakeups) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// When the kernel has no descriptor left.
+    pub(super) fn new(wakeups: Wakeups) -> io::Result<Self> {
+        let dialled = Dialled::new()?;
+        wakeups.watch(&dialled, Source::Link)?;
+        Ok(Self {
             links: Vec::new(),
             staging: None,
             wakeups,
-        }
+            dialled,
+        })
     }
 
     /// The frames' region, the same on every connection.
@@ -132,7 +142,9 @@ impl Links {
                 self.links.push(Link {
                     address: address.to_owned(),
                     endpoint: None,
+                    dialling: None,
                     retry_at: None,
+                    away_since: None,
                     in_flight: 0,
                     dirty: false,
                     patience: None,
@@ -151,7 +163,7 @@ impl Links {
             link.endpoint = None;
         }
         if link.endpoint.is_none() {
-            link.connect(frames, staging.as_ref(), &self.wakeups)?;
+            link.connect(frames, staging.as_ref(), &self.wakeups, &self.dialled)?;
         }
         Ok(link)
     }
@@ -244,11 +256,51 @@ impl Links {
             .any(|patience| patience.looks_on(Instant::now()))
     }
 
+    /// Whether a slot's node can be asked for it now. If not, a connection is made as soon as it may be.
+    pub(super) fn reaches(
+        &mut self,
+        far: &FarMemory,
+        frames: &Arc<RegisteredMemory>,
+        slot: Slot,
+    ) -> bool {
+        let Some((extent, _)) = far.locate(slot) else {
+            return false;
+        };
+        let link = self.link(&extent.grant.address, frames);
+        link.is_ok_and(|link| {
+            let endpoint = link.endpoint.as_ref();
+            endpoint.is_some_and(Endpoint::is_connected)
+        })
+    }
+
+    /// Whether the connection to a slot's node has broken.
+    pub(super) fn is_away(&self, far: &FarMemory, slot: Slot) -> bool {
+        let Some((extent, _)) = far.locate(slot) else {
+            return true;
+        };
+        let mut links = self.links.iter();
+        let link = links.find(|link| link.address == extent.grant.address);
+        link.is_some_and(|link| {
+            let endpoint = link.endpoint.as_ref();
+            !endpoint.is_some_and(Endpoint::is_connected)
+        })
+    }
+
+    /// Sees to it that answers wake this pager. False where one is there already.
+    pub(super) fn arm(&mut self) -> bool {
+        let waiting = self.links.iter_mut().filter(|link| link.in_flight > 0);
+        let mut endpoints = waiting.filter_map(|link| link.endpoint.as_mut());
+        endpoints.all(Endpoint::arm)
+    }
+
     /// Some connection has news. One on which nothing is outstanding can only have ended: it is made anew when it is
     /// wanted.
     pub(super) fn look_at_idle(&mut self, completions: &mut Vec<Completion>) {
+        self.dialled.quiet();
         for link in self.links.iter_mut().filter(|link| link.in_flight == 0) {
             let ended = link.endpoint.as_mut().is_some_and(|endpoint| {
+                // Takes what its descriptor still tells of answers that have been taken.
+                endpoint.arm();
                 endpoint.poll(completions);
                 !endpoint.is_connected()
             });
@@ -277,33 +329,60 @@ fn is_waited_for(id: WorkId) -> bool {
 }
 
 impl Link {
+    /// Goes on with connecting; in another thread, since that takes seconds where a node does not answer.
     fn connect(
         &mut self,
         frames: &Arc<RegisteredMemory>,
         staging: Option<&Arc<RegisteredMemory>>,
         wakeups: &Wakeups,
+        dialled: &Dialled,
     ) -> Result<(), LinkError> {
         if self.retry_at.is_some_and(|at| Instant::now() < at) {
             return Err(LinkError::Unreachable);
         }
-        let connected = self
-            .address
-            .parse::<farpage_fabric::FabricAddress>()
-            .map_err(|error| tracing::error!(%error, address = self.address, "a node's address does not parse"))
-            .and_then(|address| {
-                farpage_fabric::connect(&address, WINDOW, Instant::now() + CONNECT_DEADLINE)
-                    .map_err(|error| tracing::warn!(%error, address = self.address, "no connection to a memory node"))
-            })
-            .and_then(|endpoint| {
-                crate::injection::inject(endpoint)
-                    .map_err(|error| tracing::error!(%error, "a connection cannot be made to fail"))
-            });
-        let Ok(mut endpoint) = connected else {
-            self.retry_at = Some(Instant::now() + RECONNECT_PAUSE);
-            return Err(LinkError::Unreachable);
+        let Some(dialling) = &self.dialling else {
+            let regions = [frames].into_iter().chain(staging).cloned().collect();
+            return match Dialling::start(&self.address, regions, dialled) {
+                Ok(dialling) => {
+                    self.dialling = Some(dialling);
+                    Err(LinkError::Busy)
+                }
+                Err(error) => Err(self.failed(&error.to_string())),
+            };
         };
-        endpoint.register(Arc::clone(frames));
+        match dialling.said() {
+            Said::NothingYet => Err(LinkError::Busy),
+            Said::Failed(why) => Err(self.failed(&why)),
+            Said::Connected(endpoint) => {
+                self.dialling = None;
+                self.take(endpoint, staging, wakeups)
+            }
+        }
+    }
+
+    /// An attempt has failed. Said once, until one succeeds.
+    fn failed(&mut self, why: &str) -> LinkError {
+        self.dialling = None;
+        self.retry_at = Some(Instant::now() + RECONNECT_PAUSE);
+        if self.away_since.is_none() {
+            tracing::warn!(
+                address = self.address,
+                why,
+                "no connection to a memory node; what needs it waits"
+            );
+            self.away_since = Some(Instant::now());
+        }
+        LinkError::Unreachable
+    }
+
+    fn take(
+        &mut self,
+        mut endpoint: Box<dyn Endpoint>,
+        staging: Option<&Arc<RegisteredMemory>>,
+        wakeups: &Wakeups,
+    ) -> Result<(), LinkError> {
         if let Some(staging) = staging {
+            // It may have come after the attempt began; twice is once.
             endpoint.register(Arc::clone(staging));
         }
         if let Some(fd) = endpoint.wait_fd()
@@ -311,6 +390,9 @@ impl Link {
         {
             tracing::error!(%error, "a connection cannot be waited for");
             return Err(LinkError::Unreachable);
+        }
+        if let Some(since) = self.away_since.take() {
+            tracing::warn!(address = self.address, away = ?since.elapsed(), "a memory node can be reached again");
         }
         self.patience = endpoint.wait_fd().map(|_| Patience::new(FOR_ANSWERS));
         self.endpoint = Some(endpoint);

@@ -10,7 +10,9 @@
 //! [`install`] (put it there, wake). Memory's way out: [`take_out`] (victims, helper) → [`write_back`] (hash,
 //! slot, write). [`event`] and [`fork`] follow the program; [`register`] finds what to manage.
 
+mod dial;
 mod event;
+mod failure;
 mod fault;
 mod fetch;
 mod fork;
@@ -55,10 +57,6 @@ pub(crate) use survey::Survey;
 pub(crate) use take_out::{FREE_LEAST, TakeOut};
 pub(crate) use wakeups::Wakeups;
 pub(crate) use write_back::Staging;
-
-/// How long a fault may wait for whatever it needs (its node, a free frame, a slot for a victim) before its
-/// thread gets SIGBUS.
-const FAULT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// A fault sooner than this after the last one means that another is likely to be near.
 const BUSY_GAP: Duration = Duration::from_micros(200);
@@ -157,7 +155,7 @@ impl Pager {
         if let Some(process) = &process {
             wakeups.watch(process, Source::Process)?;
         }
-        let links = Links::new(wakeups.clone());
+        let links = Links::new(wakeups.clone())?;
         Ok(Self {
             shared,
             job,
@@ -320,20 +318,17 @@ impl Pager {
             let Some(fault) = self.waiting.pop_front() else {
                 break;
             };
-            let full = self.staging.is_exhausted() && self.room() <= 0;
-            if full || fault.began.elapsed() > FAULT_DEADLINE {
+            // Memory of a node that is silent is not full: it may be back before the deadline.
+            let full = self.staging.is_exhausted()
+                && self.room() <= 0
+                && !self.shared.far.any_unreachable();
+            if full || self.is_late(&fault) {
                 let why = if full {
                     "far memory is full and nothing more fits"
                 } else {
                     "past its deadline"
                 };
-                tracing::error!(
-                    page = format_args!("{:#x}", fault.page.address()),
-                    pid = self.pid(),
-                    why,
-                    "a fault ends in SIGBUS"
-                );
-                self.deliver_sigbus(&fault);
+                self.end_in_sigbus(&fault, why);
                 worked = true;
                 continue;
             }
@@ -446,7 +441,7 @@ impl Pager {
             .zip(control)
             .is_some_and(|(batch, control)| control.done.load(Ordering::SeqCst) == batch.command);
         let mut due = false;
-        if !helper_done {
+        if !helper_done && self.links.arm() {
             let short = !self.waiting.is_empty()
                 || self.fetches.any_to_install()
                 || self.rest_until.is_some();

@@ -169,7 +169,7 @@ impl Pager {
                 self.release_slot_of(entry);
             } else if entry
                 .slot()
-                .is_some_and(|slot| self.shared.far.hash(slot) == Some(hash))
+                .is_some_and(|slot| self.is_good_copy(slot, hash))
             {
                 self.table.change(*page, |entry| entry.evicted_clean(age));
             } else {
@@ -183,6 +183,13 @@ impl Pager {
         }
         self.staging.areas[area].homeless = changed;
         self.post_writes();
+    }
+
+    /// Whether a slot holds these bytes, on a node that can be asked for them as far as is known. A page that is here is not
+    /// given up for a copy that may be gone.
+    fn is_good_copy(&self, slot: Slot, hash: u128) -> bool {
+        let far = &self.shared.far;
+        far.hash(slot) == Some(hash) && far.is_usable(slot) && !self.links.is_away(far, slot)
     }
 
     /// Tries again what found no slot, or no node that answered. With all areas taken no batch comes that would.

@@ -1,0 +1,139 @@
+//! The other machine of the lab (`deploy/softroce/`): a coordinator and a memory node over RDMA there, told from here what
+//! to do, a line each.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use super::cluster::{Cluster, Daemon};
+use super::patience;
+
+/// Where the other machine is, and listens.
+const HOST: &str = "10.77.0.2";
+const PORT: u16 = 7601;
+/// Its coordinator.
+pub const URL: &str = "http://10.77.0.2:7400";
+
+/// Longer than any outage that is tried: an agent that was cut off from the coordinator as well keeps what it holds.
+const LEASE_SECONDS: &str = "300";
+
+/// Is the other machine, until it is ended.
+pub fn serve() {
+    let listener = TcpListener::bind(("0.0.0.0", PORT)).unwrap();
+    let mut cluster = Cluster::empty();
+    let state = format!("file:{}", cluster.path("state.redb").display());
+    let listen = URL.trim_start_matches("http://");
+    let words = ["coordinator", "--listen", listen, "--state", &state];
+    let coordinator = cluster.daemon(&[&words[..], &["--lease-time", LEASE_SECONDS]].concat());
+    assert!(coordinator.said.contains(URL), "{}", coordinator.said);
+    let mut node = start_node(&mut cluster);
+    for stream in listener.incoming() {
+        let mut stream = stream.unwrap();
+        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+        while let Some(Ok(line)) = lines.next() {
+            let answer = match line.as_str() {
+                "kill" => {
+                    node.kill();
+                    "killed".to_owned()
+                }
+                "start" => {
+                    node = start_node(&mut cluster);
+                    "started".to_owned()
+                }
+                "cpu" => cpu(&node),
+                other => panic!("{other}"),
+            };
+            if writeln!(stream, "{answer}").is_err() {
+                break;
+            }
+        }
+    }
+}
+
+fn start_node(cluster: &mut Cluster) -> Daemon {
+    let listen = format!("{HOST}:7500");
+    let node = cluster.daemon(&[
+        "node",
+        "--capacity",
+        "128M",
+        "--coordinator",
+        URL,
+        "--fabric",
+        "rdma",
+        "--listen",
+        &listen,
+        "--id",
+        "n0",
+    ]);
+    assert!(node.said.contains("lends memory at"), "{}", node.said);
+    node
+}
+
+/// Clock ticks that a process has used, in user space and in the kernel.
+fn cpu(of: &Daemon) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{}/stat", of.child.id())).unwrap();
+    // Behind the name, which may hold anything, come the state and the fields from the fourth on.
+    let (_, fields) = text.rsplit_once(')').unwrap();
+    let fields: Vec<&str> = fields.split_whitespace().collect();
+    format!("{} {}", fields[11], fields[12])
+}
+
+/// The other machine, seen from the first.
+pub struct Other {
+    lines: BufReader<TcpStream>,
+}
+
+impl Other {
+    /// Waits until it serves.
+    pub fn find() -> Self {
+        let deadline = Instant::now() + patience(Duration::from_secs(60));
+        loop {
+            match TcpStream::connect((HOST, PORT)) {
+                Ok(stream) => {
+                    let mut other = Self {
+                        lines: BufReader::new(stream),
+                    };
+                    other.cpu();
+                    return other;
+                }
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    fn ask(&mut self, what: &str) -> String {
+        writeln!(self.lines.get_mut(), "{what}").unwrap();
+        let mut answer = String::new();
+        self.lines.read_line(&mut answer).unwrap();
+        answer.trim().to_owned()
+    }
+
+    /// Ends the node by SIGKILL.
+    pub fn kill_node(&mut self) {
+        assert_eq!(self.ask("kill"), "killed");
+    }
+
+    /// Starts it again, empty.
+    pub fn start_node(&mut self) {
+        assert_eq!(self.ask("start"), "started");
+    }
+
+    /// What the node's process has used, in user space and in the kernel.
+    pub fn cpu(&mut self) -> (Duration, Duration) {
+        let answer = self.ask("cpu");
+        let tick = |text: &str| Duration::from_millis(10) * text.parse().unwrap();
+        let (user, kernel) = answer.split_once(' ').unwrap();
+        (tick(user), tick(kernel))
+    }
+
+    /// Has the lab pause, resume or kill it, or pull and put back its wire.
+    pub fn control(verb: &str) {
+        let done = Command::new("lab-control")
+            .args(["b", verb])
+            .status()
+            .unwrap();
+        assert!(done.success(), "lab-control b {verb}");
+    }
+}

@@ -1,0 +1,213 @@
+//! Programs whose pages lie on another machine, by RDMA: alike with what runs natively; and what becomes of them when that
+//! machine is cut off, paused, robbed of its node or ended. Runs in the lab, on two machines: `FARPAGE_LAB=serve` on b,
+//! `FARPAGE_LAB=endure` on a; elsewhere it says that it did not.
+
+#![cfg(feature = "verbs")]
+#![allow(missing_docs)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout
+)]
+
+mod common;
+
+use std::os::unix::process::ExitStatusExt;
+use std::time::{Duration, Instant};
+
+use common::cluster::{Cluster, Program};
+use common::lab::{self, Other};
+use common::{eventually, patience};
+
+/// 9 MB of data in a program of some 20 MB: a quarter of its peak may stay.
+const PIECES: u32 = 3_000;
+const LOCAL: &str = "5M";
+
+/// Enough to show that pages go there and come back.
+const FEW_PIECES: u32 = 500;
+
+/// Fits into its memory here whatever happens to far memory.
+const SMALL: u32 = 10;
+const SMALL_LOCAL: &str = "32M";
+
+/// How long the node's processor is watched while nothing goes on.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// The pages of `outage.c`.
+const PAGES: u64 = 6144;
+
+/// For how long the wire is pulled, seconds, unless `FARPAGE_OUTAGES` says otherwise.
+const OUTAGES: &str = "1,5";
+
+/// The agent's faults wait for at least so much longer than the longest outage, seconds.
+const BEYOND_OUTAGES: u64 = 60;
+
+#[test]
+fn a_program_whose_pages_lie_on_another_machine() {
+    match std::env::var("FARPAGE_LAB").as_deref() {
+        Ok("serve") => lab::serve(),
+        Ok(_) => endure(),
+        Err(_) => println!(
+            "SKIPPED: a_program_whose_pages_lie_on_another_machine: needs the lab's two machines (cargo xtask lab)"
+        ),
+    }
+}
+
+fn endure() {
+    let outages = std::env::var("FARPAGE_OUTAGES").unwrap_or_else(|_| OUTAGES.to_owned());
+    let outages: Vec<u64> = outages.split(',').map(|n| n.parse().unwrap()).collect();
+    let deadline = (outages.iter().max().unwrap() + BEYOND_OUTAGES).to_string();
+    let agent = ["--fabric", "rdma", "--fault-deadline", &deadline];
+    let (mut other, began) = (Other::find(), Instant::now());
+    let mut cluster = Cluster::empty();
+    cluster.url = lab::URL.to_owned();
+    cluster.start_agent(&agent);
+
+    let native = cluster.run_native(PIECES).complete(1).remove(0);
+    let native_few = cluster.run_native(FEW_PIECES).complete(1).remove(0);
+    same_as_native(&cluster, &mut other, &native);
+    // Whoever fits is not to notice any of what follows.
+    let mut small = cluster.run_program(SMALL_LOCAL, SMALL, "small");
+    small.built();
+    let hash_of_small = small.check();
+    let mut threads = start_threads(&cluster);
+    for seconds in outages {
+        wait_out(&mut threads, "unplug", "plug", seconds, || {
+            assert_eq!(small.check(), hash_of_small);
+        });
+    }
+    wait_out(&mut threads, "pause", "resume", 3, || {});
+    lose_the_node(threads, &mut other);
+    assert_eq!(small.check(), hash_of_small);
+
+    println!("the node is another: {:?} since the start", began.elapsed());
+    assert_eq!(complete(&cluster, FEW_PIECES, "again"), native_few);
+    assert!(small.end().0.success());
+    let (status, log) = cluster.agent.as_mut().unwrap().stop();
+    assert!(status.success(), "{status}: {log}");
+    eventually("the extents are given back", || {
+        cluster.status()["nodes"][0]["used_bytes"] == 0
+    });
+    cluster.start_agent(&agent);
+    assert_eq!(complete(&cluster, FEW_PIECES, "another_agent"), native_few);
+
+    println!("the agent is another: {:?}", began.elapsed());
+    end_the_machine(&mut cluster);
+    println!("the machine has ended: {:?}", began.elapsed());
+    let mut agent = cluster.agent.take().unwrap();
+    agent.stop();
+    cluster.assert_nothing_runs();
+}
+
+fn complete(cluster: &Cluster, pieces: u32, name: &str) -> String {
+    let hashes = cluster.run_program(LOCAL, pieces, name).complete(1);
+    assert_eq!(cluster.summary(name)["far_slots_in_use_at_exit"], 0);
+    hashes.concat()
+}
+
+/// An unmodified program at a quarter of its peak, and what that costs the other machine's processor.
+fn same_as_native(cluster: &Cluster, other: &mut Other, native: &str) {
+    let (before, began) = (other.cpu(), Instant::now());
+    assert_eq!(complete(cluster, PIECES, "python"), native);
+    let (after, took) = (other.cpu(), began.elapsed());
+    std::thread::sleep(IDLE);
+    let idle = other.cpu();
+    let summary = cluster.summary("python");
+    assert_eq!(summary["fabric"], "rdma", "{summary}");
+    let pages = |field: &str| summary[field].as_u64().unwrap();
+    let moved = pages("pages_fetched") + pages("pages_written_back");
+    println!(
+        "{moved} pages ({} MiB) went to and from machine b in {took:?}; its node used {:?} of user and {:?} of kernel time, \
+         and {:?} and {:?} in {IDLE:?} without",
+        moved >> 8,
+        after.0 - before.0,
+        after.1 - before.1,
+        idle.0 - after.0,
+        idle.1 - after.1,
+    );
+    assert!(moved > u64::from(PIECES), "{summary}");
+}
+
+/// `outage.c`: four threads that read 24 MiB of which 5 may stay.
+fn start_threads(cluster: &Cluster) -> Program {
+    let path = farpage_bench::conformance::programs::compile("outage", cluster.folder()).unwrap();
+    let mut command = cluster.run_command(LOCAL, "threads");
+    command.arg("--").arg(path);
+    let mut program = Program::start(command);
+    program.built();
+    assert_eq!(program.check(), all_right());
+    program
+}
+
+fn all_right() -> String {
+    format!("right {PAGES} wrong 0 lost 0 here 0")
+}
+
+/// The other machine is out of reach for some seconds, while the threads want their pages.
+fn wait_out(
+    threads: &mut Program,
+    out: &str,
+    back: &str,
+    seconds: u64,
+    mut meanwhile: impl FnMut(),
+) {
+    Other::control(out);
+    threads.ask();
+    let early = threads.line_within(Duration::from_secs(seconds) / 2);
+    assert_eq!(early, None, "nothing comes while machine b is out of reach");
+    meanwhile();
+    std::thread::sleep(Duration::from_secs(seconds) / 2);
+    Other::control(back);
+    let again = Instant::now();
+    let line = threads.line_within(patience(Duration::from_secs(60)));
+    assert_eq!(line, Some(all_right()));
+    println!(
+        "{out} for {seconds} s: all pages were read {:?} after {back}",
+        again.elapsed()
+    );
+}
+
+/// A node that is gone may come back, and its pages are waited for; one that comes back empty has lost them, and them alone.
+fn lose_the_node(mut threads: Program, other: &mut Other) {
+    other.kill_node();
+    threads.ask();
+    assert_eq!(threads.line_within(Duration::from_secs(4)), None);
+    other.start_node();
+    let Some(line) = threads.line_within(patience(Duration::from_secs(60))) else {
+        panic!("the program's end: {:?}", threads.end());
+    };
+    println!("after the node came back empty: {line}");
+    let numbers: Vec<u64> = line
+        .split(' ')
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    let [right, wrong, lost, here] = numbers[..] else {
+        panic!("{line}")
+    };
+    assert!(right + lost == PAGES && wrong == 0 && here == 0, "{line}");
+    assert!(lost > PAGES / 2, "{line}");
+    let (status, errors) = threads.end();
+    assert!(status.success(), "{status}: {errors}");
+}
+
+/// Nobody is left who could say that pages are lost: their deadline does.
+fn end_the_machine(cluster: &mut Cluster) {
+    let mut small = cluster.run_program(SMALL_LOCAL, SMALL, "small");
+    small.built();
+    let hash = small.check();
+    let mut command = cluster.run_command(LOCAL, "loser");
+    command
+        .args(["--fault-deadline", "5", "--", common::cluster::PYTHON])
+        .arg(cluster.path("program.py"))
+        .arg(PIECES.to_string());
+    let mut loser = Program::start(command);
+    loser.built();
+    Other::control("kill");
+    loser.ask();
+    let (status, errors) = loser.end();
+    assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}: {errors}");
+    assert_eq!(small.check(), hash);
+    assert!(small.end().0.success());
+    assert!(cluster.agent_runs());
+}

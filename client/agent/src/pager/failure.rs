@@ -1,0 +1,115 @@
+//! What becomes of a fault whose page does not come: unreachable is not lost, and lost is told at once.
+//!
+//! A fetch that fails gives all of its pages back. Those that threads wait for are asked for again, one by one, so that a
+//! page on a node that answers neither waits for another's node nor is taken for lost with it. Until a node can be
+//! reached its pages' faults wait, at most until their deadline.
+
+use super::{Fault, Pager};
+use crate::table::Page;
+
+/// How often a page whose bytes fail their check is read again before it counts as lost.
+const MAX_RETRIES: u8 = 3;
+
+impl Pager {
+    /// Whether a fault has waited for as long as its job lets it.
+    pub(super) fn is_late(&self, fault: &Fault) -> bool {
+        fault.began.elapsed() > self.job.limits.fault_deadline
+    }
+
+    /// Ends a fault in SIGBUS, and says why.
+    pub(super) fn end_in_sigbus(&mut self, fault: &Fault, why: &str) {
+        tracing::error!(
+            page = format_args!("{:#x}", fault.page.address()),
+            pid = self.pid(),
+            why,
+            "a fault ends in SIGBUS"
+        );
+        self.deliver_sigbus(fault);
+    }
+
+    /// A fetch failed, or brought bytes that do not pass their check. Returns whether it is over.
+    pub(super) fn retry_fetch(&mut self, place: usize) -> bool {
+        let Some(fetch) = self.fetches.get(place) else {
+            return false;
+        };
+        let (corrupt, alone) = (!fetch.failed, fetch.slots.len() == 1);
+        if corrupt && alone && fetch.wanted && fetch.retries < MAX_RETRIES {
+            fetch.retries += 1;
+            fetch.posted = 0;
+            let first = fetch.first();
+            self.complain_of_bytes(first);
+            self.post_reads(place);
+            return false;
+        }
+        let first = fetch.first();
+        let waiters = std::mem::take(&mut fetch.waiters);
+        self.drop_fetch(place);
+        if corrupt && alone {
+            for fault in waiters {
+                self.end_in_sigbus(&fault, "its bytes keep failing their check");
+            }
+            return true;
+        }
+        if corrupt {
+            self.complain_of_bytes(first);
+        } else {
+            self.links.reconnect_later();
+        }
+        let again = waiters.into_iter().map(|fault| Fault {
+            alone: true,
+            ..fault
+        });
+        self.waiting.extend(again);
+        // They are tried with all that wait, after a rest.
+        false
+    }
+
+    fn complain_of_bytes(&self, first: Page) {
+        tracing::warn!(
+            page = format_args!("{:#x}", first.address()),
+            "bytes from far memory failed their check; they are read again"
+        );
+    }
+
+    /// A far page whose fetch has failed before: lost, or fetched once its node can be reached.
+    pub(super) fn fetch_again(&mut self, fault: Fault) -> Option<Fault> {
+        let (Some(slot), Some(frames)) = (self.table.get(fault.page).slot(), self.fetches.memory())
+        else {
+            return Some(fault);
+        };
+        if self.shared.far.is_lost(slot) {
+            self.end_in_sigbus(&fault, "its memory node has lost it");
+            return None;
+        }
+        if self.links.reaches(&self.shared.far, &frames, slot) {
+            self.start_fetch(fault)
+        } else {
+            Some(fault)
+        }
+    }
+
+    /// Threads that have waited long enough for a fetch that is still under way wait no more. Returns whether there were any.
+    pub(super) fn give_up_late(&mut self, place: usize) -> bool {
+        let deadline = self.job.limits.fault_deadline;
+        let Some(fetch) = self.fetches.get(place) else {
+            return false;
+        };
+        let is_late = |fault: &Fault| fault.began.elapsed() > deadline;
+        if !fetch.waiters.iter().any(is_late) {
+            return false;
+        }
+        let waiters = std::mem::take(&mut fetch.waiters);
+        let (late, rest): (Vec<Fault>, Vec<Fault>) = waiters.into_iter().partition(is_late);
+        if rest.is_empty() {
+            // What arrives after all is as good as read ahead.
+            fetch.wanted = false;
+            self.fetches.ahead.push_back(place);
+        } else {
+            fetch.waiters = rest;
+        }
+        for fault in late {
+            self.end_in_sigbus(&fault, "past its deadline");
+        }
+        true
+    }
+}
