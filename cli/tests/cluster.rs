@@ -9,6 +9,7 @@
 
 mod common;
 
+use std::fmt::Write as _;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
@@ -17,7 +18,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::cluster::{Cluster, GROUP, PATIENCE, PYTHON, Program, as_user, wait};
-use common::{alone, eventually, is_over, marked, skip, sys, without_far_memory};
+use common::runs::{run, run_native};
+use common::{alone, eventually, is_over, marked, skip, sys, without_far_memory, without_program};
 
 /// 27 MB of data in a program of some 40 MB: a quarter of its peak may stay.
 const PIECES: u32 = 9_000;
@@ -105,6 +107,61 @@ fn over_tcp_output_is_the_same_as_natively() {
     same_as_native_over("tcp");
 }
 
+/// The program of `cargo xtask demo`, smaller.
+#[test]
+fn over_tcp_sort_keeps_to_a_quarter_of_its_memory() {
+    const TEST: &str = "over_tcp_sort_keeps_to_a_quarter_of_its_memory";
+    if cannot_run(TEST) || without_program(TEST, "sort") {
+        return;
+    }
+    let _alone = alone();
+    let cluster = Cluster::start("tcp", &["128M", "128M"]);
+    let mut text = String::new();
+    let mut key = 0x9e37_79b9_7f4a_7c15_u64;
+    for line in 0..100_000 {
+        key = key
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        writeln!(text, "{key:016x}{line:0900}").unwrap();
+    }
+    std::fs::write(cluster.path("lines"), text).unwrap();
+    let words = ["sort", "--parallel=1", "-S", "1G", "lines"];
+    let native = run_native(&words, cluster.folder(), PATIENCE);
+    assert!(native.status.success(), "{}", native.errors);
+
+    let limit = native.seen.peak_bytes / 4;
+    let mut command = cluster.run_command(&limit.to_string(), "sorted");
+    command.arg("--").args(words);
+    let far = run(
+        command,
+        &cluster.path("farpage"),
+        cluster.folder(),
+        2 * PATIENCE,
+    );
+    let summary = cluster.summary("sorted");
+    println!(
+        "{TEST}: native {:?}, {} MiB; far {:?}, {} KiB above the limit",
+        native.elapsed,
+        native.seen.peak_bytes >> 20,
+        far.elapsed,
+        far.seen.peak_bytes as i64 / 1024 - limit as i64 / 1024
+    );
+    assert!(far.status.success(), "{}", far.errors);
+    assert_eq!(far.output, native.output);
+    assert!(
+        far.seen.peak_bytes <= limit + (16 << 20),
+        "{:?} of {limit}: {summary}",
+        far.seen
+    );
+    assert_eq!(summary["far_slots_in_use_at_exit"], 0, "{summary}");
+    assert!(
+        summary["far_peak_bytes"].as_u64().unwrap() > limit,
+        "{summary}"
+    );
+    assert!(granted(&cluster, 0) > 0 && granted(&cluster, 1) > 0);
+    cluster.stop();
+}
+
 #[test]
 fn over_shm_between_processes_output_is_the_same_as_natively() {
     if cannot_run("over_shm_between_processes_output_is_the_same_as_natively") {
@@ -112,6 +169,94 @@ fn over_shm_between_processes_output_is_the_same_as_natively() {
     }
     let _alone = alone();
     same_as_native_over("shm");
+}
+
+/// Huge pages reserved for one test.
+struct Reserved {
+    before: u64,
+}
+
+impl Reserved {
+    const COUNT: &'static str = "/proc/sys/vm/nr_hugepages";
+
+    /// Reserves so many more; fewer where the kernel finds no memory in one piece.
+    fn pages(more: u64) -> Self {
+        let reserved = Self {
+            before: Self::count(),
+        };
+        let _ = std::fs::write(Self::COUNT, (reserved.before + more).to_string());
+        reserved
+    }
+
+    fn count() -> u64 {
+        let text = std::fs::read_to_string(Self::COUNT).unwrap_or_default();
+        text.trim().parse().unwrap_or(0)
+    }
+
+    /// Those that no file has been promised.
+    fn unclaimed() -> u64 {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+        let field = |name: &str| -> u64 {
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix(name))
+                .unwrap();
+            line.trim().parse().unwrap()
+        };
+        field("HugePages_Free:") - field("HugePages_Rsvd:")
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let _ = std::fs::write(Self::COUNT, self.before.to_string());
+    }
+}
+
+#[test]
+fn a_pool_of_reserved_huge_pages_serves() {
+    const TEST: &str = "a_pool_of_reserved_huge_pages_serves";
+    if cannot_run(TEST) {
+        return;
+    }
+    let _alone = alone();
+    // 64 MiB of 2 MiB each.
+    let _reserved = Reserved::pages(32);
+    if Reserved::unclaimed() < 32 {
+        skip(
+            TEST,
+            "the kernel cannot reserve 32 huge pages (vm.nr_hugepages)",
+        );
+        return;
+    }
+    for fabric in ["tcp", "shm"] {
+        let mut cluster = Cluster::start(fabric, &[]);
+        let mut words = cluster.node_arguments("n0", "64M", fabric);
+        words.push("--huge-pages".into());
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let unclaimed = Reserved::unclaimed();
+        let node = cluster.daemon(&words);
+        assert!(node.said.contains("lends memory at"), "{}", node.said);
+        cluster.nodes.push(node);
+        assert_eq!(Reserved::unclaimed(), unclaimed - 32, "{fabric}");
+        eventually("the node is known", || {
+            cluster.status()["nodes"][0]["health"] == "live"
+        });
+        let native = cluster.run_native(PIECES).complete(2);
+        // The second program gets what the first has given back.
+        for summary in ["first", "second"] {
+            assert_eq!(
+                cluster.run_program(LOCAL, PIECES, summary).complete(2),
+                native,
+                "{fabric}"
+            );
+            let summary = cluster.summary(summary);
+            assert!(summary["pages_fetched"].as_u64() > Some(1000), "{summary}");
+            assert_eq!(summary["far_slots_in_use_at_exit"], 0, "{summary}");
+        }
+        let logs = cluster.stop();
+        assert!(!logs[1].contains("no reserved huge pages"), "{}", logs[1]);
+    }
 }
 
 #[test]
@@ -194,6 +339,7 @@ fn full_nodes_end_what_does_not_fit_and_nothing_else() {
     let (status, errors) = too_large.end();
     assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}: {errors}");
     assert!(began.elapsed() < PATIENCE);
+    assert!(errors.contains("far memory is full"), "{errors}");
 
     assert_eq!(fits.check(), native[0]);
     assert!(fits.end().0.success());
@@ -238,6 +384,7 @@ fn a_lost_node_ends_who_needs_its_pages_and_nobody_else() {
     cluster.start_node("n1", "128M", "tcp");
     let (status, errors) = loser.end();
     assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}: {errors}");
+    assert!(errors.contains("its memory node has lost it"), "{errors}");
     assert_eq!(small.check(), hash_of_small);
     assert!(small.end().0.success());
     assert_eq!(
@@ -252,6 +399,59 @@ fn a_lost_node_ends_who_needs_its_pages_and_nobody_else() {
         );
     }
     cluster.nodes.remove(1);
+    cluster.stop();
+}
+
+#[test]
+fn a_silent_node_ends_faults_at_their_deadline_and_not_before() {
+    if cannot_run("a_silent_node_ends_faults_at_their_deadline_and_not_before") {
+        return;
+    }
+    let _alone = alone();
+    let mut cluster = Cluster::start("tcp", &["128M"]);
+    let native = cluster.run_native(PIECES).complete(1);
+    let mut patient = cluster.run_program(LOCAL, PIECES, "patient");
+    let mut hasty = {
+        let mut command = cluster.run_command(LOCAL, "hasty");
+        command.args(["--fault-deadline", "2", "--", PYTHON]);
+        command
+            .arg(cluster.path("program.py"))
+            .arg(PIECES.to_string());
+        Program::start(command)
+    };
+    patient.built();
+    hasty.built();
+    assert_eq!(
+        (patient.check(), hasty.check()),
+        (native[0].clone(), native[0].clone())
+    );
+
+    let node = cluster.nodes[0].child.id() as i32;
+    sys::kill(node, libc::SIGSTOP);
+    let began = Instant::now();
+    patient.ask();
+    hasty.ask();
+    let (status, errors) = hasty.end();
+    assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}: {errors}");
+    assert!(
+        began.elapsed() >= Duration::from_secs(2),
+        "{:?}",
+        began.elapsed()
+    );
+    assert!(errors.contains("--fault-deadline"), "{errors}");
+    assert_eq!(patient.line_within(Duration::from_millis(1)), None);
+    sys::kill(node, libc::SIGCONT);
+    assert_eq!(patient.line_within(PATIENCE), Some(native[0].clone()));
+    assert_eq!(patient.check(), native[0]);
+    assert!(patient.end().0.success());
+    for summary in ["patient", "hasty"] {
+        assert_eq!(
+            cluster.summary(summary)["far_slots_in_use_at_exit"],
+            0,
+            "{summary}"
+        );
+    }
+    assert!(cluster.agent_runs());
     cluster.stop();
 }
 

@@ -298,6 +298,47 @@ fn a_child_without_the_shim_is_counted() {
 }
 
 #[test]
+fn what_does_not_fit_ends_and_says_why() {
+    if without_privilege("what_does_not_fit_ends_and_says_why") {
+        return;
+    }
+    let run = |mib: u64| {
+        let program = format!(
+            "import random\nprint('began', flush=True)\ndata = [random.randbytes(4000) for _ in range(256 * {mib})]\nprint(len(data))"
+        );
+        Command::new(farpage())
+            .args([
+                "run",
+                "--local",
+                "24M",
+                "--far",
+                "32M",
+                "--summary",
+                "none",
+                "--",
+            ])
+            .args(["/usr/bin/python3", "-I", "-c", &program])
+            .env_remove("FARPAGE_AGENT")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    };
+    let fits = run(40);
+    assert_eq!(
+        (text(&fits.stdout), text(&fits.stderr)),
+        ("began\n10240\n".to_owned(), String::new())
+    );
+    let too_large = run(96);
+    assert_eq!(too_large.status.signal(), Some(libc::SIGBUS));
+    assert_eq!(text(&too_large.stdout), "began\n");
+    let told = text(&too_large.stderr);
+    assert!(
+        told.contains("far memory is full") && told.contains("--far"),
+        "{told}"
+    );
+}
+
+#[test]
 fn under_a_limit_of_address_space_set_before() {
     if without_privilege("under_a_limit_of_address_space_set_before") {
         return;

@@ -10,11 +10,14 @@ mod common;
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 
+use common::programs_in_c::{LOCAL, compiled};
 use common::pty::Shell;
 use common::{
     eventually, farpage, farpage_run, is_over, listing, marked, skip, state, status_field, sys,
+    without_program,
 };
 
 /// Says so and returns true if this account cannot bring far memory up.
@@ -236,6 +239,94 @@ fn terminal_stop_and_foreground() {
     shell.expect("Stopped");
     shell.keys("fg\n");
     shell.expect("again");
+}
+
+/// Waits for the long work of `bench/c/hostile.c` to have most of its memory far. It reads it over and over for as long as the
+/// file stays that it has made for this. Returns its pid.
+fn at_long_work(ready: &Path) -> u32 {
+    let mut pid = None;
+    eventually("the long work begins", || {
+        let text = std::fs::read_to_string(ready).unwrap_or_default();
+        pid = text.strip_suffix('\n').and_then(|text| text.parse().ok());
+        pid.is_some()
+    });
+    pid.unwrap()
+}
+
+#[test]
+fn terminal_stop_and_foreground_with_pages_far() {
+    const TEST: &str = "terminal_stop_and_foreground_with_pages_far";
+    if without_privilege(TEST) || without_program(TEST, "cc") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let ready = folder.path().join("long_work.ready");
+    let mut shell = Shell::start();
+    shell.expect("PROMPT> ");
+    shell.keys(&format!(
+        "cd {}; {} run --local {LOCAL} --summary none -- {} long_work\n",
+        folder.path().display(),
+        farpage().display(),
+        compiled("hostile").display()
+    ));
+    let program = at_long_work(&ready);
+    for _ in 0..3 {
+        shell.keys("\x1a");
+        shell.expect("Stopped");
+        shell.expect("PROMPT> ");
+        assert_eq!(state(program), Some('T'));
+        shell.keys("fg\n");
+        eventually("it goes on", || state(program) != Some('T'));
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    std::fs::remove_file(ready).unwrap();
+    shell.expect("PROMPT> ");
+    shell.keys("echo stat\"\"us=$?.\n");
+    shell.expect("status=0.");
+}
+
+#[test]
+fn killed_with_pages_far_nothing_is_left_behind() {
+    const TEST: &str = "killed_with_pages_far_nothing_is_left_behind";
+    if without_privilege(TEST) || without_program(TEST, "cc") {
+        return;
+    }
+    let shared = || listing(Path::new("/dev/shm"));
+    let before = shared();
+    for victim in ["program", "launcher"] {
+        let folder = tempfile::tempdir().unwrap();
+        let mark = format!("farpage-mark-far-{}-{victim}", std::process::id());
+        let mut launcher = Command::new(farpage())
+            .args([
+                "run",
+                "--local",
+                &LOCAL.to_string(),
+                "--summary",
+                "none",
+                "--",
+            ])
+            .arg(compiled("hostile"))
+            .arg("long_work")
+            .env("FARPAGE_TEST_MARK", &mark)
+            .env_remove("FARPAGE_AGENT")
+            .current_dir(folder.path())
+            .spawn()
+            .unwrap();
+        let program = at_long_work(&folder.path().join("long_work.ready"));
+        let killed = if victim == "program" {
+            program
+        } else {
+            launcher.id()
+        };
+        sys::kill(killed as i32, libc::SIGKILL);
+        assert_eq!(launcher.wait().unwrap().signal(), Some(libc::SIGKILL));
+        eventually(&format!("{victim}: all processes end"), || {
+            marked(&mark).is_empty()
+        });
+        eventually("shared memory is gone", || {
+            shared().iter().all(|file| before.contains(file))
+        });
+    }
 }
 
 #[test]

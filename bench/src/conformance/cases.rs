@@ -225,7 +225,8 @@ pub const CASES: &[Case] = &[
     case("kernel_access", "pinned", "io_uring fixed buffers stay while pinned"),
     case("kernel_access", "pinned_fork", "the same while the process forks, and both sides are intact"),
     case("kernel_access", "proc_mem", "the kernel's limit: /proc/PID/mem says EIO"),
-    case("kernel_access", "guard", "the kernel's limit: guard pages keep old contents"),
+    case("kernel_access", "guard", "guard pages by libc's madvise fault, and are zeros afterwards"),
+    case("kernel_access", "guard_raw", "the kernel's limit: under guard pages by the bare system call, far pages stay"),
     case("kernel_access", "dump", "the kernel's limit: core dumps have holes").ending(128 + 6),
 
     case("growth", "mapping", "one mapping written at full speed"),

@@ -95,7 +95,14 @@ pub(crate) fn command(args: &RunArgs) -> ExitCode {
         }
     };
     match session.finish(ended) {
-        Ok(summary) => sink.write(&summary),
+        Ok(summary) => {
+            if let Some(why) = &summary.loss {
+                tell(&format!(
+                    "a page of the program is lost, and its touch ended in SIGBUS: {why}"
+                ));
+            }
+            sink.write(&summary);
+        }
         Err(error) => {
             complain(&error);
             if error.ended_the_program() {

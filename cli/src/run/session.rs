@@ -152,6 +152,8 @@ impl Session {
             prefetch_hits: account.prefetch_hits,
             pages_evicted: account.pages_evicted,
             pages_written_back: account.pages_written_back,
+            pages_poisoned: account.pages_poisoned,
+            loss: account.loss,
             local_limit_bytes: account.local_limit_bytes,
             local_peak_bytes: account.local_peak_bytes,
             far_peak_bytes: account.far_peak_bytes,

@@ -34,6 +34,10 @@ pub(crate) struct Summary {
     pub(crate) pages_evicted: u64,
     /// Of these, sent, as they were neither all zeros nor unchanged since they were fetched.
     pub(crate) pages_written_back: u64,
+    /// Touches of pages that could not be had any more; each ended in SIGBUS.
+    pub(crate) pages_poisoned: u64,
+    /// Why the first of them did.
+    pub(crate) loss: Option<String>,
     /// What `--local` allowed.
     pub(crate) local_limit_bytes: u64,
     /// The most anonymous memory (Pss) that the program's process tree had here at a time.

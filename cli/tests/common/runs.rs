@@ -27,7 +27,7 @@ pub struct Outcome {
 pub fn run_native(program: &[&str], folder: &Path, deadline: Duration) -> Outcome {
     let mut command = Command::new(program[0]);
     command.args(&program[1..]);
-    run(command, folder, deadline)
+    run(command, &farpage(), folder, deadline)
 }
 
 /// Runs the program with at most `local` bytes of its memory here.
@@ -57,13 +57,14 @@ pub fn run_far_with(
         .arg(summary.path());
     command.arg("--").args(program).env_remove("FARPAGE_AGENT");
     command.envs(environment.iter().copied());
-    let mut outcome = run(command, folder, deadline);
+    let mut outcome = run(command, &farpage(), folder, deadline);
     let text = std::fs::read_to_string(summary.path()).unwrap();
     outcome.summary = serde_json::from_str(&text).ok();
     outcome
 }
 
-fn run(mut command: Command, folder: &Path, deadline: Duration) -> Outcome {
+/// Runs a command in a folder. Of the processes that it becomes, those of the executable `ours` are not the program's.
+pub fn run(mut command: Command, ours: &Path, folder: &Path, deadline: Duration) -> Outcome {
     command
         .current_dir(folder)
         .env("LC_ALL", "C")
@@ -74,7 +75,7 @@ fn run(mut command: Command, folder: &Path, deadline: Duration) -> Outcome {
         .stderr(Stdio::piped());
     let start = Instant::now();
     let mut child = command.spawn().unwrap();
-    let tree = Tree::watch(child.id(), farpage());
+    let tree = Tree::watch(child.id(), ours.to_path_buf());
     let (mut output, mut errors) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
     let output = std::thread::spawn(move || digest(&mut output));
     let errors = std::thread::spawn(move || {

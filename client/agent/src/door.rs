@@ -386,9 +386,16 @@ impl Door {
                         },
                     }
                 }
-                (JobRequest::Started { pid }, Some(job)) => {
-                    job.started(pid);
-                    JobReply::Noted
+                (JobRequest::Started { pid: program }, Some(job)) => {
+                    // Whatever tree it names is watched, and its sizes told.
+                    if crate::tree::descendants(pid).contains(&program) {
+                        job.started(program);
+                        JobReply::Noted
+                    } else {
+                        JobReply::Refused {
+                            reason: format!("process {program} was not started by process {pid}"),
+                        }
+                    }
                 }
                 (JobRequest::Finish, Some(job)) => {
                     *finished = true;
@@ -444,7 +451,8 @@ fn send_go(peer: &OwnedFd, handle: &SpaceHandle, uffd: &[BorrowedFd<'_>]) -> io:
 fn finish(peer: &OwnedFd, pid: i32, handle: &Arc<SpaceHandle>) -> io::Result<()> {
     let up = expect(peer, tag::HELPER_UP)?.packet;
     let helper = i32::try_from(up.helper).map_err(|_| io::ErrorKind::InvalidData)?;
-    if share_memory(pid, helper) == Some(false) {
+    // It is ended with its program, so it must be what it says.
+    if share_memory(pid, helper) != Some(true) {
         return Err(io::ErrorKind::InvalidData.into());
     }
     handle.ask(Request::HelperUp(Process::open(helper)?));

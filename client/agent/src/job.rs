@@ -84,6 +84,7 @@ pub struct Job {
     launcher: AtomicI32,
     root: AtomicI32,
     failure: OnceLock<String>,
+    loss: OnceLock<String>,
     regions_only: AtomicBool,
     spaces: Mutex<Vec<Arc<SpaceHandle>>>,
     /// Of processes that have ended, the largest.
@@ -113,6 +114,7 @@ impl Job {
             launcher: AtomicI32::new(0),
             root: AtomicI32::new(0),
             failure: OnceLock::new(),
+            loss: OnceLock::new(),
             regions_only: AtomicBool::new(false),
             spaces: Mutex::new(Vec::new()),
             ended: Mutex::new(Vec::new()),
@@ -284,6 +286,11 @@ impl Job {
         crate::tree::end(self);
     }
 
+    /// A page of it cannot be had any more, for the reason given. The first reason counts.
+    pub fn a_page_is_lost(&self, why: &str) {
+        self.loss.get_or_init(|| why.to_owned());
+    }
+
     /// Whether it is a library's: its limit holds for the regions named to it, not for the program's memory, and
     /// the program outlives it.
     #[must_use]
@@ -357,6 +364,7 @@ impl Job {
             pages_evicted: count(&counters.pages_evicted),
             pages_written_back: count(&counters.pages_written_back),
             pages_poisoned: count(&counters.pages_poisoned),
+            loss: self.loss.get().cloned(),
             local_limit_bytes: self.local_pages() * 4096,
             local_peak_bytes: self.local_peak() * 4096,
             far_peak_bytes: self.far_peak() * 4096,

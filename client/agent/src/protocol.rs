@@ -92,6 +92,8 @@ pub struct Account {
     pub pages_written_back: u64,
     /// Pages lost.
     pub pages_poisoned: u64,
+    /// Why the first of them was.
+    pub loss: Option<String>,
     /// What of anonymous memory might be resident at the end, bytes.
     pub local_limit_bytes: u64,
     /// Most anonymous memory resident at any sample, bytes.

@@ -149,7 +149,7 @@ fn named(variable: &[u8]) -> impl Iterator<Item = i32> {
 }
 
 /// A process and all that descend from it, as far as their parents still live.
-fn descendants(root: i32) -> Vec<i32> {
+pub(crate) fn descendants(root: i32) -> Vec<i32> {
     let mut found = vec![root];
     let mut next = 0;
     while next < found.len() && found.len() < MAX_PROCESSES {

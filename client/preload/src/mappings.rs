@@ -48,6 +48,15 @@ pub(crate) fn grew(len: usize) {
     }
 }
 
+/// After `madvise`. What guard pages replace is gone, and that raises no event; dropping what lay there does, and leaves the
+/// guard pages in place.
+pub(crate) fn advised(address: *mut c_void, len: usize, advice: c_int, result: c_int) {
+    const MADV_GUARD_INSTALL: c_int = 102;
+    if advice == MADV_GUARD_INSTALL && result == 0 && control().is_some() {
+        let _ = memory::drop_pages(address.addr(), len);
+    }
+}
+
 /// Where the heap ended when that was last reported.
 static REPORTED_END: AtomicUsize = AtomicUsize::new(0);
 

@@ -171,6 +171,7 @@ interpose! { fn posix_memalign(out: *mut *mut c_void, alignment: usize, size: us
 interpose! { fn mmap(address: *mut c_void, len: usize, prot: c_int, flags: c_int, fd: c_int, offset: i64) -> *mut c_void, before let (flags, populate) = mappings::without_populate(flags, len), after |result| mappings::after(result, len, prot, flags, populate) }
 interpose! { fn mmap64(address: *mut c_void, len: usize, prot: c_int, flags: c_int, fd: c_int, offset: i64) -> *mut c_void, before let (flags, populate) = mappings::without_populate(flags, len), after |result| mappings::after(result, len, prot, flags, populate) }
 interpose! { fn mremap(old: *mut c_void, old_len: usize, len: usize, flags: c_int, address: *mut c_void) -> *mut c_void, before {}, after |result| mappings::made(result, len, true) }
+interpose! { fn madvise(address: *mut c_void, len: usize, advice: c_int) -> c_int, before {}, after |result| mappings::advised(address, len, advice, result) }
 
 const PR_SET_SECCOMP: c_int = 22;
 /// Its number on x86-64, as the helper's start is for x86-64.

@@ -9,6 +9,12 @@ use crate::table::Page;
 
 /// How often a page whose bytes fail their check is read again before it counts as lost.
 const MAX_RETRIES: u8 = 3;
+/// Why a fault ends that has waited for too long.
+pub(super) const PAST_DEADLINE: &str = "its memory node could not be reached before the fault's deadline (--fault-deadline); \
+     farpage status tells which nodes answer";
+/// Why a fault ends that needs a frame where nothing can be evicted.
+pub(super) const FAR_MEMORY_FULL: &str =
+    "far memory is full and nothing more fits; give it more (--far, or another memory node)";
 
 impl Pager {
     /// Whether a fault has waited for as long as its job lets it.
@@ -16,8 +22,9 @@ impl Pager {
         fault.began.elapsed() > self.job.limits.fault_deadline
     }
 
-    /// Ends a fault in SIGBUS, and says why.
+    /// Ends a fault in SIGBUS, and says why: to the log, and to the program's user at its end.
     pub(super) fn end_in_sigbus(&mut self, fault: &Fault, why: &str) {
+        self.job.a_page_is_lost(why);
         tracing::error!(
             page = format_args!("{:#x}", fault.page.address()),
             pid = self.pid(),
@@ -46,7 +53,7 @@ impl Pager {
         self.drop_fetch(place);
         if corrupt && alone {
             for fault in waiters {
-                self.end_in_sigbus(&fault, "its bytes keep failing their check");
+                self.end_in_sigbus(&fault, "its bytes keep failing their check; see the memory nodes' logs, and test their memory");
             }
             return true;
         }
@@ -78,7 +85,10 @@ impl Pager {
             return Some(fault);
         };
         if self.shared.far.is_lost(slot) {
-            self.end_in_sigbus(&fault, "its memory node has lost it");
+            self.end_in_sigbus(
+                &fault,
+                "its memory node has lost it (it was ended, or began anew)",
+            );
             return None;
         }
         if self.links.reaches(&self.shared.far, &frames, slot) {
@@ -108,7 +118,7 @@ impl Pager {
             fetch.waiters = rest;
         }
         for fault in late {
-            self.end_in_sigbus(&fault, "past its deadline");
+            self.end_in_sigbus(&fault, PAST_DEADLINE);
         }
         true
     }

@@ -27,6 +27,7 @@ mod wakeups;
 mod write_back;
 
 use std::collections::{HashSet, VecDeque};
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -116,6 +117,8 @@ pub struct Pager {
     gate: Gate,
     helper: Option<Helper>,
     take_out: Option<TakeOut>,
+    /// The program's memory as `/proc` shows it, once pages were copied from there.
+    memory: Option<File>,
     staging: Staging,
     /// Pages that the kernel writes at thread exit: never taken out.
     pinned: HashSet<u64>,
@@ -124,6 +127,7 @@ pub struct Pager {
     last_fault: Option<Instant>,
     next_fault: Patience,
     messages: Vec<Message>,
+    fresh_messages: Vec<Message>,
     arrived: Vec<Fault>,
     completions: Vec<Completion>,
     closing: bool,
@@ -177,6 +181,7 @@ impl Pager {
             gate: Gate::default(),
             helper: None,
             take_out: None,
+            memory: None,
             staging: Staging::default(),
             pinned: HashSet::new(),
             pinned_at: None,
@@ -184,6 +189,7 @@ impl Pager {
             last_fault: None,
             next_fault: Patience::new(FOR_FAULTS),
             messages: Vec::new(),
+            fresh_messages: Vec::new(),
             arrived: Vec::new(),
             completions: Vec::new(),
             closing: false,
@@ -278,18 +284,15 @@ impl Pager {
         let at = messages.len();
         let read = self.uffd.read(messages)?;
         if self.is_dropping() {
-            for message in messages.split_off(at) {
+            let mut fresh = std::mem::take(&mut self.fresh_messages);
+            fresh.extend(messages.drain(at..));
+            for message in fresh.drain(..) {
                 match message {
-                    Message::Remove(range) => {
-                        messages.extend(
-                            self.without_own_drops(range)
-                                .into_iter()
-                                .map(Message::Remove),
-                        );
-                    }
+                    Message::Remove(range) => self.without_own_drops(range, messages),
                     message => messages.push(message),
                 }
             }
+            self.fresh_messages = fresh;
         }
         Ok(read)
     }
@@ -324,9 +327,9 @@ impl Pager {
                 && !self.shared.far.any_unreachable();
             if full || self.is_late(&fault) {
                 let why = if full {
-                    "far memory is full and nothing more fits"
+                    failure::FAR_MEMORY_FULL
                 } else {
-                    "past its deadline"
+                    failure::PAST_DEADLINE
                 };
                 self.end_in_sigbus(&fault, why);
                 worked = true;

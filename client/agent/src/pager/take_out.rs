@@ -1,12 +1,13 @@
 //! Taking pages out: victims are chosen ahead of need, the helper moves them, what it got is staged.
 
-use std::collections::HashSet;
+use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use farpage_attach::control::{BATCH_PAGES, Control, method, outcome, staging_offset};
+use smallvec::SmallVec;
 
 use super::Pager;
 use crate::entry::Entry;
@@ -36,19 +37,43 @@ const SETTLE_REST: Duration = Duration::from_micros(100);
 /// starved for a while on a loaded machine.
 const HELPER_DEADLINE: Duration = Duration::from_secs(30);
 
+/// Pages that are copied at once from the program's memory to staging.
+const COPY_PAGES: usize = 4;
+
+/// The pages of a batch, in the order of their addresses. No batch needs memory from the allocator, as no fault does.
+pub(super) type Batch = SmallVec<[Page; BATCH_PAGES]>;
+
 /// A batch with the helper.
 #[derive(Debug)]
 pub(crate) struct TakeOut {
     pub(super) command: u32,
-    pub(super) pages: Vec<Page>,
+    pub(super) pages: Batch,
     pub(super) area: usize,
     method: u32,
     since: Instant,
-    /// Own discards whose events are still to be read (kernels without `UFFDIO_MOVE`).
-    drops_unread: HashSet<Page>,
+    /// Of which pages the events of our own drops are still to be read (kernels without `UFFDIO_MOVE`): one bit each.
+    drops_unread: u64,
 }
 
+const _: () = assert!(BATCH_PAGES <= u64::BITS as usize);
+
 impl TakeOut {
+    /// Takes the next event about a page for the one of our own drop. Returns false where that was read before, or the page
+    /// is not of this batch.
+    fn is_own_drop(&mut self, page: Page) -> bool {
+        let bit = self.bit(page);
+        let unread = self.drops_unread & bit != 0;
+        self.drops_unread &= !bit;
+        unread
+    }
+
+    fn bit(&self, page: Page) -> u64 {
+        match self.pages.binary_search(&page) {
+            Ok(index) => 1 << index,
+            Err(_) => 0,
+        }
+    }
+
     /// Whether the moves are over.
     pub(super) fn is_taken(&self, control: Option<&Control>) -> bool {
         self.method == method::DROP
@@ -110,8 +135,8 @@ impl Pager {
             .min(self.table.local_pages())
     }
 
-    fn choose_victims(&mut self, most: usize) -> (Vec<Page>, u32) {
-        let mut pages = Vec::with_capacity(most);
+    fn choose_victims(&mut self, most: usize) -> (Batch, u32) {
+        let mut pages = Batch::new();
         while pages.len() < most {
             let Some(page) = self.staging.next_unmovable() else {
                 break;
@@ -153,7 +178,7 @@ impl Pager {
         (pages, how)
     }
 
-    fn move_out(&mut self, pages: Vec<Page>, area: usize, how: u32) -> bool {
+    fn move_out(&mut self, pages: Batch, area: usize, how: u32) -> bool {
         let Some(helper) = &self.helper else {
             return false;
         };
@@ -171,7 +196,7 @@ impl Pager {
             area,
             method: how,
             since: Instant::now(),
-            drops_unread: HashSet::new(),
+            drops_unread: 0,
         });
         true
     }
@@ -179,17 +204,10 @@ impl Pager {
     /// Without `UFFDIO_MOVE`: protect, copy, have the helper drop what is still protected. The helper's drops
     /// raise events like the program's own, and are told apart by this batch's list.
     fn drop_out(&mut self, pages: &[Page], area: usize) -> bool {
-        let Some(process) = &self.process else {
-            return false;
-        };
-        let memory = std::fs::File::open(format!("/proc/{}/mem", process.pid()));
         // One that cannot be protected or read keeps none of the others back.
         let (pages, kept) = self.protect(pages);
         self.turn_round(&kept);
-        let (pages, kept) = match &memory {
-            Ok(memory) => self.copy_to_staging(memory, &pages, area),
-            Err(_) => (Vec::new(), pages),
-        };
+        let (pages, kept) = self.copy_to_staging(&pages, area);
         for page in &kept {
             let _ = self.uffd.write_protect(&addresses(&[*page]), false);
         }
@@ -201,21 +219,20 @@ impl Pager {
         let command = self.gate.batch_without_moves();
         write_batch(helper.control(), &pages, area, method::DROP);
         helper.publish(command);
-        let drops_unread = pages.iter().copied().collect();
         self.take_out = Some(TakeOut {
             command,
             pages,
             area,
             method: method::DROP,
             since: Instant::now(),
-            drops_unread,
+            drops_unread: u64::MAX,
         });
         true
     }
 
     /// Protects pages against writing, run by run. Returns those that are, and those that cannot be.
-    fn protect(&self, pages: &[Page]) -> (Vec<Page>, Vec<Page>) {
-        let (mut protected, mut kept) = (Vec::with_capacity(pages.len()), Vec::new());
+    fn protect(&self, pages: &[Page]) -> (Batch, Batch) {
+        let (mut protected, mut kept) = (Batch::new(), Batch::new());
         let protects = |pages: &[Page]| self.uffd.write_protect(&addresses(pages), true).is_ok();
         for run in runs(pages) {
             if protects(run) {
@@ -236,18 +253,19 @@ impl Pager {
 
     /// Copies pages of the program's to staging by `/proc/PID/mem`, which never faults a managed page in.
     /// Returns those that were copied, in the order of their places there, and those that are not present.
-    fn copy_to_staging(
-        &self,
-        memory: &std::fs::File,
-        pages: &[Page],
-        area: usize,
-    ) -> (Vec<Page>, Vec<Page>) {
-        let Some(helper) = &self.helper else {
-            return (Vec::new(), pages.to_vec());
+    fn copy_to_staging(&mut self, pages: &[Page], area: usize) -> (Batch, Batch) {
+        if self.memory.is_none() {
+            self.memory = self
+                .process
+                .as_ref()
+                .and_then(|process| File::open(format!("/proc/{}/mem", process.pid())).ok());
+        }
+        let (Some(helper), Some(memory)) = (&self.helper, &self.memory) else {
+            return (Batch::new(), pages.into());
         };
-        let (mut copied, mut kept) = (Vec::with_capacity(pages.len()), Vec::new());
-        let mut buffer = vec![0; pages.len() * 4096];
-        for run in runs(pages) {
+        let (mut copied, mut kept) = (Batch::new(), Batch::new());
+        let mut buffer = [0; COPY_PAGES * 4096];
+        for run in runs(pages).flat_map(|run| run.chunks(COPY_PAGES)) {
             let mut rest = run;
             while let [first, ..] = rest {
                 let wanted = buffer.get_mut(..rest.len() * 4096).unwrap_or_default();
@@ -273,19 +291,17 @@ impl Pager {
     /// What the program itself discarded, of what the kernel says was. The helper's drops say the same as the program's: of
     /// pages that are being dropped the first to come is taken for the helper's, the second for the program's. Which is
     /// which does not matter, since these pages are touched by nobody before the batch is over.
-    pub(super) fn without_own_drops(&mut self, range: Range<u64>) -> Vec<Range<u64>> {
-        let Some(batch) = &mut self.take_out else {
-            return vec![range];
-        };
+    pub(super) fn without_own_drops(&mut self, range: Range<u64>, messages: &mut Vec<Message>) {
         let pages = pages_of(range.clone());
         let pages = || (pages.start.0..pages.end.0).map(Page);
-        if !pages().all(|page| batch.pages.binary_search(&page).is_ok()) {
-            return vec![range];
+        match &mut self.take_out {
+            Some(batch) if pages().all(|page| batch.bit(page) != 0) => messages.extend(
+                pages()
+                    .filter(|page| !batch.is_own_drop(*page))
+                    .map(|page| Message::Remove(addresses(&[page]))),
+            ),
+            _ => messages.push(Message::Remove(range)),
         }
-        pages()
-            .filter(|page| !batch.drops_unread.remove(page))
-            .map(|page| addresses(&[page]))
-            .collect()
     }
 
     /// Whether events may come of drops of our own.
@@ -312,14 +328,14 @@ impl Pager {
         let Some(batch) = self.take_out.take() else {
             return false;
         };
-        let outcomes: Vec<u32> = batch
+        let outcomes: SmallVec<[u32; BATCH_PAGES]> = batch
             .pages
             .iter()
             .zip(&helper.control().batch.outcomes)
             .map(|(_, outcome)| outcome.load(Ordering::Relaxed))
             .collect();
         tracing::trace!(space = self.handle.id, pages = ?batch.pages, ?outcomes, "batch done");
-        let mut taken = Vec::with_capacity(batch.pages.len());
+        let mut taken: SmallVec<[(usize, Page); BATCH_PAGES]> = SmallVec::new();
         // Those that another way takes need no rest.
         let unmovable = outcomes.contains(&libc::EINVAL.unsigned_abs());
         for (index, (page, outcome)) in batch.pages.iter().zip(outcomes).enumerate() {
@@ -328,7 +344,7 @@ impl Pager {
                 continue;
             }
             self.not_taken(*page, outcome, batch.method);
-            if batch.method == method::DROP && !batch.drops_unread.contains(page) {
+            if batch.method == method::DROP && batch.drops_unread & batch.bit(*page) == 0 {
                 // What was read as our drop's event was the program's own.
                 self.discard_pages(*page..page.plus(1));
             }

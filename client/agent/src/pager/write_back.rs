@@ -71,6 +71,8 @@ pub(crate) struct Staging {
     /// Pages that the program has locked, and when they were last tried.
     stuck: Vec<Page>,
     stuck_tried: Option<Instant>,
+    /// What runs kept their pages in that are over, for the next ones.
+    spare: Vec<Vec<Staged>>,
     /// Since when no slot could be had.
     full_since: Option<Instant>,
 }
@@ -153,7 +155,7 @@ impl Pager {
         let Some(helper) = &self.helper else { return };
         let memory = Arc::clone(helper.shared().memory());
         let age = self.residents.age();
-        let mut changed: Vec<Staged> = Vec::with_capacity(taken.len());
+        let mut changed = std::mem::take(&mut self.staging.areas[area].homeless);
         self.job.charge(-(taken.len() as i64));
         for (index, page) in taken {
             let entry = self.table.get(*page);
@@ -237,10 +239,9 @@ impl Pager {
                 self.far_memory_full(area);
                 return worked;
             };
-            let pages: Vec<Staged> = self.staging.areas[area]
-                .homeless
-                .drain(..usize::from(run.len))
-                .collect();
+            let mut pages = self.staging.spare.pop().unwrap_or_default();
+            let homeless = &mut self.staging.areas[area].homeless;
+            pages.extend(homeless.drain(..usize::from(run.len)));
             self.job.charge_far(i64::from(run.len));
             let mut slot = Some(run.first);
             for staged in &pages {
@@ -326,7 +327,7 @@ impl Pager {
             self.write_failed(area, number);
             return;
         }
-        let Some(run) = self.staging.areas[area]
+        let Some(mut run) = self.staging.areas[area]
             .runs
             .get_mut(number)
             .and_then(Option::take)
@@ -335,7 +336,7 @@ impl Pager {
         };
         let age = self.residents.age();
         let mut slot = Some(run.slot);
-        for staged in run.pages {
+        for staged in &run.pages {
             let Some(here) = slot else { break };
             slot = here.next();
             let before = self.table.get(staged.page);
@@ -357,6 +358,8 @@ impl Pager {
                 }
             }
         }
+        run.pages.clear();
+        self.staging.spare.push(run.pages);
         self.tidy_area(area);
     }
 
