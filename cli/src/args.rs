@@ -168,10 +168,11 @@ pub(crate) struct NodeArgs {
     /// The node's name, unique in the cluster [default: the host name]
     #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) id: Option<String>,
-    /// Take the memory from reserved huge pages (vm.nr_hugepages), where there are enough; says so if not
+    /// Take the memory from reserved huge pages (vm.nr_hugepages) over shm too; over tcp and rdma it is, where there are enough
     #[arg(long)]
     pub(crate) huge_pages: bool,
-    /// Lock the whole capacity in memory at the start, if allowed (RLIMIT_MEMLOCK or CAP_IPC_LOCK); says so if not
+    /// Lock the whole capacity in memory at the start; else each page once it is used. Where neither is allowed (RLIMIT_MEMLOCK,
+    /// CAP_IPC_LOCK) the log says so
     #[arg(long)]
     pub(crate) lock: bool,
     /// A label for placement; may be repeated

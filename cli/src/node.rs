@@ -3,7 +3,7 @@
 use farpage_proto::address::HostPort;
 use farpage_proto::transport::EndpointUrl;
 use farpage_proto::{ByteCount, FieldError, NodeId};
-use farpage_server::node::TcpListen;
+use farpage_server::node::{Lock, TcpListen};
 use farpage_server::{NodeConfig, run_node};
 
 use crate::args::{Fabric, Label, NodeArgs};
@@ -85,7 +85,13 @@ fn serve(options: &NodeOptions<'_>) -> Result<(), NodeError> {
             }
         }
     }
-    (config.huge_pages, config.lock) = (args.huge_pages, args.lock);
+    // Who maps reserved huge pages can take them away, and over shared memory agents do map the pool.
+    config.huge_pages = args.huge_pages || args.fabric != Fabric::Shm;
+    config.lock = if args.lock {
+        Lock::AtOnce
+    } else {
+        Lock::AsUsed
+    };
     config.labels = options
         .labels
         .iter()

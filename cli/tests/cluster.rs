@@ -10,7 +10,7 @@
 mod common;
 
 use std::fmt::Write as _;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
@@ -840,11 +840,8 @@ fn a_node_locks_its_pool_and_says_what_it_cannot_have() {
     }
     let mut cluster = Cluster::empty();
     cluster.start_coordinator();
-    let mut words = cluster.node_arguments("locked", "64M", "tcp");
-    words.extend(["--lock".to_owned(), "--huge-pages".to_owned()]);
+    let words = cluster.node_arguments("locked", "64M", "tcp");
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let mut node = cluster.daemon(&words);
-    assert!(node.said.contains("lends memory at"), "{}", node.said);
     let field = |path: String, name: &str| -> u64 {
         let text = std::fs::read_to_string(path).unwrap();
         let line = text.lines().find_map(|line| line.strip_prefix(name));
@@ -852,9 +849,41 @@ fn a_node_locks_its_pool_and_says_what_it_cannot_have() {
         number.unwrap().parse().unwrap()
     };
     let huge = field("/proc/meminfo".to_owned(), "HugePages_Total:") * 2048 >= 64 << 10;
-    let locked = field(format!("/proc/{}/status", node.child.id()), "VmLck:");
-    let (_, log) = node.stop();
-    // Huge pages are never swapped out, and the kernel does not count them as locked.
-    assert!(huge || locked >= 64 << 10, "{locked} KiB are locked: {log}");
-    assert_eq!(huge, !log.contains("no reserved huge pages"), "{log}");
+    for at_once in [true, false] {
+        let more: &[&str] = if at_once { &["--lock"] } else { &[] };
+        let mut node = cluster.daemon(&[&words, more].concat());
+        assert!(node.said.contains("lends memory at"), "{}", node.said);
+        let status = format!("/proc/{}/status", node.child.id());
+        let locked = field(status.clone(), "VmLck:");
+        let here = field(status, "RssShmem:");
+        let (_, log) = node.stop();
+        // Huge pages are never swapped out, and the kernel counts them neither as locked nor as here.
+        assert!(huge || locked >= 64 << 10, "{locked} KiB are locked: {log}");
+        // Nor does it count to the page.
+        assert!(
+            huge || at_once == (here >= 32 << 10),
+            "{here} KiB are here: {log}"
+        );
+        assert_eq!(huge, !log.contains("no reserved huge pages"), "{log}");
+    }
+
+    let mut command = cluster.farpage();
+    command
+        .args(words)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    as_user(&mut command, &[]);
+    sys::before_exec(&mut command, || sys::limit_locked_memory(1 << 20));
+    let mut node = command.spawn().unwrap();
+    let mut log = BufReader::new(node.stderr.take().unwrap());
+    let mut said = String::new();
+    while !said.contains("is not locked in memory") {
+        assert!(
+            log.read_line(&mut said).unwrap() > 0,
+            "it never says so: {said}"
+        );
+    }
+    assert!(said.contains("RLIMIT_MEMLOCK"), "{said}");
+    sys::kill(node.id() as i32, libc::SIGTERM);
+    wait(&mut node, "the node's end");
 }

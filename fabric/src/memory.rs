@@ -32,8 +32,20 @@ pub struct MemoryOptions {
     /// Try 2 MiB pages from the reserved pool (`vm.nr_hugepages`); without them use normal pages, with a
     /// hint to the kernel that huge ones are welcome.
     pub huge_pages: bool,
-    /// Populate the memory and pin it, if `RLIMIT_MEMLOCK` or `CAP_IPC_LOCK` allows.
-    pub lock: bool,
+    /// Whether to keep it from being swapped out, if `RLIMIT_MEMLOCK` or `CAP_IPC_LOCK` allows.
+    pub lock: Lock,
+}
+
+/// How memory is kept from being swapped out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lock {
+    /// Not at all.
+    #[default]
+    No,
+    /// Each page from when this process first uses it.
+    AsUsed,
+    /// All of it at once, which populates it.
+    AtOnce,
 }
 
 /// What the kernel granted of [`MemoryOptions`].
@@ -108,10 +120,10 @@ impl RegisteredMemory {
             // Only a hint: kernels without shmem huge pages refuse it, and normal pages do.
             let _ = memory.mapping.hint_huge();
         }
-        let locked = if options.lock {
-            memory.mapping.lock().map_err(NotLocked::Refused)
-        } else {
-            Err(NotLocked::NotAsked)
+        let locked = match options.lock {
+            Lock::No => Err(NotLocked::NotAsked),
+            Lock::AsUsed => memory.mapping.lock_as_used().map_err(NotLocked::Refused),
+            Lock::AtOnce => memory.mapping.lock().map_err(NotLocked::Refused),
         };
         Ok((
             memory,
@@ -442,7 +454,7 @@ mod tests {
     fn options_that_the_kernel_refuses_are_reported_not_fatal() {
         let options = MemoryOptions {
             huge_pages: true,
-            lock: true,
+            lock: Lock::AtOnce,
         };
         let (a, report) = RegisteredMemory::create("test", 4 << 20, options).unwrap();
         a.write((4 << 20) - 1, b"x").unwrap();

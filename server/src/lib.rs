@@ -20,4 +20,4 @@ pub use coordinator::{
     CoordinatorConfig, CoordinatorError, CoordinatorReady, StoreUrl, Timing, run_coordinator,
 };
 pub use embedded::{EmbeddedConfig, EmbeddedError, EmbeddedReady, embedded};
-pub use node::{NodeConfig, NodeError, NodeReady, TcpListen, run_node};
+pub use node::{Lock, NodeConfig, NodeError, NodeReady, TcpListen, run_node};

@@ -15,7 +15,7 @@ use farpage_proto::transport::{EndpointUrl, ListenError, listen};
 use farpage_proto::v1::memory_node_server::MemoryNodeServer;
 use farpage_proto::{DataAddress, ExtentId, FieldError, Incarnation, limits};
 
-pub use config::{NodeConfig, TcpListen};
+pub use config::{Lock, NodeConfig, TcpListen};
 pub use data_path::DataPathError;
 pub use membership::MembershipError;
 pub use pool::PoolError;

@@ -38,6 +38,19 @@ pub fn before_exec(
     unsafe { command.pre_exec(prepare) };
 }
 
+/// In a child about to exec: locks no more than so many bytes in memory, unless it is privileged.
+pub fn limit_locked_memory(bytes: u64) -> io::Result<()> {
+    let limit = libc::rlimit {
+        rlim_cur: bytes,
+        rlim_max: bytes,
+    };
+    // SAFETY: the kernel reads one rlimit.
+    match unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// In a child about to exec: ignores a signal.
 pub fn ignore(signal: i32) {
     // SAFETY: SIG_IGN runs no code.

@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
-use rustix::mm::{self, Advice, MapFlags, ProtFlags};
+use rustix::mm::{self, Advice, MapFlags, MlockFlags, ProtFlags};
 use twox_hash::XxHash3_128;
 
 /// Hashing goes through a stack copy of this many bytes, one page: the hasher wants a reference, and only
@@ -93,6 +93,18 @@ impl Mapping {
     pub(crate) fn lock(&self) -> io::Result<()> {
         // SAFETY: the range is this mapping, and mlock changes no contents.
         unsafe { Ok(mm::mlock(self.base.as_ptr().cast(), self.mapped)?) }
+    }
+
+    /// Pins each page in memory from when it is first touched until the mapping is unmapped.
+    pub(crate) fn lock_as_used(&self) -> io::Result<()> {
+        // SAFETY: the range is this mapping, and mlock2 changes no contents.
+        unsafe {
+            Ok(mm::mlock_with(
+                self.base.as_ptr().cast(),
+                self.mapped,
+                MlockFlags::ONFAULT,
+            )?)
+        }
     }
 
     /// The address of `len` bytes at `offset`, if they lie inside.

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
+pub use farpage_fabric::memory::Lock;
 use farpage_proto::address::HostPort;
 use farpage_proto::node::{Labels, check_capacity, check_labels};
 use farpage_proto::transport::EndpointUrl;
@@ -36,8 +37,8 @@ pub struct NodeConfig {
     pub labels: Labels,
     /// Use reserved huge pages when there are any.
     pub huge_pages: bool,
-    /// Populate the pool at the start and lock it in memory, when allowed.
-    pub lock: bool,
+    /// Whether to lock the pool in memory, when allowed.
+    pub lock: Lock,
 }
 
 /// Where to listen for the data path.
@@ -80,7 +81,7 @@ impl NodeConfig {
             advertise_host: None,
             labels: Labels::new(),
             huge_pages: false,
-            lock: false,
+            lock: Lock::No,
         }
     }
 

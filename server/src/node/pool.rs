@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use farpage_fabric::access::AccessTable;
 use farpage_fabric::geometry::PoolGeometry;
-use farpage_fabric::memory::{MemoryOptions, RegisteredMemory};
+use farpage_fabric::memory::{Lock, MemoryOptions, RegisteredMemory};
 use farpage_proto::AccessKey;
 use rustix::fs::{FallocateFlags, fallocate};
 
@@ -64,6 +64,8 @@ pub(crate) struct Pool {
     extent_bytes: u64,
     huge_pages: bool,
     locked: bool,
+    /// Whether memory must not be given back to the kernel, since it might not be had again.
+    keeps_memory: bool,
 }
 
 impl Pool {
@@ -81,12 +83,12 @@ impl Pool {
         let (memory, report) =
             RegisteredMemory::create("farpage-pool", len, options).map_err(created)?;
         if config.huge_pages && !report.huge {
-            tracing::warn!(
+            tracing::info!(
                 "no reserved huge pages for the pool, it uses normal ones; see vm.nr_hugepages"
             );
         }
         if let Err(error) = &report.locked
-            && config.lock
+            && config.lock != Lock::No
         {
             tracing::warn!(%error, "the pool is not locked in memory");
         }
@@ -96,6 +98,7 @@ impl Pool {
             extent_bytes: shape.extent_bytes.0,
             huge_pages: report.huge,
             locked: report.locked.is_ok(),
+            keeps_memory: report.huge || config.lock == Lock::AtOnce && report.locked.is_ok(),
         })
     }
 
@@ -137,9 +140,9 @@ impl Extents for Pool {
 
     fn scrub(&self, index: u32) -> Result<(), PoolError> {
         let offset = u64::from(index) * self.extent_bytes;
-        // Huge pages that are given back lose their reservation, and the next touch could find none left; locked memory is
-        // meant to stay. Both are zeroed in place.
-        if self.huge_pages || self.locked {
+        // Huge pages that are given back lose their reservation, and the next touch could find none left; memory locked at
+        // once is meant to stay. Both are zeroed in place.
+        if self.keeps_memory {
             return self
                 .memory
                 .zero(offset, self.extent_bytes as usize)

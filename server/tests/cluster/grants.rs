@@ -8,19 +8,20 @@ use farpage_proto::v1::{
     AgentReport, CloseLeaseRequest, GrantExtentsRequest, ListGrantsRequest, ProcessReport,
     ReportAgentRequest,
 };
+use farpage_server::Lock;
 use tonic::Code;
 
 use crate::harness::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_extent_is_fenced_and_zero_before_its_next_owner() {
-    // As root the pool can be locked, and is then zeroed in place.
-    for lock in [false, true] {
+    // As root the pool can be locked, and is then zeroed in place where it was at once.
+    for lock in [Lock::No, Lock::AsUsed, Lock::AtOnce] {
         fence_and_scrub(lock).await;
     }
 }
 
-async fn fence_and_scrub(lock: bool) {
+async fn fence_and_scrub(lock: Lock) {
     let (coordinator, url) = start_coordinator("memory:", loopback(0)).await;
     let mut config = node_config("n1", 2, &url);
     config.lock = lock;

@@ -109,10 +109,7 @@ pub(crate) struct Fetches {
 
 impl Default for Fetches {
     fn default() -> Self {
-        let options = MemoryOptions {
-            huge_pages: false,
-            lock: false,
-        };
+        let options = MemoryOptions::default();
         let frames = RegisteredMemory::create("farpage-frames", FRAMES_BYTES, options);
         let frames = frames
             .inspect_err(|error| tracing::error!(%error, "no frames: pages cannot be fetched"))

@@ -61,6 +61,14 @@ impl Area {
     }
 }
 
+/// That no slot could be had.
+#[derive(Clone, Copy, Debug)]
+struct Full {
+    since: Instant,
+    /// When one was last asked for in vain. What was so a while ago need not be so now.
+    last: Instant,
+}
+
 /// The staging areas of one address space.
 #[derive(Debug, Default)]
 pub(crate) struct Staging {
@@ -76,8 +84,7 @@ pub(crate) struct Staging {
     no_copies_at: Option<Instant>,
     /// What runs kept their pages in that are over, for the next ones.
     spare: Vec<Vec<Staged>>,
-    /// Since when no slot could be had.
-    full_since: Option<Instant>,
+    full: Option<Full>,
 }
 
 impl Staging {
@@ -98,13 +105,13 @@ impl Staging {
 
     /// Whether no slot could be had lately.
     pub(super) fn is_full(&self) -> bool {
-        self.full_since.is_some()
+        self.full.is_some()
     }
 
     /// Whether far memory has been full for too long to wait for more of it.
     pub(super) fn is_exhausted(&self) -> bool {
-        self.full_since
-            .is_some_and(|since| since.elapsed() > FULL_DEADLINE)
+        self.full
+            .is_some_and(|full| full.last - full.since > FULL_DEADLINE)
     }
 
     pub(super) fn shared_page(&mut self, page: Page) {
@@ -266,7 +273,7 @@ impl Pager {
                 slot: run.first,
                 posted: false,
             });
-            self.staging.full_since = None;
+            self.staging.full = None;
             let runs = &mut self.staging.areas[area].runs;
             match runs.iter_mut().find(|place| place.is_none()) {
                 Some(place) => *place = run,
@@ -316,7 +323,15 @@ impl Pager {
             }
         }
         self.staging.areas[area].homeless = left;
-        self.staging.full_since.get_or_insert_with(Instant::now);
+        let now = Instant::now();
+        let lasting = self
+            .staging
+            .full
+            .filter(|full| full.last.elapsed() < FULL_LAPSE);
+        self.staging.full = Some(Full {
+            since: lasting.map_or(now, |full| full.since),
+            last: now,
+        });
     }
 
     fn post_run(&mut self, area: usize, number: usize) -> bool {
@@ -500,6 +515,8 @@ fn is_zero(memory: &RegisteredMemory, offset: u64) -> bool {
 const STUCK_RETRY: Duration = Duration::from_secs(1);
 /// How long far memory may be full before a fault that needs a frame ends in SIGBUS.
 const FULL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long nobody need have asked in vain for the next who does to be the first again.
+const FULL_LAPSE: Duration = Duration::from_secs(1);
 /// How long nobody looks for clean copies to give up once none was found: it takes a look at every page that is here.
 const COPIES_REST: Duration = Duration::from_millis(100);
 /// How long eviction rests when no slot could be had, so that the control plane can grant another extent.

@@ -19,10 +19,7 @@ impl SharedBlock {
     /// # Errors
     /// The kernel's errno.
     pub fn create() -> io::Result<Self> {
-        let options = MemoryOptions {
-            huge_pages: false,
-            lock: false,
-        };
+        let options = MemoryOptions::default();
         let (memory, _) = RegisteredMemory::create("farpage-staging", SHARED_BYTES, options)?;
         let block = Self {
             memory: Arc::new(memory),
