@@ -141,6 +141,11 @@ impl Staging {
         !self.stuck.is_empty() && self.shared.is_empty() && self.unmovable.is_empty()
     }
 
+    /// The hash of a page that is in staging.
+    pub(super) fn hash(&mut self, page: Page) -> Option<u128> {
+        self.find(page).map(|(_, staged)| staged.hash)
+    }
+
     fn find(&mut self, page: Page) -> Option<(usize, &mut Staged)> {
         self.areas
             .iter_mut()
@@ -166,14 +171,17 @@ impl Pager {
             let Ok(hash) = memory.hash128(offset, 4096) else {
                 continue;
             };
+            self.note_taken_out(*page, entry, hash);
             if hash == self.fetches.zero_hash() && is_zero(&memory, offset) {
                 self.table.change(*page, |entry| entry.evicted_as_zero(age));
                 self.release_slot_of(entry);
+                self.soft_dirty.forget(*page);
             } else if entry
                 .slot()
                 .is_some_and(|slot| self.is_good_copy(slot, hash))
             {
                 self.table.change(*page, |entry| entry.evicted_clean(age));
+                self.soft_dirty.forget(*page);
             } else {
                 changed.push(Staged {
                     index: *index,
@@ -345,12 +353,17 @@ impl Pager {
                     .change(staged.page, |entry| entry.evicted_to(here, age))
             } else {
                 // Turned round: what was written is a copy of what it was; its hash will tell whether it still
-                // is when the page is taken out again.
-                self.table
-                    .change(staged.page, |entry| entry.gained_copy(here))
+                // is when the page is taken out again. One that is not soft-dirty might be compared with that copy later on
+                // instead of with what it held when it was cleared.
+                self.table.change(staged.page, |entry| {
+                    entry.gained_copy(here).filter(|copy| copy.is_soft_dirty())
+                })
             };
             match kept {
-                Some(_) if staged.live => self.release_slot_of(before),
+                Some(_) if staged.live => {
+                    self.release_slot_of(before);
+                    self.soft_dirty.forget(staged.page);
+                }
                 Some(_) => {}
                 None => {
                     self.shared.far.release(here);
