@@ -258,7 +258,7 @@ impl Runner<'_> {
         }
         let account = std::fs::read(&account).unwrap_or_default();
         let account: Value = serde_json::from_slice(&account).unwrap_or(Value::Null);
-        Ok(match judge(case, form, &account) {
+        Ok(match judge(case, &account) {
             Ok(()) => (Outcome::Pass, case.shows.to_owned()),
             Err(reason) => (Outcome::Fail, reason),
         })
@@ -266,7 +266,7 @@ impl Runner<'_> {
 }
 
 /// What every run must come to, by farpage's own account of it.
-fn judge(case: &Case, form: Form, account: &Value) -> Result<(), String> {
+fn judge(case: &Case, account: &Value) -> Result<(), String> {
     let number = |key: &str| {
         let value = account[key].as_u64();
         value.ok_or_else(|| format!("the summary has no {key}: {account}"))
@@ -280,7 +280,7 @@ fn judge(case: &Case, form: Form, account: &Value) -> Result<(), String> {
     }
     let (peak, allowed) = (number("local_peak_bytes")?, allowed_bytes(case.local));
     // Between two samples the account guesses what a fork's processes share: their peaks are judged by the tests, from outside.
-    if number("processes")? == 1 && case.is_bounded(form) && peak > allowed {
+    if number("processes")? == 1 && case.bounded && peak > allowed {
         return Err(format!("{peak} bytes were here, {allowed} were allowed"));
     }
     Ok(())

@@ -74,7 +74,7 @@ pub fn run_registered(program: &str, name: &str) {
         let expect = Expect {
             local: case.local,
             without_move: *form == Form::WithoutMove,
-            bounded: case.is_bounded(*form),
+            bounded: case.bounded,
             status: case.status,
             ..Expect::default()
         };

@@ -93,7 +93,7 @@ fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, Atta
     socket::send(fd, &hello, &[]).map_err(AttachError::Handshake)?;
     let (_, fds) = expect(fd, tag::WELCOME)?;
     let open = OpenFds(fds);
-    let [device, memfd, event, lifeline] = fds;
+    let [device, memfd, event, lifeline, pagemap] = fds;
 
     let shared = calls::mmap(
         SHARED_BYTES,
@@ -105,10 +105,10 @@ fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, Atta
     let result = with_ranges(|own| {
         let uffd = calls::new_uffd(device)
             .map_err(|errno| AttachError::System("USERFAULTFD_IOC_NEW", errno))?;
-        let uffds = OpenFds([uffd, -1, -1, -1]);
+        let uffds = OpenFds::one(uffd);
         let drain = calls::new_uffd(device)
             .map_err(|errno| AttachError::System("USERFAULTFD_IOC_NEW", errno))?;
-        let drains = OpenFds([drain, -1, -1, -1]);
+        let drains = OpenFds::one(drain);
         let mut ready = Packet::new(tag::READY);
         ready.holding = holding(own) as u64;
         ready.drain = (holding(own) + RANGE_BYTES) as u64;
@@ -124,6 +124,7 @@ fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, Atta
             drain_uffd: drain,
             event,
             lifeline,
+            pagemap,
         };
         let helper = start_helper(own, args)?;
         let mut up = Packet::new(tag::HELPER_UP);
@@ -219,6 +220,14 @@ fn expect(fd: i32, tag: u32) -> Result<(Packet, [i32; MAX_FDS]), AttachError> {
 
 /// Closes what it holds.
 struct OpenFds([i32; MAX_FDS]);
+
+impl OpenFds {
+    fn one(fd: i32) -> Self {
+        let mut all = [-1; MAX_FDS];
+        all[0] = fd;
+        Self(all)
+    }
+}
 
 impl Drop for OpenFds {
     fn drop(&mut self) {

@@ -51,6 +51,8 @@ pub struct HelperArgs {
     pub event: i32,
     /// The agent's lifeline socket.
     pub lifeline: i32,
+    /// The program's pagemap as the agent opened it, or -1. A program that has become another user may not open its own.
+    pub pagemap: i32,
 }
 
 /// Where the helper begins. `argument` is the address of its [`HelperArgs`].
@@ -71,6 +73,7 @@ pub extern "C" fn run(argument: usize) -> ! {
             Err(_) => calls::exit(1),
         }
     }
+    let pagemap = calls::dup_above(args.pagemap, 64);
     for (from, to) in high
         .into_iter()
         .zip([fd::UFFD, fd::DRAIN_UFFD, fd::EVENT, fd::LIFELINE])
@@ -79,7 +82,7 @@ pub extern "C" fn run(argument: usize) -> ! {
             calls::exit(1);
         }
     }
-    if let Ok(pagemap) = calls::open_read(c"/proc/self/pagemap") {
+    if let Ok(pagemap) = pagemap.or_else(|_| calls::open_read(c"/proc/self/pagemap")) {
         let _ = calls::dup_to(pagemap, fd::PAGEMAP);
     }
     calls::close_from(fd::FIRST_UNUSED);

@@ -3,7 +3,7 @@
 //! ```text
 //! program                                        agent
 //!    Hello  ----------------------------------->   who: SO_PEERCRED
-//!    <--------- Welcome | Refusal                  fds: /dev/userfaultfd, control memfd, eventfd, lifeline
+//!    <--------- Welcome | Refusal                  fds: /dev/userfaultfd, control memfd, eventfd, lifeline, its pagemap
 //!    Ready  ----------------------------------->   fds: the uffd, the drain uffd
 //!    <--------- Go                                 fds: after a fork, the uffd to use instead
 //!    HelperUp --------------------------------->
@@ -34,7 +34,7 @@ pub const MAX_PAGES_ASKED: usize = MAX_TEXT * 8;
 pub const MAX_PACKET: usize = PACKET_BYTES + MAX_TEXT;
 
 /// The most file descriptors that one packet carries.
-pub const MAX_FDS: usize = 4;
+pub const MAX_FDS: usize = 5;
 
 /// How a process comes to attach.
 pub mod kind {

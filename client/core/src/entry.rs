@@ -286,10 +286,12 @@ impl Entry {
         (self.state() == State::Local && self.slot().is_none()).then(|| self.with_slot(slot, false))
     }
 
-    /// Local without its clean copy, whose slot is the caller's to release.
+    /// Local or Evicting without the copy in its slot, which is the caller's to release: the copy is stale, or its slot is
+    /// needed more than the copy.
     #[must_use]
     pub fn dropped_copy(self) -> Option<Self> {
-        (self.state() == State::Local && self.slot().is_some()).then(|| self.without_slot())
+        let has_another = matches!(self.state(), State::Local | State::Evicting);
+        (has_another && self.slot().is_some()).then(|| self.without_slot())
     }
 
     /// The entries that parent and child have after a fork: one more reference where there is a slot, and

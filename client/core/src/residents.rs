@@ -83,6 +83,12 @@ impl Residents {
         self.probation.len() + self.proven.len()
     }
 
+    /// The queued pages, those that will stay for longest first.
+    pub fn last_to_go(&self) -> impl Iterator<Item = Page> {
+        let queues = self.proven.iter().rev().chain(self.probation.iter().rev());
+        queues.copied()
+    }
+
     /// Whether nothing is queued.
     #[must_use]
     pub fn is_empty(&self) -> bool {

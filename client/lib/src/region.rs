@@ -149,11 +149,8 @@ impl DerefMut for Region {
 
 impl Managed {
     fn new(agent: &str, mapping: &Mapping, local_bytes: usize) -> Result<Self, Error> {
-        let bytes = mapping.as_slice().len() as u64;
-        let local_bytes = local_bytes as u64;
-        // A page that is here keeps the slot it came from until it has been written to another.
-        let far_bytes = bytes.saturating_add(local_bytes);
-        let job = Job::open(agent, local_bytes, far_bytes)?;
+        let far_bytes = mapping.as_slice().len() as u64;
+        let job = Job::open(agent, local_bytes as u64, far_bytes)?;
         let attached = attach(agent.as_bytes(), kind::LIBRARY, job.token, 0, true)
             .map_err(|error| Error::attach(&error, agent))?;
         let managed = Self {
@@ -163,7 +160,7 @@ impl Managed {
         };
         let mut region = Packet::new(tag::REGION);
         region.holding = mapping.as_slice().as_ptr().addr() as u64;
-        region.drain = bytes;
+        region.drain = far_bytes;
         match managed.ask(&region) {
             Ok(()) => Ok(managed),
             Err(error) => {

@@ -124,20 +124,6 @@ fn a_region_larger_than_its_limit_keeps_every_byte() {
     assert!(most <= limit + 4 * MIB, "{most} bytes were resident");
 }
 
-/// Every page kept its slot when it came home, and none was left to write another version to.
-#[test]
-fn a_region_that_was_all_far_is_written_anew() {
-    let Some(agent) = RunningAgent::start("anew") else {
-        return;
-    };
-    let agent = Agent::connect(&agent.socket).unwrap();
-    let mut region = agent.map(24 * MIB, 8 * MIB).unwrap();
-    for value in 1..4 {
-        region.fill(value);
-        assert!(region.iter().all(|byte| *byte == value));
-    }
-}
-
 #[test]
 fn advice_gives_pages_up_and_brings_them_home() {
     let Some(agent) = RunningAgent::start("advice") else {

@@ -22,6 +22,7 @@ use crate::job::Job;
 use crate::mailbox::{HelperOffer, Request, SpaceHandle};
 use crate::pager::{Pager, Shared};
 use crate::sys::control::SharedBlock;
+use crate::sys::pagemap::Pagemap;
 use crate::sys::process::{Process, share_memory};
 use crate::sys::socket;
 use crate::sys::uffd::Uffd;
@@ -212,12 +213,15 @@ impl Door {
             SocketFlags::CLOEXEC,
             None,
         )?;
-        let fds = [
+        // An agent of the program's own user may not open it either where the program hides itself.
+        let pagemap = Pagemap::for_its_process(pid).ok();
+        let mut fds = vec![
             self.device.as_fd(),
             shared.as_fd(),
             event.as_fd(),
             helpers_end.as_fd(),
         ];
+        fds.extend(pagemap.as_ref().map(AsFd::as_fd));
         socket::send(peer.as_fd(), &Packet::new(tag::WELCOME), &fds)?;
 
         let ready = expect(peer, tag::READY)?;

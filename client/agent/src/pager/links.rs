@@ -318,6 +318,12 @@ impl Links {
                 .as_ref()
                 .is_some_and(|endpoint| !endpoint.is_connected())
             {
+                if link.retry_at.is_none() {
+                    tracing::warn!(
+                        address = link.address,
+                        "the connection to a memory node broke; it is made anew"
+                    );
+                }
                 link.retry_at = Some(Instant::now() + RECONNECT_PAUSE);
             }
         }

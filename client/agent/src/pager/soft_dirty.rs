@@ -222,6 +222,20 @@ impl Pager {
         }
     }
 
+    /// A page is about to lose the slot that may say what it held at the clear.
+    pub(super) fn keep_reference(&mut self, page: Page) {
+        let entry = self.table.get(page);
+        if entry.is_soft_dirty() || entry.slot().is_none() {
+            return;
+        }
+        match self.reference(page, entry) {
+            Some(hash) => {
+                self.soft_dirty.references.insert(page, hash);
+            }
+            None => self.set_soft_dirty(page),
+        }
+    }
+
     /// Pages of a range that held something at the clear. If they read as zeros from now on they have changed.
     pub(super) fn changed_by_zeros(&self, range: &Range<Page>) -> Vec<Page> {
         if !self.soft_dirty.in_use {

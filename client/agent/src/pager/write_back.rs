@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use farpage_attach::control::{STAGING_AREAS, staging_offset};
+use farpage_attach::control::{BATCH_PAGES, STAGING_AREAS, staging_offset};
 use farpage_fabric::LocalSlice;
 use farpage_fabric::memory::RegisteredMemory;
 
 use super::install::Installed;
 use super::links::{LinkError, Work};
+use super::take_out::Batch;
 use super::{Fault, Pager};
 use crate::entry::{Entry, Slot, State};
 use crate::table::Page;
@@ -71,6 +72,8 @@ pub(crate) struct Staging {
     /// Pages that the program has locked, and when they were last tried.
     stuck: Vec<Page>,
     stuck_tried: Option<Instant>,
+    /// When no page was found that is here and has a clean copy far.
+    no_copies_at: Option<Instant>,
     /// What runs kept their pages in that are over, for the next ones.
     spare: Vec<Vec<Staged>>,
     /// Since when no slot could be had.
@@ -183,6 +186,8 @@ impl Pager {
                 self.table.change(*page, |entry| entry.evicted_clean(age));
                 self.soft_dirty.forget(*page);
             } else {
+                // A copy that it has is stale.
+                self.drop_copy(*page);
                 changed.push(Staged {
                     index: *index,
                     page: *page,
@@ -244,6 +249,9 @@ impl Pager {
             };
             self.shared.spawner.wanted_far_memory(&self.shared.far);
             let Some(run) = run else {
+                if self.give_up_copies() {
+                    continue;
+                }
                 self.far_memory_full(area);
                 return worked;
             };
@@ -273,6 +281,40 @@ impl Pager {
             worked = true;
         }
         worked
+    }
+
+    /// No slot to be had: pages that are here give up their clean copies. Returns whether one did.
+    fn give_up_copies(&mut self) -> bool {
+        let resting = self
+            .staging
+            .no_copies_at
+            .is_some_and(|at| at.elapsed() < COPIES_REST);
+        if resting {
+            return false;
+        }
+        let has_copy = |page: &Page| {
+            let entry = self.table.get(*page);
+            entry.state() == State::Local && entry.slot().is_some()
+        };
+        let pages: Batch = self
+            .residents
+            .last_to_go()
+            .filter(has_copy)
+            .take(BATCH_PAGES)
+            .collect();
+        for page in &pages {
+            self.drop_copy(*page);
+        }
+        self.staging.no_copies_at = pages.is_empty().then(Instant::now);
+        !pages.is_empty()
+    }
+
+    /// A page that is here, or in staging, loses the copy that it has far.
+    fn drop_copy(&mut self, page: Page) {
+        self.keep_reference(page);
+        if let Some((before, _)) = self.table.change(page, Entry::dropped_copy) {
+            self.release_slot_of(before);
+        }
     }
 
     /// No slot to be had: the pages go home again, so that no thread waits for far memory that is not there.
@@ -475,6 +517,8 @@ fn is_zero(memory: &RegisteredMemory, offset: u64) -> bool {
 const STUCK_RETRY: Duration = Duration::from_secs(1);
 /// How long far memory may be full before a fault that needs a frame ends in SIGBUS.
 const FULL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long nobody looks for clean copies to give up once none was found: it takes a look at every page that is here.
+const COPIES_REST: Duration = Duration::from_millis(100);
 /// How long eviction rests when no slot could be had, so that the control plane can grant another extent.
 const FULL_REST: Duration = Duration::from_millis(5);
 /// How long the end of an address space waits for its last transfers.

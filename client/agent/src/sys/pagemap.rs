@@ -5,6 +5,8 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 /// A page of a file, or shared: not anonymous memory of this process.
@@ -23,6 +25,24 @@ impl Pagemap {
     /// The kernel's errno.
     pub fn open(pid: i32) -> io::Result<Self> {
         File::open(format!("/proc/{pid}/pagemap")).map(Self)
+    }
+
+    /// The file for the process itself, which may have become another user and then may not open it. It does not show where
+    /// in physical memory pages are: that is for who opened it with `CAP_SYS_ADMIN` to see, not for a program.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn for_its_process(pid: i32) -> io::Result<File> {
+        let own = capabilities(None)?;
+        let without = CapabilitySets {
+            effective: own.effective - CapabilitySet::SYS_ADMIN,
+            ..own
+        };
+        // Of this thread alone.
+        set_capabilities(None, without)?;
+        let opened = File::open(format!("/proc/{pid}/pagemap"));
+        set_capabilities(None, own)?;
+        opened
     }
 
     /// Calls `found` with the number of every page in `range` (addresses) that is present or in kernel swap, and
@@ -59,5 +79,31 @@ impl Pagemap {
         let mut count = 0;
         self.present(range, |_| count += 1)?;
         Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn its_process_sees_no_frames() {
+        const FRAME: u64 = (1 << 55) - 1;
+        let here = Box::new([1u8; 4096]);
+        let word = |file: &File| {
+            let mut word = [0u8; 8];
+            let at = here.as_ptr().addr() as u64 / 4096 * 8;
+            file.read_exact_at(&mut word, at).unwrap();
+            u64::from_le_bytes(word)
+        };
+        let own = std::process::id().cast_signed();
+        let given = word(&Pagemap::for_its_process(own).unwrap());
+        assert_eq!((given & PRESENT, given & FRAME), (PRESENT, 0));
+        // Not for good: this thread sees them if it may.
+        let may = capabilities(None)
+            .unwrap()
+            .effective
+            .contains(CapabilitySet::SYS_ADMIN);
+        assert_eq!(word(&Pagemap::open(own).unwrap().0) & FRAME != 0, may);
     }
 }
