@@ -228,33 +228,63 @@ fn what_was_written_is_told_wherever_it_is() {
     assert_eq!(other.soft_dirty(0..MIB).unwrap(), []);
 }
 
-/// It runs itself by `farpage run`.
-#[test]
-fn what_was_written_is_told_under_a_run() {
-    const TEST: &str = "what_was_written_is_told_under_a_run";
+/// Whether this process is the test, run by `farpage run` with these words; else it has been run so, where that can be.
+fn is_run(test: &str, words: &[&str]) -> bool {
     if std::env::var_os("FARPAGE_JOB").is_some() {
-        let agent = Agent::from_environment().unwrap();
-        let mut region = agent.map(40 * MIB + 5 * PAGE, 0).unwrap();
-        tell_what_was_written(&mut region);
-        let small = agent.map(PAGE, 0).unwrap();
-        let error = small.soft_dirty(0..PAGE).unwrap_err();
-        assert!(matches!(&error, Error::Refused(_)), "{error}");
-        return;
+        return true;
     }
     // Only to see whether there can be far memory here.
-    let Some(_agent) = RunningAgent::start("run") else {
-        return;
+    let Some(_agent) = RunningAgent::start(test) else {
+        return false;
     };
     let run = Command::new(binary().unwrap())
-        .args(["run", "--local", "16M", "--"])
+        .arg("run")
+        .args(words)
+        .arg("--")
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", TEST])
+        .args(["--exact", test])
         .output()
         .unwrap();
-    let (told, errors) = (
-        String::from_utf8_lossy(&run.stdout),
-        String::from_utf8_lossy(&run.stderr),
+    let told = String::from_utf8_lossy(&run.stdout);
+    let errors = String::from_utf8_lossy(&run.stderr);
+    assert!(
+        run.status.success() && told.contains("1 passed"),
+        "{told}{errors}"
     );
-    assert!(run.status.success(), "{told}{errors}");
-    assert!(told.contains("1 passed"), "{told}{errors}");
+    false
+}
+
+#[test]
+fn what_was_written_is_told_under_a_run() {
+    if !is_run("what_was_written_is_told_under_a_run", &["--local", "16M"]) {
+        return;
+    }
+    let agent = Agent::from_environment().unwrap();
+    let mut region = agent.map(40 * MIB + 5 * PAGE, 0).unwrap();
+    tell_what_was_written(&mut region);
+    let small = agent.map(PAGE, 0).unwrap();
+    let error = small.soft_dirty(0..PAGE).unwrap_err();
+    assert!(matches!(&error, Error::Refused(_)), "{error}");
+}
+
+/// Pages that are here lose their clean copies, by which they were known not to have been written.
+#[test]
+fn what_was_written_is_told_where_far_memory_is_full() {
+    if !is_run(
+        "what_was_written_is_told_where_far_memory_is_full",
+        &["--local", "16M", "--far", "30M"],
+    ) {
+        return;
+    }
+    let agent = Agent::from_environment().unwrap();
+    let mut region = agent.map(24 * MIB, 0).unwrap();
+    let mut other = agent.map(16 * MIB, 0).unwrap();
+    region.fill(7);
+    region.clear_soft_dirty(0..region.len()).unwrap();
+    for value in 1..4 {
+        assert!(region.iter().all(|byte| *byte == 7));
+        other.fill(value);
+        assert_eq!(region.soft_dirty(0..region.len()).unwrap(), []);
+    }
+    assert!(other.iter().all(|byte| *byte == 3));
 }
