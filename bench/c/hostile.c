@@ -192,12 +192,38 @@ static void long_work(void)
 		check(at, DATA, 1, "the long work's");
 }
 
+/* Writes words drawn by lot over what it shares with its pager, while its pages go and come. How that ends for this program
+ * nobody promises. */
+static void scribble(void)
+{
+	unsigned long start = 0, end = 0;
+	char line[512];
+	FILE *maps = fopen("/proc/self/maps", "r");
+	MUST(maps);
+	while (fgets(line, sizeof line, maps) && !(strstr(line, "farpage-staging") && sscanf(line, "%lx-%lx", &start, &end) == 2))
+		start = end = 0;
+	MUST(fclose(maps) == 0 && end > start);
+	const char *seed = getenv("SEED");
+	unsigned long lot = seed ? strtoul(seed, NULL, 10) : 1;
+	char *at = far_map(DATA, 1);
+	/* The control block more often than the pages behind it. */
+	for (int round = 0; round < 3000000; round++) {
+		lot = lot * 6364136223846793005ul + 1442695040888963407ul;
+		unsigned long area = lot >> 33 & 7 ? 4096 : end - start;
+		if (round % 1000 == 0)
+			*(volatile char *)(at + (lot >> 20) % DATA);
+		uint32_t value = lot >> 60 ? (uint32_t)(lot >> 60) : (uint32_t)(lot >> 13);
+		__atomic_store_n((uint32_t *)(start + (lot >> 24) % area / 4 * 4), value, __ATOMIC_RELAXED);
+	}
+	_exit(0);
+}
+
 static const struct test_case cases[] = {
 	{"close_everything", close_everything}, {"closing_child", closing_child}, {"filtered", filtered},
 	{"filtered_child", filtered_child}, {"child_of_filtered", child_of_filtered}, {"other_user", other_user},
 	{"lock_all", lock_all}, {"lock_future", lock_future}, {"title", title}, {"limited", limited},
 	{"long_work", long_work}, {"work", work},
-	{"crowd", crowd},
+	{"crowd", crowd}, {"scribble", scribble},
 };
 
 MAIN(cases)

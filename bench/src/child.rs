@@ -33,6 +33,21 @@ pub struct Walk {
     pub page_us: f64,
 }
 
+/// Forks, each by itself.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Forks {
+    /// How long the call took the parent.
+    pub call_ms: Vec<f64>,
+    /// From before the call until the child was past it.
+    pub child_runs_ms: Vec<f64>,
+    /// The parent's first read of a page, one that is not here where there is one.
+    pub parent_touch_us: Vec<f64>,
+    /// The child's.
+    pub child_touch_us: Vec<f64>,
+    /// From before the call until the child had ended and was reaped.
+    pub child_gone_ms: Vec<f64>,
+}
+
 /// A program that ran to its end.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Timed {
@@ -54,7 +69,7 @@ pub enum ChildError {
     Program(String, std::process::ExitStatus),
 }
 
-/// Does what `words` say: `random PAGES TOUCHES`, `walk PAGES` (both on memory that was filled before, so that
+/// Does what `words` say: `random PAGES TOUCHES`, `walk PAGES`, `fork PAGES TIMES` (all on memory that was filled before, so that
 /// it lies far if little may stay), the same with `bare-` before and a socket's path behind (on memory never
 /// touched, whose uffd is sent there), `spin CPU`,
 /// `peer ADDRESS` or `timed CMD ARGS...`.
@@ -67,6 +82,10 @@ pub fn command(words: &[String]) -> Result<(), ChildError> {
         ["random", pages, touches] => {
             let mut region = filled(number(pages)?)?;
             print(&random(&mut region, number(touches)?)?)
+        }
+        ["fork", pages, times] => {
+            crate::sys::use_small_pages()?;
+            print(&forks(&filled(number(pages)?)?, number(times)?)?)
         }
         ["walk", pages] => print(&walk(&filled(number(pages)?)?)?),
         ["bare-random", pages, touches, socket] => {
@@ -136,6 +155,45 @@ fn random(region: &mut Region, touches: usize) -> io::Result<Touches> {
         }
     }
     Ok(times)
+}
+
+/// Forks so many times; neither side ever touches a page that was touched before, if it can help it.
+fn forks(region: &Region, times: usize) -> io::Result<Forks> {
+    let mut found = Forks::default();
+    let mut order = shuffled(region.pages()).into_iter();
+    let mut next_page = || {
+        let absent = order.find(|page| region.is_absent(*page).unwrap_or(false));
+        absent.unwrap_or(region.pages() / 2)
+    };
+    for _ in 0..times {
+        let (parents, childs) = (next_page(), next_page());
+        let (mut reader, mut writer) = io::pipe()?;
+        let milliseconds = |began: Instant| began.elapsed().as_secs_f64() * 1e3;
+        let began = Instant::now();
+        let child = crate::sys::fork(|| {
+            let runs = milliseconds(began);
+            let touched = Instant::now();
+            region.read(childs);
+            let touch = milliseconds(touched) * 1e3;
+            let mut told = runs.to_ne_bytes().to_vec();
+            told.extend_from_slice(&touch.to_ne_bytes());
+            // The parent finds out that it is not told.
+            let _ = writer.write_all(&told);
+        })?;
+        found.call_ms.push(milliseconds(began));
+        drop(writer);
+        let touched = Instant::now();
+        region.read(parents);
+        found.parent_touch_us.push(milliseconds(touched) * 1e3);
+        let (mut runs, mut touch) = ([0; 8], [0; 8]);
+        reader.read_exact(&mut runs)?;
+        reader.read_exact(&mut touch)?;
+        found.child_runs_ms.push(f64::from_ne_bytes(runs));
+        found.child_touch_us.push(f64::from_ne_bytes(touch));
+        crate::sys::reap(child)?;
+        found.child_gone_ms.push(milliseconds(began));
+    }
+    Ok(found)
 }
 
 /// Reads from every page in order.

@@ -17,6 +17,7 @@ pub mod fabric;
 mod far;
 pub mod fault;
 pub mod fits;
+pub mod fork;
 mod median;
 mod one_cpu;
 #[cfg(feature = "verbs")]
@@ -86,6 +87,11 @@ pub const BENCHMARKS: &[Benchmark] = &[
         name: "fits",
         measures: "whole programs that fit in local memory, against native runs",
         run: Run::Measure(fits::run),
+    },
+    Benchmark {
+        name: "fork",
+        measures: "forks of a process whose memory is far, against one whose memory is resident",
+        run: Run::Measure(fork::run),
     },
     Benchmark {
         name: "conformance",

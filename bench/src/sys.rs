@@ -64,6 +64,40 @@ pub(crate) fn copy(uffd: BorrowedFd<'_>, to: u64, source: &[u8]) -> io::Result<(
     ioctl(uffd, UFFDIO_COPY, &mut request)
 }
 
+/// Lets this process have no huge pages from now on.
+pub(crate) fn use_small_pages() -> io::Result<()> {
+    // SAFETY: integers only.
+    match unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Forks; the child runs `child` and ends. Returns its pid.
+pub(crate) fn fork(child: impl FnOnce()) -> io::Result<i32> {
+    // SAFETY: the measuring process has one thread, so that the child finds no lock held by another.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            child();
+            // SAFETY: ends the child without running what belongs to the parent.
+            unsafe { libc::_exit(0) }
+        }
+        pid => Ok(pid),
+    }
+}
+
+/// Waits for a child's end.
+pub(crate) fn reap(pid: i32) -> io::Result<()> {
+    let mut status = 0;
+    // SAFETY: the kernel writes one integer.
+    match unsafe { libc::waitpid(pid, &raw mut status, 0) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ if status == 0 => Ok(()),
+        _ => Err(io::Error::other("a forked child failed")),
+    }
+}
+
 /// Puts the calling thread into the idle scheduling class: it runs when nothing else wants to.
 pub(crate) fn run_when_idle() -> io::Result<()> {
     let parameters = libc::sched_param { sched_priority: 0 };

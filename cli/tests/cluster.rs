@@ -18,6 +18,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::cluster::{Cluster, GROUP, PATIENCE, PYTHON, Program, as_user, wait};
+use common::programs_in_c::compiled;
 use common::runs::{run, run_native};
 use common::{alone, eventually, is_over, marked, skip, sys, without_far_memory, without_program};
 
@@ -509,11 +510,87 @@ fn garbage_at_every_port_disturbs_nobody() {
     let out = python.output().unwrap();
     assert!(out.status.success(), "{out:?}");
 
+    // Handshakes whose packets are drawn by lot, some with descriptors.
+    let mut python = Command::new(PYTHON);
+    python.arg("-c").arg(
+        "import array, os, random, socket, struct, sys\n\
+         lot = random.Random(1)\n\
+         magic = int.from_bytes(b'farpage1', 'little')\n\
+         word = lambda: lot.choice([0, 1, 4096, 2**47, 2**64 - 1, lot.getrandbits(64), os.getpid()])\n\
+         packet = lambda tag, kind: struct.pack('<QII6Q', magic, tag, kind, *(word() for _ in range(6)))\n\
+         for _ in range(400):\n\
+         \u{20}   s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n\
+         \u{20}   s.settimeout(0.02)\n\
+         \u{20}   s.connect(sys.argv[1])\n\
+         \u{20}   try:\n\
+         \u{20}       s.send(packet(1, lot.randrange(9)))\n\
+         \u{20}       for _ in range(lot.randrange(5)):\n\
+         \u{20}           fds = [array.array('i', [0] * lot.randrange(6))] if lot.randrange(2) else []\n\
+         \u{20}           s.sendmsg([packet(lot.randrange(14), lot.randrange(9))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd) for fd in fds if fd])\n\
+         \u{20}           s.recv(4096)\n\
+         \u{20}   except OSError: pass\n\
+         \u{20}   s.close()\n",
+    );
+    as_user(python.arg(cluster.socket()), &[GROUP]);
+    let out = python.output().unwrap();
+    assert!(out.status.success(), "{out:?}");
+
     assert_eq!(program.check(), hash);
     assert!(program.end().0.success());
     assert_eq!(cluster.summary("summary")["far_slots_in_use_at_exit"], 0);
     assert_eq!(
         cluster.run_program(LOCAL, PIECES, "again").complete(1),
+        [hash]
+    );
+    cluster.stop();
+}
+
+#[test]
+fn a_program_that_scribbles_on_what_it_shares_with_the_agent_harms_itself_alone() {
+    const TEST: &str =
+        "a_program_that_scribbles_on_what_it_shares_with_the_agent_harms_itself_alone";
+    if cannot_run(TEST) || without_program(TEST, "cc") {
+        return;
+    }
+    let _alone = alone();
+    let mut cluster = Cluster::start("tcp", &["256M"]);
+    let mut other = cluster.run_program(LOCAL, PIECES, "other");
+    other.built();
+    let hash = other.check();
+    let scribbler = cluster.path("hostile");
+    std::fs::copy(compiled("hostile"), &scribbler).unwrap();
+    for seed in 1..=6 {
+        let mut command = cluster.run_command("16M", "scribbler");
+        command
+            .arg("--")
+            .arg(&scribbler)
+            .arg("scribble")
+            .env("SEED", seed.to_string());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        let began = Instant::now();
+        // What it has brought upon itself may be to wait for ever.
+        while child.try_wait().unwrap().is_none() {
+            if began.elapsed() > Duration::from_secs(5) {
+                child.kill().unwrap();
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(cluster.agent_runs());
+        assert_eq!(other.check(), hash, "seed {seed}");
+    }
+    assert!(other.end().0.success());
+    assert_eq!(cluster.summary("other")["far_slots_in_use_at_exit"], 0);
+    eventually("nothing of theirs is left", || {
+        cluster.status()["agents"][0]["processes"]
+            .as_array()
+            .is_some_and(Vec::is_empty)
+    });
+    assert_eq!(
+        cluster.run_program(LOCAL, PIECES, "later").complete(1),
         [hash]
     );
     cluster.stop();

@@ -30,9 +30,18 @@ pub(crate) enum Part {
     One,
     /// The fabric, between two machines
     Two,
+    /// Memory's semantics on this kernel, over shared memory: on 6.1 pages leave without UFFDIO_MOVE
+    Semantics,
     /// Whole programs with their pages on another machine
     Programs,
 }
+
+/// Cases of `farpage bench conformance`, some 20 s each there: heaps that grow, mappings that move, forks.
+const CASES: [&str; 3] = [
+    "growth.small_blocks",
+    "memory_calls.remap_move",
+    "forks.generations",
+];
 
 /// Handed on to the machines, for who runs a part by hand.
 const HANDED_ON: &str = "FARPAGE_OUTAGES";
@@ -96,7 +105,10 @@ pub(crate) fn test(tally: &mut Tally, kernel: Option<&str>, part: Option<Part>) 
             Ok(Run::Done(all_well, printed)) => {
                 println!("--- {name}\n{printed}");
                 let failed_before = tally.failed;
-                printed.lines().for_each(|line| tally.line(line));
+                for line in printed.lines() {
+                    tally.line(line);
+                    tally.verdict(line);
+                }
                 if !all_well && tally.failed == failed_before {
                     tally.fail(&name);
                 }
@@ -154,8 +166,17 @@ fn on(kernel: &str, part: Option<Part>, programs: &Programs) -> Run {
         );
         step().args(["--peer", &serve, "--", "bash", "-c", &endure])
     };
+    let farpage = release_folder().join("farpage");
+    let semantics = CASES.iter().fold(
+        format!("'{}' bench conformance", farpage.display()),
+        |words, case| words + " --case " + case,
+    );
     let steps = [
         (Part::One, step().args(["--", "bash", "-c", &on_one])),
+        (
+            Part::Semantics,
+            step().args(["--", "bash", "-c", &semantics]),
+        ),
         (Part::Two, of_two(&programs.of_two)),
         (Part::Programs, of_two(&programs.whole)),
     ];

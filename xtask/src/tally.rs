@@ -79,6 +79,20 @@ impl Tally {
         }
     }
 
+    /// Takes one line of `farpage bench conformance`.
+    pub(crate) fn verdict(&mut self, line: &str) {
+        let mut words = line.splitn(2, "  ");
+        match (words.next(), words.next()) {
+            (Some("pass"), Some(_)) => self.passed += 1,
+            (Some("fail"), Some(case)) => self.fail(case),
+            (Some("skip"), Some(case)) => {
+                self.skipped += 1;
+                self.skips.push(case.to_owned());
+            }
+            _ => {}
+        }
+    }
+
     /// Keeps the last words of the tests that failed.
     fn listen(&mut self, line: &str) {
         let speaker = line
@@ -147,5 +161,14 @@ mod tests {
         assert_eq!(tally.failures, ["b"]);
         assert_eq!(tally.last_words, ["b: looked", "b: panicked: why"]);
         assert!(tally.close().is_err());
+    }
+
+    #[test]
+    fn counts_verdicts() {
+        let mut tally = Tally::default();
+        let printed = "pass  a.b: shows\nfail  a.c: it did not\nskip  a.d: no kernel for it\n1 passed, 1 failed, 1 skipped";
+        printed.lines().for_each(|line| tally.verdict(line));
+        assert_eq!((tally.passed, tally.failed, tally.skipped), (1, 1, 1));
+        assert_eq!(tally.failures, ["a.c: it did not"]);
     }
 }
