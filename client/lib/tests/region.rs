@@ -272,7 +272,7 @@ fn what_was_written_is_told_under_a_run() {
 fn what_was_written_is_told_where_far_memory_is_full() {
     if !is_run(
         "what_was_written_is_told_where_far_memory_is_full",
-        &["--local", "16M", "--far", "30M"],
+        &["--local", "16M", "--far", "34M"],
     ) {
         return;
     }
