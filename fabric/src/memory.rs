@@ -361,6 +361,12 @@ fn explain(len: usize, error: &io::Error) -> io::Error {
     )
 }
 
+/// The hash that [`RegisteredMemory::hash128`] tells, of bytes that lie elsewhere.
+#[must_use]
+pub fn hash128(bytes: &[u8]) -> u128 {
+    twox_hash::XxHash3_128::oneshot(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -447,6 +453,7 @@ mod tests {
                 expected,
                 "{offset} {len}"
             );
+            assert_eq!(hash128(&bytes[offset..offset + len]), expected);
         }
     }
 

@@ -196,6 +196,16 @@ pub const CASES: &[Case] = &[
     case("forks", "not_inherited", "ranges that a child does not inherit").both(),
     case("forks", "changed_after_fork", "what a child inherits is what was set when it was forked").both(),
 
+    // Asked of the agent by the program itself; nothing comes home for it.
+    case("soft_dirty", "local", "pages that are here: never touched, read, written").both(),
+    case("soft_dirty", "far", "the bit survives eviction and fetch").both(),
+    case("soft_dirty", "transit", "cleared, written and asked about while pages come and go").both(),
+    case("soft_dirty", "forked", "it survives fork, and each side has its own from then on").both(),
+    case("soft_dirty", "wiped", "what a child does not inherit is written for the child alone").both(),
+    case("soft_dirty", "protect", "it survives mprotect").both(),
+    case("soft_dirty", "given_up", "discarded and moved pages are written ones, new mappings are not").both(),
+    case("soft_dirty", "refused", "who asks about other memory, or nonsense, is told so").both(),
+
     case("kernel_access", "plain", "read and write").both(),
     case("kernel_access", "direct", "O_DIRECT"),
     case("kernel_access", "vectors", "readv and writev").both(),

@@ -22,6 +22,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("memory_calls", include_str!("../../c/memory_calls.c")),
     ("outage", include_str!("../../c/outage.c")),
     ("random_calls", include_str!("../../c/random_calls.c")),
+    ("soft_dirty", include_str!("../../c/soft_dirty.c")),
     ("threads", include_str!("../../c/threads.c")),
 ];
 

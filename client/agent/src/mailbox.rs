@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 
+use crate::pager::Question;
 use crate::sys::control::SharedBlock;
 use crate::sys::process::Process;
 use crate::sys::uffd::Uffd;
@@ -30,6 +31,8 @@ pub enum Request {
     Region(Range<u64>, mpsc::SyncSender<bool>),
     /// How many far pages lie in slots that others name too is wanted, some time soon, among the figures.
     CountShared,
+    /// Which pages were written is to be answered.
+    SoftDirty(Question),
     /// End: the process is gone, or must go.
     Close,
 }

@@ -10,7 +10,8 @@
 //!    <--------- Done                               the program may run
 //! ```
 //!
-//! A library goes on from there: `Region` and `Leave`, each answered by `Done` or `Refusal`.
+//! A library goes on from there: `Region` and `Leave`, each answered by `Done` or `Refusal`. A process that is attached may
+//! connect once more to ask about its pages: `Hello`, then any number of `SoftDirty`, all answered likewise.
 //!
 //! The socket is `SOCK_SEQPACKET`: a packet is a message, and one of another length is refused whole.
 
@@ -25,6 +26,9 @@ pub const JOB_VARIABLE: &str = "FARPAGE_JOB";
 
 /// The longest text that a refusal carries.
 pub const MAX_TEXT: usize = 512;
+
+/// The most pages of one `SoftDirty`, whose answer has a bit for each.
+pub const MAX_PAGES_ASKED: usize = MAX_TEXT * 8;
 
 /// The longest packet either side sends or takes.
 pub const MAX_PACKET: usize = PACKET_BYTES + MAX_TEXT;
@@ -44,6 +48,8 @@ pub mod kind {
     pub const JOB: u32 = 4;
     /// Not a program: the agent's state, for `farpage status`.
     pub const STATUS: u32 = 5;
+    /// A process that is attached already: it asks about its pages.
+    pub const PAGES: u32 = 6;
 }
 
 /// What a packet is.
@@ -66,6 +72,9 @@ pub mod tag {
     pub const REGION: u32 = 8;
     /// Library to agent: its regions are unmapped, the attachment may end. Answered by [`DONE`].
     pub const LEAVE: u32 = 9;
+    /// Which pages of a range are soft-dirty? Answered by [`DONE`] with a bit per page behind it, the lowest of each byte
+    /// first, or [`REFUSAL`].
+    pub const SOFT_DIRTY: u32 = 10;
 }
 
 /// Every packet of the handshake. Fields that a message does not use are zero.
@@ -76,20 +85,20 @@ pub struct Packet {
     pub magic: u64,
     /// One of [`tag`].
     pub tag: u32,
-    /// `Hello`: one of [`kind`].
+    /// `Hello`: one of [`kind`]. `SoftDirty`: 1 if they are not to be soft-dirty any more, else 0.
     pub kind: u32,
     /// `Hello`: the job's token. `Go`: the address space's number, by which its
     /// children name it.
     pub job: u64,
     /// `Hello` after a fork: the parent's address space number.
     pub parent: u64,
-    /// `Ready`: where the holding range was mapped. `Region`: start address.
+    /// `Ready`: where the holding range was mapped. `Region`, `SoftDirty`: start address.
     pub holding: u64,
-    /// `Ready`: where the drain range was mapped. `Region`: length in bytes.
+    /// `Ready`: where the drain range was mapped. `Region`, `SoftDirty`: length in bytes.
     pub drain: u64,
     /// `HelperUp`: the helper's pid.
     pub helper: u64,
-    /// `Refusal`: length of the text that follows the packet.
+    /// `Refusal`: length of the text that follows the packet. `Done` to `SoftDirty`: of the bits.
     pub text_len: u64,
 }
 

@@ -184,7 +184,8 @@ impl Entry {
         matches!(self.state(), State::FarRead | State::FarWrite)
     }
 
-    /// Whether the page was written since its soft-dirty bit was last cleared.
+    /// Whether the page is known to have been written since its soft-dirty bit was last cleared. No transition but
+    /// [`Self::clean`] and [`Self::soft_dirtied`] changes the bit; where it is clear, the pager compares the page's contents.
     #[must_use]
     pub fn is_soft_dirty(self) -> bool {
         self.0 & SOFT_DIRTY != 0
@@ -239,7 +240,7 @@ impl Entry {
     #[must_use]
     pub fn filled_with_zeros(self) -> Option<Self> {
         matches!(self.state(), State::Untouched | State::Zero)
-            .then(|| Self(self.without_slot().with_state(State::Local).0 | SOFT_DIRTY))
+            .then(|| self.without_slot().with_state(State::Local))
     }
 
     /// Local to Evicting: this caller, and nobody else, takes the page out.
@@ -273,7 +274,9 @@ impl Entry {
     #[must_use]
     pub fn evicted_to(self, slot: Slot, age: u16) -> Option<Self> {
         (self.state() == State::Evicting).then(|| {
-            Self(self.with_slot(slot, false).with_state(State::FarWrite).0 | SOFT_DIRTY).aged(age)
+            self.with_slot(slot, false)
+                .with_state(State::FarWrite)
+                .aged(age)
         })
     }
 
@@ -328,6 +331,12 @@ impl Entry {
     #[must_use]
     pub fn clean(self) -> Self {
         Self(self.0 & !SOFT_DIRTY)
+    }
+
+    /// The same with its soft-dirty bit set.
+    #[must_use]
+    pub fn soft_dirtied(self) -> Self {
+        Self(self.0 | SOFT_DIRTY)
     }
 
     /// The same, marked as brought home by prefetch (or no longer so).
@@ -388,7 +397,8 @@ mod tests {
 
     /// Entries as the model makes them: by transitions from the untouched one.
     fn any_entry() -> impl Strategy<Value = Entry> {
-        (any_slot(), any::<u16>(), 0u8..12).prop_filter_map("reachable", |(slot, age, path)| {
+        let paths = (any_slot(), any::<u16>(), 0u8..11);
+        let entries = paths.prop_filter_map("reachable", |(slot, age, path)| {
             let local = Entry::UNTOUCHED.filled_with_zeros()?;
             let evicting = local.claim_evict()?;
             let far = evicting.evicted_to(slot, age)?;
@@ -403,10 +413,14 @@ mod tests {
                 7 => far.claim_fetch()?.fetched()?.claim_evict()?,
                 8 => evicting.evicted_as_zero(age)?,
                 9 => far.poisoned(),
-                10 => far.forked()?.0.claim_fetch()?.fetched()?,
-                _ => far.clean(),
+                _ => far.forked()?.0.claim_fetch()?.fetched()?,
             })
-        })
+        });
+        (entries, any::<bool>()).prop_map(
+            |(entry, dirty)| {
+                if dirty { entry.soft_dirtied() } else { entry }
+            },
+        )
     }
 
     proptest! {
@@ -444,7 +458,6 @@ mod tests {
                     prop_assert_eq!(side.slot(), entry.slot());
                     prop_assert!(side.state() != State::FarWrite);
                     prop_assert!(side.slot().is_none() || side.is_read_only());
-                    prop_assert_eq!(side.is_soft_dirty(), entry.is_soft_dirty());
                 }
                 prop_assert!(child.state() != State::Fetching);
             } else {
@@ -467,13 +480,44 @@ mod tests {
         }
 
         #[test]
-        fn soft_dirty_survives_a_clean_round_trip(slot in any_slot(), age: u16) {
+        fn soft_dirty_survives_every_transition(entry in any_entry(), slot in any_slot(), age: u16, prefetched: bool) {
+            let (parent, child) = entry.forked().unzip();
+            let after = [
+                entry.claim_fetch(),
+                entry.fetched(),
+                entry.fetch_dropped(),
+                entry.filled_with_zeros(),
+                entry.claim_evict(),
+                entry.turned_round(),
+                entry.evicted_as_zero(age),
+                entry.evicted_clean(age),
+                entry.evicted_to(slot, age),
+                entry.gained_copy(slot),
+                entry.dropped_copy(),
+                parent,
+                child,
+                Some(entry.poisoned()),
+                Some(entry.marked_prefetched(prefetched)),
+            ];
+            for entry_after in after.into_iter().flatten() {
+                prop_assert_eq!(entry_after.is_soft_dirty(), entry.is_soft_dirty(), "{:?} to {:?}", entry, entry_after);
+            }
+        }
+
+        #[test]
+        fn marking_changes_nothing_else(entry in any_entry()) {
+            let (clean, dirty) = (entry.clean(), entry.soft_dirtied());
+            prop_assert!(!clean.is_soft_dirty() && dirty.is_soft_dirty());
+            prop_assert_eq!((clean.soft_dirtied(), dirty.clean()), (dirty, clean));
+            prop_assert_eq!((clean.state(), clean.slot(), clean.age()), (entry.state(), entry.slot(), entry.age()));
+            prop_assert_eq!((dirty.state(), dirty.slot(), dirty.age()), (entry.state(), entry.slot(), entry.age()));
+        }
+
+        #[test]
+        fn a_clean_round_trip_ends_where_it_began(slot in any_slot(), age: u16) {
             let far = Entry::local().claim_evict().and_then(|e| e.evicted_to(slot, age)).unwrap().clean();
             let back = far.claim_fetch().and_then(Entry::fetched).unwrap();
-            prop_assert!(!back.is_soft_dirty());
-            let out = back.claim_evict().and_then(|e| e.evicted_clean(age)).unwrap();
-            prop_assert!(!out.is_soft_dirty());
-            prop_assert_eq!(out, far);
+            prop_assert_eq!(back.claim_evict().and_then(|e| e.evicted_clean(age)), Some(far));
         }
     }
 }

@@ -26,6 +26,26 @@
 //! verified: 16 MiB here, every page as it was written
 //! ```
 //!
+//! # What was written
+//!
+//! [`Region::clear_soft_dirty`] and [`Region::soft_dirty`] tell which pages were written in between, wherever they are, so that
+//! a checkpoint copies only what changed. Neither brings a page home.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), farpage::Error> {
+//! # let mut region = farpage::Agent::from_environment()?.map(1 << 30, 64 << 20)?;
+//! # let save = |offset: usize, bytes: &[u8]| ();
+//! loop {
+//!     for written in region.clear_soft_dirty(0..region.len())? {
+//!         save(written.start, &region[written]);
+//!     }
+//!     region[123_456_789] += 1; // work until the next checkpoint
+//! #   break;
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # What to know
 //!
 //! - A page that cannot be brought home within a minute, because its memory node is lost, raises `SIGBUS`.
@@ -36,6 +56,7 @@
 mod agent;
 mod job;
 mod region;
+mod soft_dirty;
 mod sys;
 
 pub use agent::{Agent, Error};

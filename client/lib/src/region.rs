@@ -8,6 +8,7 @@ use farpage_attach::sys::socket;
 
 use crate::agent::Error;
 use crate::job::Job;
+use crate::soft_dirty::Questions;
 use crate::sys::Mapping;
 
 const PAGE: usize = 4096;
@@ -36,6 +37,8 @@ pub struct Region {
 struct Managed {
     attached: Attached,
     job: Job,
+    /// Its socket.
+    agent: String,
 }
 
 impl Region {
@@ -73,20 +76,60 @@ impl Region {
     /// [`Error::OutOfRange`]; or the kernel's errno, for [`Advice::WillNeed`] where it has no
     /// `MADV_POPULATE_READ` (before 5.14).
     pub fn advise(&mut self, range: Range<usize>, advice: Advice) -> Result<(), Error> {
-        if range.start > range.end || range.end > self.as_slice().len() {
-            return Err(Error::OutOfRange);
+        let mut pages = self.pages_touched(&range)?;
+        if advice == Advice::DontNeed {
+            pages = range.start.next_multiple_of(PAGE)..range.end / PAGE * PAGE;
         }
-        let pages = if advice == Advice::DontNeed {
-            range.start.next_multiple_of(PAGE)..range.end / PAGE * PAGE
-        } else {
-            range.start / PAGE * PAGE..range.end.next_multiple_of(PAGE)
-        };
         if pages.is_empty() {
             return Ok(());
         }
         self.mapping
             .advise(pages, advice)
             .map_err(Error::system("advising the kernel"))
+    }
+
+    /// The pages that `range` touches and that were written since [`Self::clear_soft_dirty`] (if that was never called,
+    /// since they were mapped), as runs of neighbouring pages. Nothing is fetched: of pages that are far the agent knows.
+    ///
+    /// What is told is a change of contents: a page that holds again what it held may be left out, one that was written
+    /// never is, and one that cannot be looked at (its memory node has lost it) is among the written ones.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`]; [`Error::NoAgent`] where the agent is gone; [`Error::Refused`] under `farpage run` for a
+    /// region of less than 128 KiB, which is not managed there, and in a forked child for a region of its parent's.
+    pub fn soft_dirty(&self, range: Range<usize>) -> Result<Vec<Range<usize>>, Error> {
+        self.questions()?
+            .ask(self, self.pages_touched(&range)?, false)
+    }
+
+    /// The same, and from now on these pages count as written only if they are written again. Each page is looked at and
+    /// cleared at one moment, so that a write is told by this call or by the next: what a checkpoint needs that copies
+    /// what is told.
+    ///
+    /// # Errors
+    /// As [`Self::soft_dirty`]. Part of the range may have been cleared by then: all of it is to be taken for written.
+    pub fn clear_soft_dirty(&self, range: Range<usize>) -> Result<Vec<Range<usize>>, Error> {
+        self.questions()?
+            .ask(self, self.pages_touched(&range)?, true)
+    }
+
+    fn questions(&self) -> Result<Questions, Error> {
+        match &self.managed {
+            Some(managed) => Ok(Questions::new(&managed.agent, managed.job.token)),
+            None => Questions::of_this_run(),
+        }
+    }
+
+    fn pages_touched(&self, range: &Range<usize>) -> Result<Range<usize>, Error> {
+        if range.start > range.end || range.end > self.len() {
+            return Err(Error::OutOfRange);
+        }
+        let start = range.start / PAGE * PAGE;
+        let end = match range.is_empty() {
+            true => start,
+            false => range.end.next_multiple_of(PAGE),
+        };
+        Ok(start..end)
     }
 }
 
@@ -110,7 +153,11 @@ impl Managed {
         let job = Job::open(agent, local_bytes as u64, far_bytes)?;
         let attached = attach(agent.as_bytes(), kind::LIBRARY, job.token, 0, true)
             .map_err(|error| Error::attach(&error, agent))?;
-        let managed = Self { attached, job };
+        let managed = Self {
+            attached,
+            job,
+            agent: agent.to_owned(),
+        };
         let mut region = Packet::new(tag::REGION);
         region.holding = mapping.as_slice().as_ptr().addr() as u64;
         region.drain = far_bytes;

@@ -8,12 +8,13 @@
 )]
 
 use std::io::{BufRead, BufReader};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use farpage::{Advice, Agent, Error};
+use farpage::{Advice, Agent, Error, Region};
 
 const PAGE: usize = 4096;
 const MIB: usize = 1 << 20;
@@ -174,4 +175,116 @@ fn an_absent_agent_and_too_small_a_limit_are_told() {
     let agent = Agent::connect(&agent.socket).unwrap();
     let error = agent.map(MIB, 1024).unwrap_err();
     assert!(matches!(&error, Error::Refused(_)), "{error}");
+}
+
+/// Writes to every `nth` page, and returns these pages as runs.
+fn write_every(region: &mut Region, nth: usize) -> Vec<Range<usize>> {
+    let starts = (0..region.len()).step_by(nth * PAGE);
+    let runs: Vec<_> = starts.map(|start| start..start + PAGE).collect();
+    for run in &runs {
+        region[run.start] ^= 1;
+    }
+    runs
+}
+
+/// Whatever of it is far: more than may be here, if there is far memory.
+fn tell_what_was_written(region: &mut Region) {
+    let all = 0..region.len();
+    assert_eq!(region.soft_dirty(all.clone()).unwrap(), []);
+    region.fill(7);
+    let everything = std::slice::from_ref(&all);
+    assert_eq!(region.soft_dirty(all.clone()).unwrap(), everything);
+    let here = resident(region);
+    assert_eq!(region.clear_soft_dirty(all.clone()).unwrap(), everything);
+    assert_eq!(region.soft_dirty(all.clone()).unwrap(), []);
+    assert!(resident(region) <= here, "something came home");
+    assert!(region.iter().all(|byte| *byte == 7));
+    assert_eq!(region.soft_dirty(all.clone()).unwrap(), []);
+
+    let written = write_every(region, 3);
+    assert_eq!(region.soft_dirty(all.clone()).unwrap(), written);
+    assert!(region[PAGE..].iter().all(|byte| *byte == 7 || *byte == 6));
+    // Whole pages are told of and cleared, the one in which the range ends too.
+    let page = 3 * PAGE..4 * PAGE;
+    let told = region.clear_soft_dirty(PAGE..3 * PAGE + 1).unwrap();
+    assert_eq!(told, std::slice::from_ref(&page));
+    let left: Vec<_> = written.into_iter().filter(|run| *run != page).collect();
+    assert_eq!(region.soft_dirty(all).unwrap(), left);
+    assert_eq!(region.soft_dirty(5..5).unwrap(), []);
+    let outside = 0..region.len() + 1;
+    assert!(matches!(region.soft_dirty(outside), Err(Error::OutOfRange)));
+}
+
+#[test]
+fn what_was_written_is_told_wherever_it_is() {
+    let Some(agent) = RunningAgent::start("written") else {
+        return;
+    };
+    let agent = Agent::connect(&agent.socket).unwrap();
+    // More than the pages of one packet, and not a multiple of them.
+    let mut region = agent.map(40 * MIB + 5 * PAGE, 8 * MIB).unwrap();
+    let other = agent.map(MIB, 8 * MIB).unwrap();
+    tell_what_was_written(&mut region);
+    assert_eq!(other.soft_dirty(0..MIB).unwrap(), []);
+}
+
+/// Whether this process is the test, run by `farpage run` with these words; else it has been run so, where that can be.
+fn is_run(test: &str, words: &[&str]) -> bool {
+    if std::env::var_os("FARPAGE_JOB").is_some() {
+        return true;
+    }
+    // Only to see whether there can be far memory here.
+    let Some(_agent) = RunningAgent::start(test) else {
+        return false;
+    };
+    let run = Command::new(binary().unwrap())
+        .arg("run")
+        .args(words)
+        .arg("--")
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", test])
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&run.stdout);
+    let errors = String::from_utf8_lossy(&run.stderr);
+    assert!(
+        run.status.success() && told.contains("1 passed"),
+        "{told}{errors}"
+    );
+    false
+}
+
+#[test]
+fn what_was_written_is_told_under_a_run() {
+    if !is_run("what_was_written_is_told_under_a_run", &["--local", "16M"]) {
+        return;
+    }
+    let agent = Agent::from_environment().unwrap();
+    let mut region = agent.map(40 * MIB + 5 * PAGE, 0).unwrap();
+    tell_what_was_written(&mut region);
+    let small = agent.map(PAGE, 0).unwrap();
+    let error = small.soft_dirty(0..PAGE).unwrap_err();
+    assert!(matches!(&error, Error::Refused(_)), "{error}");
+}
+
+/// Pages that are here lose their clean copies, by which they were known not to have been written.
+#[test]
+fn what_was_written_is_told_where_far_memory_is_full() {
+    if !is_run(
+        "what_was_written_is_told_where_far_memory_is_full",
+        &["--local", "16M", "--far", "34M"],
+    ) {
+        return;
+    }
+    let agent = Agent::from_environment().unwrap();
+    let mut region = agent.map(24 * MIB, 0).unwrap();
+    let mut other = agent.map(16 * MIB, 0).unwrap();
+    region.fill(7);
+    region.clear_soft_dirty(0..region.len()).unwrap();
+    for value in 1..4 {
+        assert!(region.iter().all(|byte| *byte == 7));
+        other.fill(value);
+        assert_eq!(region.soft_dirty(0..region.len()).unwrap(), []);
+    }
+    assert!(other.iter().all(|byte| *byte == 3));
 }

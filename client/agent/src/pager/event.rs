@@ -15,14 +15,16 @@ impl Pager {
             Message::Fault { .. } => {}
             Message::Fork(uffd) => self.forked(uffd),
             Message::Remap { from, to, len } => self.remapped(from, to, len),
-            Message::Remove(range) => self.removed(&range),
+            Message::Remove(range) => self.discard_to_zeros(pages_of(range)),
             Message::Unmap(range) => self.unmapped(&range),
         }
     }
 
     /// `madvise` discards: what is there goes, the registration stays, the next touch reads zeros.
-    fn removed(&mut self, range: &Range<u64>) {
-        self.discard_pages(pages_of(range.clone()));
+    pub(super) fn discard_to_zeros(&mut self, range: Range<Page>) {
+        let changed = self.changed_by_zeros(&range);
+        self.discard_pages(range);
+        self.mark_soft_dirty(changed);
     }
 
     fn unmapped(&mut self, range: &Range<u64>) {
@@ -35,20 +37,25 @@ impl Pager {
     fn remapped(&mut self, from: u64, to: u64, len: u64) {
         let pages = len.div_ceil(4096);
         let (from_page, to_page) = (Page::of(from), Page::of(to));
+        let (left, entered) = (
+            from_page..from_page.plus(pages),
+            to_page..to_page.plus(pages),
+        );
         // What comes meanwhile is later than this move: the unmap of the old range, above all, must find it moved.
-        let mut kept = self.leave_transit(from_page..from_page.plus(pages));
-        kept.extend(self.leave_transit(to_page..to_page.plus(pages)));
+        let mut kept = self.leave_transit(left.clone());
+        kept.extend(self.leave_transit(entered.clone()));
+        let emptied = self.changed_by_zeros(&left);
         let mut released = Vec::new();
         self.table
             .remap(from_page, to_page, pages, |_, entry| released.push(entry));
         for entry in released {
             self.forget_entry(entry);
         }
-        for (page, entry) in self
-            .table
-            .touched(to_page..to_page.plus(pages))
-            .collect::<Vec<_>>()
-        {
+        self.soft_dirty.forget_range(&left);
+        self.soft_dirty.forget_range(&entered);
+        self.mark_soft_dirty(emptied);
+        self.mark_moved(entered.clone());
+        for (page, entry) in self.table.touched(entered) {
             if entry.state() == State::Local {
                 self.residents.arrived(page);
             }
@@ -67,6 +74,7 @@ impl Pager {
                 _ => {}
             }
         }
+        self.soft_dirty.forget_range(&range);
         let mut released = Vec::new();
         self.table.discard(range, |_, entry| released.push(entry));
         for entry in released {

@@ -127,6 +127,7 @@ impl Pager {
         child.uncharged = table.local_pages();
         child.table = table;
         child.registered = registered;
+        child.soft_dirty = self.soft_dirty.inherited();
         child.inheritance = Inheritance::Unknown {
             parent: self.process.as_ref().map(Process::pid),
         };

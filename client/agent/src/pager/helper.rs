@@ -1,5 +1,6 @@
 //! The pager's end of its helper: the control block, the eventfd, the lifeline.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
@@ -120,6 +121,15 @@ impl Helper {
 }
 
 impl Pager {
+    /// The program's memory as `/proc` shows it, where a page that is absent says EIO. Opened when it is first wanted.
+    pub(super) fn program_memory(&mut self) -> Option<&File> {
+        if self.memory.is_none() {
+            let process = self.process.as_ref()?;
+            self.memory = File::open(format!("/proc/{}/mem", process.pid())).ok();
+        }
+        self.memory.as_ref()
+    }
+
     /// A process at the door offers ranges for a helper and says that it is this address space: a forked child.
     /// Returns the uffd for its helper once the ranges are registered and proven to be in this memory.
     pub(super) fn adopt(&mut self, offer: Box<HelperOffer>) -> Result<OwnedFd, Box<HelperOffer>> {

@@ -8,7 +8,8 @@
 //!
 //! A fault's way through the files: `mod` (read) → [`fault`] (what is the page?) → [`fetch`] (bring it) →
 //! [`install`] (put it there, wake). Memory's way out: [`take_out`] (victims, helper) → [`write_back`] (hash,
-//! slot, write). [`event`] and [`fork`] follow the program; [`register`] finds what to manage.
+//! slot, write). [`event`] and [`fork`] follow the program; [`register`] finds what to manage; [`soft_dirty`] says what was
+//! written.
 
 mod dial;
 mod event;
@@ -21,6 +22,7 @@ mod install;
 mod links;
 mod patience;
 mod register;
+mod soft_dirty;
 mod survey;
 mod take_out;
 mod wakeups;
@@ -54,6 +56,8 @@ pub(crate) use fork::Inheritance;
 pub(crate) use helper::Helper;
 pub(crate) use links::Links;
 pub(crate) use register::Registered;
+pub use soft_dirty::Question;
+pub(crate) use soft_dirty::SoftDirty;
 pub(crate) use survey::Survey;
 pub(crate) use take_out::{FREE_LEAST, TakeOut};
 pub(crate) use wakeups::Wakeups;
@@ -132,6 +136,7 @@ pub struct Pager {
     completions: Vec<Completion>,
     closing: bool,
     survey: Option<Survey>,
+    soft_dirty: SoftDirty,
     /// When victims were last found to be unmovable throughout: eviction rests a little.
     rest_until: Option<Instant>,
     /// Whether the last look for victims found none at all.
@@ -194,6 +199,7 @@ impl Pager {
             completions: Vec::new(),
             closing: false,
             survey: None,
+            soft_dirty: SoftDirty::default(),
             rest_until: None,
             no_victims: false,
             checked_exec_at: None,
@@ -228,6 +234,7 @@ impl Pager {
         worked |= self.evict_ahead();
         worked |= self.retry_writes();
         worked |= self.serve_requests();
+        worked |= self.answer_soft_dirty();
         // Who works does not sleep, and so is not told that there are messages.
         self.uffd_has_news |= worked;
         worked | read
@@ -398,6 +405,7 @@ impl Pager {
                     let _ = answer.send(self.manage_region(range));
                 }
                 Request::CountShared => self.begin_survey(),
+                Request::SoftDirty(question) => self.ask_soft_dirty(question),
                 Request::Close => self.closing = true,
             }
         }

@@ -43,7 +43,7 @@ impl Registered {
             .is_some_and(|(_, end)| address < *end)
     }
 
-    fn covers(&self, range: &Range<u64>) -> bool {
+    pub(super) fn covers(&self, range: &Range<u64>) -> bool {
         self.ranges
             .range(..=range.start)
             .next_back()
@@ -297,7 +297,11 @@ impl Pager {
             .filter(|page| !inherited.contains(*page))
             .collect();
         for page in strays {
-            self.discard_pages(page..page.plus(1));
+            if real.contains(page) {
+                self.discard_to_zeros(page..page.plus(1));
+            } else {
+                self.discard_pages(page..page.plus(1));
+            }
         }
         self.registered = real;
         self.inheritance = Inheritance::Known;

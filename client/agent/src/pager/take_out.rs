@@ -1,6 +1,5 @@
 //! Taking pages out: victims are chosen ahead of need, the helper moves them, what it got is staged.
 
-use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
@@ -254,12 +253,7 @@ impl Pager {
     /// Copies pages of the program's to staging by `/proc/PID/mem`, which never faults a managed page in.
     /// Returns those that were copied, in the order of their places there, and those that are not present.
     fn copy_to_staging(&mut self, pages: &[Page], area: usize) -> (Batch, Batch) {
-        if self.memory.is_none() {
-            self.memory = self
-                .process
-                .as_ref()
-                .and_then(|process| File::open(format!("/proc/{}/mem", process.pid())).ok());
-        }
+        self.program_memory();
         let (Some(helper), Some(memory)) = (&self.helper, &self.memory) else {
             return (Batch::new(), pages.into());
         };
@@ -346,7 +340,7 @@ impl Pager {
             self.not_taken(*page, outcome, batch.method);
             if batch.method == method::DROP && batch.drops_unread & batch.bit(*page) == 0 {
                 // What was read as our drop's event was the program's own.
-                self.discard_pages(*page..page.plus(1));
+                self.discard_to_zeros(*page..page.plus(1));
             }
         }
         if taken.is_empty() && !unmovable {
@@ -388,11 +382,7 @@ impl Pager {
             libc::EBUSY if how == method::MOVE => self.staging.shared_page(page),
             // Not there any more; an event to come says why. The table forgets it if it was not replaced.
             libc::ENOENT if how != method::DROP => {
-                if let Some((before, _)) = self.table.change(page, |entry| Some(entry.discarded()))
-                {
-                    self.job.discharge(1);
-                    self.release_slot_of(before);
-                }
+                self.discard_to_zeros(page..page.plus(1));
             }
             // Not plain read-write any more: it cannot move, but be protected, copied and dropped.
             libc::EINVAL if how != method::DROP => self.staging.unmovable_page(page),

@@ -151,6 +151,11 @@ impl Staging {
         !self.stuck.is_empty() && self.shared.is_empty() && self.unmovable.is_empty()
     }
 
+    /// The hash of a page that is in staging.
+    pub(super) fn hash(&mut self, page: Page) -> Option<u128> {
+        self.find(page).map(|(_, staged)| staged.hash)
+    }
+
     fn find(&mut self, page: Page) -> Option<(usize, &mut Staged)> {
         self.areas
             .iter_mut()
@@ -176,19 +181,20 @@ impl Pager {
             let Ok(hash) = memory.hash128(offset, 4096) else {
                 continue;
             };
+            self.note_taken_out(*page, entry, hash);
             if hash == self.fetches.zero_hash() && is_zero(&memory, offset) {
                 self.table.change(*page, |entry| entry.evicted_as_zero(age));
                 self.release_slot_of(entry);
+                self.soft_dirty.forget(*page);
             } else if entry
                 .slot()
                 .is_some_and(|slot| self.is_good_copy(slot, hash))
             {
                 self.table.change(*page, |entry| entry.evicted_clean(age));
+                self.soft_dirty.forget(*page);
             } else {
                 // A copy that it has is stale.
-                if self.table.change(*page, Entry::dropped_copy).is_some() {
-                    self.release_slot_of(entry);
-                }
+                self.drop_copy(*page);
                 changed.push(Staged {
                     index: *index,
                     page: *page,
@@ -304,12 +310,18 @@ impl Pager {
             .take(BATCH_PAGES)
             .collect();
         for page in &pages {
-            if let Some((before, _)) = self.table.change(*page, Entry::dropped_copy) {
-                self.release_slot_of(before);
-            }
+            self.drop_copy(*page);
         }
         self.staging.no_copies_at = pages.is_empty().then(Instant::now);
         !pages.is_empty()
+    }
+
+    /// A page that is here, or in staging, loses the copy that it has far.
+    fn drop_copy(&mut self, page: Page) {
+        self.keep_reference(page);
+        if let Some((before, _)) = self.table.change(page, Entry::dropped_copy) {
+            self.release_slot_of(before);
+        }
     }
 
     /// No slot to be had: the pages go home again, so that no thread waits for far memory that is not there.
@@ -398,12 +410,17 @@ impl Pager {
                     .change(staged.page, |entry| entry.evicted_to(here, age))
             } else {
                 // Turned round: what was written is a copy of what it was; its hash will tell whether it still
-                // is when the page is taken out again.
-                self.table
-                    .change(staged.page, |entry| entry.gained_copy(here))
+                // is when the page is taken out again. One that is not soft-dirty might be compared with that copy later on
+                // instead of with what it held when it was cleared.
+                self.table.change(staged.page, |entry| {
+                    entry.gained_copy(here).filter(|copy| copy.is_soft_dirty())
+                })
             };
             match kept {
-                Some(_) if staged.live => self.release_slot_of(before),
+                Some(_) if staged.live => {
+                    self.release_slot_of(before);
+                    self.soft_dirty.forget(staged.page);
+                }
                 Some(_) => {}
                 None => {
                     self.shared.far.release(here);

@@ -1,4 +1,7 @@
-//! The door: the agent's Unix socket, where programs attach and launchers open jobs.
+//! The door: the agent's Unix socket, where programs attach, [`launcher`]s open jobs, and programs ask about their [`pages`].
+
+mod launcher;
+mod pages;
 
 use std::fs::Permissions;
 use std::io;
@@ -9,16 +12,15 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use farpage_attach::control::BATCH_PAGES;
-use farpage_attach::message::{Packet, kind, tag};
+use farpage_attach::message::{MAX_TEXT, Packet, kind, tag};
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with,
-    bind, listen, recv, send, socket_with, socketpair,
+    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen,
+    send, socket_with, socketpair,
 };
 
 use crate::job::Job;
 use crate::mailbox::{HelperOffer, Request, SpaceHandle};
 use crate::pager::{Pager, Shared};
-use crate::protocol::{JobReply, JobRequest, MAX_PACKET};
 use crate::sys::control::SharedBlock;
 use crate::sys::pagemap::Pagemap;
 use crate::sys::process::{Process, share_memory};
@@ -150,7 +152,7 @@ impl Door {
         }
         // Who knows a job's token was given it by a process that was admitted, and may since have become another
         // user.
-        let joins = matches!(hello.kind, kind::START | kind::FORK)
+        let joins = matches!(hello.kind, kind::START | kind::FORK | kind::PAGES)
             && self.shared.spawner.job(hello.job).is_some();
         if !joins && !self.admission.admits(peer, uid, gid) {
             return refuse(
@@ -160,20 +162,23 @@ impl Door {
         }
         match hello.kind {
             kind::JOB => self.serve_launcher(peer, pid, uid),
-            kind::START | kind::FORK | kind::LIBRARY => match self.shared.spawner.job(hello.job) {
-                Some(job) if uid == 0 || uid == job.uid || job.uid == 0 => {
-                    let handle = self.attach(peer, pid, &hello, &job)?;
-                    match hello.kind {
-                        kind::LIBRARY => self.serve_library(peer, &job, &handle),
-                        _ => Ok(()),
-                    }
+            kind::START | kind::FORK | kind::LIBRARY | kind::PAGES => {
+                match self.shared.spawner.job(hello.job) {
+                    Some(job) if uid == 0 || uid == job.uid || job.uid == 0 => match hello.kind {
+                        kind::PAGES => pages::serve(peer, &job, pid),
+                        kind::LIBRARY => {
+                            let handle = self.attach(peer, pid, &hello, &job)?;
+                            self.serve_library(peer, &job, &handle)
+                        }
+                        _ => self.attach(peer, pid, &hello, &job).map(drop),
+                    },
+                    Some(_) => refuse(peer, "this job belongs to another user"),
+                    None => refuse(peer, "there is no such job; it has ended"),
                 }
-                Some(_) => refuse(peer, "this job belongs to another user"),
-                None => refuse(peer, "there is no such job; it has ended"),
-            },
+            }
             kind::STATUS => {
                 let figures = crate::control_plane::figures(&self.shared.spawner);
-                send_json(peer, &figures)
+                launcher::send_json(peer, &figures)
             }
             _ => refuse(
                 peer,
@@ -329,96 +334,6 @@ impl Door {
         }
         Adoption::NotManagedYet(offer)
     }
-
-    /// A launcher's connection: a job's life. However the connection ends, the job ends with it.
-    fn serve_launcher(&self, peer: &OwnedFd, pid: i32, uid: u32) -> io::Result<()> {
-        socket::set_deadline(peer.as_fd(), Duration::ZERO)?;
-        let mut job: Option<Arc<Job>> = None;
-        let mut finished = false;
-        let result = self.talk_to_launcher(peer, (pid, uid), &mut job, &mut finished);
-        if let Some(job) = job {
-            let kill = !finished && !job.is_for_regions();
-            if kill {
-                tracing::warn!(
-                    job = format_args!("{:x}", job.token),
-                    "the launcher is gone; its programs are ended"
-                );
-            }
-            self.shared.spawner.end_job(&job, kill);
-        }
-        result
-    }
-
-    fn talk_to_launcher(
-        &self,
-        peer: &OwnedFd,
-        (pid, uid): (i32, u32),
-        job: &mut Option<Arc<Job>>,
-        finished: &mut bool,
-    ) -> io::Result<()> {
-        while let Some(request) = receive_json::<JobRequest>(peer)? {
-            let reply = match (request, job.as_ref()) {
-                (
-                    JobRequest::Open {
-                        replicas: 2.., ..
-                    },
-                    None,
-                ) => JobReply::Refused {
-                    reason: "it keeps each page on one memory node in this version; leave out --replicas".into(),
-                },
-                (
-                    JobRequest::Open {
-                        local_bytes,
-                        far_bytes,
-                        fault_deadline_s,
-                        ..
-                    },
-                    None,
-                ) => {
-                    let deadline =
-                        fault_deadline_s.map_or(self.fault_deadline, Duration::from_secs);
-                    let spaces = &self.shared.spawner;
-                    match spaces.open_job(pid, uid, local_bytes, far_bytes, deadline) {
-                        Ok(new) => {
-                            let token = format!("{:x}", new.token);
-                            let lowered = new.ceiling.lowered();
-                            *job = Some(new);
-                            JobReply::Opened { token, lowered }
-                        }
-                        Err(error) => JobReply::Refused {
-                            reason: error.to_string(),
-                        },
-                    }
-                }
-                (JobRequest::Started { pid: program }, Some(job)) => {
-                    // Whatever tree it names is watched, and its sizes told.
-                    if crate::tree::descendants(pid).contains(&program) {
-                        job.started(program);
-                        JobReply::Noted
-                    } else {
-                        JobReply::Refused {
-                            reason: format!("process {program} was not started by process {pid}"),
-                        }
-                    }
-                }
-                (JobRequest::Finish, Some(job)) => {
-                    *finished = true;
-                    let fabrics = self.shared.far.fabrics();
-                    let fabric = if fabrics.is_empty() {
-                        &self.fabric
-                    } else {
-                        &fabrics
-                    };
-                    JobReply::Account(Box::new(job.account(fabric)))
-                }
-                _ => JobReply::Refused {
-                    reason: "out of turn".into(),
-                },
-            };
-            send_json(peer, &reply)?;
-        }
-        Ok(())
-    }
 }
 
 /// Waits until the parent's pager is through with the forks whose events it has read. It read this child's before the
@@ -482,31 +397,15 @@ fn expect(peer: &OwnedFd, tag: u32) -> io::Result<socket::Arrived> {
 }
 
 fn refuse(peer: &OwnedFd, reason: &str) -> io::Result<()> {
-    let mut packet = Packet::new(tag::REFUSAL);
-    packet.text_len = reason.len() as u64;
-    let mut bytes = packet.to_bytes().to_vec();
-    bytes.extend_from_slice(
-        &reason.as_bytes()[..reason.len().min(farpage_attach::message::MAX_TEXT)],
-    );
-    send(peer, &bytes, SendFlags::NOSIGNAL)?;
-    Ok(())
+    send_with(peer, tag::REFUSAL, reason.as_bytes())
 }
 
-fn send_json<T: serde::Serialize>(peer: &OwnedFd, value: &T) -> io::Result<()> {
-    let bytes = serde_json::to_vec(value)?;
-    if bytes.len() > MAX_PACKET {
-        return Err(io::ErrorKind::FileTooLarge.into());
-    }
+/// Sends a packet of this tag with bytes behind it.
+fn send_with(peer: &OwnedFd, tag: u32, behind: &[u8]) -> io::Result<()> {
+    let behind = behind.get(..MAX_TEXT).unwrap_or(behind);
+    let mut packet = Packet::new(tag);
+    packet.text_len = behind.len() as u64;
+    let bytes = [&packet.to_bytes(), behind].concat();
     send(peer, &bytes, SendFlags::NOSIGNAL)?;
     Ok(())
-}
-
-/// The next JSON packet; `None` when the peer has closed.
-fn receive_json<T: serde::de::DeserializeOwned>(peer: &OwnedFd) -> io::Result<Option<T>> {
-    let mut bytes = vec![0u8; MAX_PACKET];
-    let (got, _) = recv(peer, &mut bytes, RecvFlags::empty())?;
-    if got == 0 {
-        return Ok(None);
-    }
-    Ok(Some(serde_json::from_slice(&bytes[..got])?))
 }
