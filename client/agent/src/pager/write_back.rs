@@ -110,8 +110,9 @@ impl Staging {
 
     /// Whether far memory has been full for too long to wait for more of it.
     pub(super) fn is_exhausted(&self) -> bool {
-        self.full
-            .is_some_and(|full| full.last - full.since > FULL_DEADLINE)
+        self.full.is_some_and(|full| {
+            full.last - full.since > FULL_DEADLINE && full.last.elapsed() < FULL_LAPSE
+        })
     }
 
     pub(super) fn shared_page(&mut self, page: Page) {
