@@ -87,6 +87,11 @@ fn core_dumps_have_holes() {
     assert!(here > 0 && holes > here, "{here} pages, {holes} holes");
 }
 
+#[test]
+fn a_dump_keeps_to_the_limit() {
+    case("dump");
+}
+
 /// The words of the page at `address` in a core dump.
 fn dumped(dump: &[u8], address: u64) -> Option<Vec<u64>> {
     const PT_LOAD: u64 = 1;

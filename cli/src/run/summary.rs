@@ -233,6 +233,8 @@ mod tests {
             "prefetch_hits",
             "pages_evicted",
             "pages_written_back",
+            "pages_poisoned",
+            "loss",
             "local_limit_bytes",
             "local_peak_bytes",
             "far_peak_bytes",

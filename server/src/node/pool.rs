@@ -83,7 +83,7 @@ impl Pool {
         let (memory, report) =
             RegisteredMemory::create("farpage-pool", len, options).map_err(created)?;
         if config.huge_pages && !report.huge {
-            tracing::info!(
+            tracing::warn!(
                 "no reserved huge pages for the pool, it uses normal ones; see vm.nr_hugepages"
             );
         }

@@ -7,9 +7,9 @@
 //! loop goes round, and a fault that cannot be answered yet waits in a queue with a deadline.
 //!
 //! A fault's way through the files: `mod` (read) → [`fault`] (what is the page?) → [`fetch`] (bring it) →
-//! [`install`] (put it there, wake). Memory's way out: [`take_out`] (victims, helper) → [`write_back`] (hash,
-//! slot, write). [`event`] and [`fork`] follow the program; [`register`] finds what to manage; [`soft_dirty`] says what was
-//! written.
+//! [`install`] (put it there, wake); what cannot be answered yet goes to [`waiting`]. Memory's way out: [`take_out`]
+//! (victims, helper) → [`write_back`] (hash, slot, write); [`shortage`] is of slots. [`event`] and [`fork`] follow the
+//! program; [`register`] finds what to manage; [`soft_dirty`] says what was written.
 
 mod dial;
 mod event;
@@ -22,9 +22,11 @@ mod install;
 mod links;
 mod patience;
 mod register;
+mod shortage;
 mod soft_dirty;
 mod survey;
 mod take_out;
+mod waiting;
 mod wakeups;
 mod write_back;
 
@@ -56,6 +58,7 @@ pub(crate) use fork::Inheritance;
 pub(crate) use helper::Helper;
 pub(crate) use links::Links;
 pub(crate) use register::Registered;
+pub(crate) use shortage::Shortage;
 pub use soft_dirty::Question;
 pub(crate) use soft_dirty::SoftDirty;
 pub(crate) use survey::Survey;
@@ -68,9 +71,6 @@ const BUSY_GAP: Duration = Duration::from_micros(200);
 
 /// The longest sleep: a bound for anything whose wake-up might be missed.
 const MAX_SLEEP: Duration = Duration::from_millis(100);
-
-/// How long threads may wait for room while nothing can be taken out.
-const STARVED_DEADLINE: Duration = Duration::from_secs(3);
 
 /// How long the moves of a batch are waited for before everything else is looked at again.
 const MOVES_WAIT: Duration = Duration::from_micros(500);
@@ -124,6 +124,7 @@ pub struct Pager {
     /// The program's memory as `/proc` shows it, once pages were copied from there.
     memory: Option<File>,
     staging: Staging,
+    shortage: Shortage,
     /// Pages that the kernel writes at thread exit: never taken out.
     pinned: HashSet<u64>,
     pinned_at: Option<Instant>,
@@ -188,6 +189,7 @@ impl Pager {
             take_out: None,
             memory: None,
             staging: Staging::default(),
+            shortage: Shortage::default(),
             pinned: HashSet::new(),
             pinned_at: None,
             shrink: 0,
@@ -312,76 +314,6 @@ impl Pager {
                 self.gate.helper_gone();
                 true
             }
-        }
-    }
-
-    fn answer_or_keep(&mut self, fault: Fault) {
-        if let Some(fault) = self.answer(fault) {
-            self.waiting.push_back(fault);
-        }
-    }
-
-    /// Tries the faults that could not be answered before. Past their deadline they end in SIGBUS.
-    fn retry_waiting(&mut self) -> bool {
-        let mut worked = false;
-        for _ in 0..self.waiting.len() {
-            let Some(fault) = self.waiting.pop_front() else {
-                break;
-            };
-            // Memory of a node that is silent is not full: it may be back before the deadline.
-            let full = self.staging.is_exhausted()
-                && self.room() <= 0
-                && !self.shared.far.any_unreachable();
-            if full || self.is_late(&fault) {
-                let why = if full {
-                    failure::FAR_MEMORY_FULL
-                } else {
-                    failure::PAST_DEADLINE
-                };
-                self.end_in_sigbus(&fault, why);
-                worked = true;
-                continue;
-            }
-            match self.answer(fault) {
-                Some(fault) => self.waiting.push_back(fault),
-                None => worked = true,
-            }
-        }
-        worked |= self.install_arrived();
-        self.check_starved();
-        worked
-    }
-
-    /// Threads wait for room, and nothing has been taken out for long: what is resident cannot be. That is the
-    /// user's to know, not a wait without end.
-    fn check_starved(&mut self) {
-        let needs_room =
-            (!self.waiting.is_empty() || self.fetches.any_to_install()) && self.room() <= 0;
-        let evicted = self.job.counters.pages_evicted.load(Ordering::Relaxed);
-        match self.starved {
-            Some((at, before)) if needs_room && before == evicted => {
-                // Pages in staging are out already, and wait for a node: that has its own deadline.
-                if at.elapsed() > STARVED_DEADLINE
-                    && !self.staging.is_full()
-                    && !self.staging.is_busy()
-                {
-                    let stuck = self
-                        .job
-                        .unmanaged()
-                        .saturating_sub(self.job.sharing.pages());
-                    let stuck = (stuck * 4096) >> 20;
-                    let limit = (self.job.local_pages() * 4096) >> 20;
-                    self.job.fail(format!(
-                        "nothing of it can be taken out any more to make room: of {limit} MiB allowed, {stuck} MiB are \
-                         stacks, small or locked mappings and processes that are not managed, and the rest is locked \
-                         or pinned; {}",
-                        self.job.remedy()
-                    ));
-                    self.closing = true;
-                }
-            }
-            _ if needs_room => self.starved = Some((Instant::now(), evicted)),
-            _ => self.starved = None,
         }
     }
 

@@ -5,13 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use farpage_attach::control::{BATCH_PAGES, STAGING_AREAS, staging_offset};
+use farpage_attach::control::{STAGING_AREAS, staging_offset};
 use farpage_fabric::LocalSlice;
 use farpage_fabric::memory::RegisteredMemory;
 
 use super::install::Installed;
 use super::links::{LinkError, Work};
-use super::take_out::Batch;
 use super::{Fault, Pager};
 use crate::entry::{Entry, Slot, State};
 use crate::table::Page;
@@ -61,14 +60,6 @@ impl Area {
     }
 }
 
-/// That no slot could be had.
-#[derive(Clone, Copy, Debug)]
-struct Full {
-    since: Instant,
-    /// When one was last asked for in vain. What was so a while ago need not be so now.
-    last: Instant,
-}
-
 /// The staging areas of one address space.
 #[derive(Debug, Default)]
 pub(crate) struct Staging {
@@ -80,11 +71,8 @@ pub(crate) struct Staging {
     /// Pages that the program has locked, and when they were last tried.
     stuck: Vec<Page>,
     stuck_tried: Option<Instant>,
-    /// When no page was found that is here and has a clean copy far.
-    no_copies_at: Option<Instant>,
     /// What runs kept their pages in that are over, for the next ones.
     spare: Vec<Vec<Staged>>,
-    full: Option<Full>,
 }
 
 impl Staging {
@@ -101,18 +89,6 @@ impl Staging {
 
     pub(super) fn is_busy(&self) -> bool {
         self.areas.iter().any(|area| !area.is_empty())
-    }
-
-    /// Whether no slot could be had lately.
-    pub(super) fn is_full(&self) -> bool {
-        self.full.is_some()
-    }
-
-    /// Whether far memory has been full for too long to wait for more of it.
-    pub(super) fn is_exhausted(&self) -> bool {
-        self.full.is_some_and(|full| {
-            full.last - full.since > FULL_DEADLINE && full.last.elapsed() < FULL_LAPSE
-        })
     }
 
     pub(super) fn shared_page(&mut self, page: Page) {
@@ -280,7 +256,7 @@ impl Pager {
                 slot: run.first,
                 posted: false,
             });
-            self.staging.full = None;
+            self.shortage.end();
             let runs = &mut self.staging.areas[area].runs;
             match runs.iter_mut().find(|place| place.is_none()) {
                 Some(place) => *place = run,
@@ -289,40 +265,6 @@ impl Pager {
             worked = true;
         }
         worked
-    }
-
-    /// No slot to be had: pages that are here give up their clean copies. Returns whether one did.
-    fn give_up_copies(&mut self) -> bool {
-        let resting = self
-            .staging
-            .no_copies_at
-            .is_some_and(|at| at.elapsed() < COPIES_REST);
-        if resting {
-            return false;
-        }
-        let has_copy = |page: &Page| {
-            let entry = self.table.get(*page);
-            entry.state() == State::Local && entry.slot().is_some()
-        };
-        let pages: Batch = self
-            .residents
-            .last_to_go()
-            .filter(has_copy)
-            .take(BATCH_PAGES)
-            .collect();
-        for page in &pages {
-            self.drop_copy(*page);
-        }
-        self.staging.no_copies_at = pages.is_empty().then(Instant::now);
-        !pages.is_empty()
-    }
-
-    /// A page that is here, or in staging, loses the copy that it has far.
-    fn drop_copy(&mut self, page: Page) {
-        self.keep_reference(page);
-        if let Some((before, _)) = self.table.change(page, Entry::dropped_copy) {
-            self.release_slot_of(before);
-        }
     }
 
     /// No slot to be had: the pages go home again, so that no thread waits for far memory that is not there.
@@ -336,15 +278,7 @@ impl Pager {
             }
         }
         self.staging.areas[area].homeless = left;
-        let now = Instant::now();
-        let lasting = self
-            .staging
-            .full
-            .filter(|full| full.last.elapsed() < FULL_LAPSE);
-        self.staging.full = Some(Full {
-            since: lasting.map_or(now, |full| full.since),
-            last: now,
-        });
+        self.shortage.go_on();
     }
 
     fn post_run(&mut self, area: usize, number: usize) -> bool {
@@ -531,12 +465,6 @@ fn is_zero(memory: &RegisteredMemory, offset: u64) -> bool {
 
 /// How long locked pages are left alone before it is tried again whether they still are.
 const STUCK_RETRY: Duration = Duration::from_secs(1);
-/// How long far memory may be full before a fault that needs a frame ends in SIGBUS.
-const FULL_DEADLINE: Duration = Duration::from_secs(10);
-/// How long nobody need have asked in vain for the next who does to be the first again.
-const FULL_LAPSE: Duration = Duration::from_secs(1);
-/// How long nobody looks for clean copies to give up once none was found: it takes a look at every page that is here.
-const COPIES_REST: Duration = Duration::from_millis(100);
 /// How long eviction rests when no slot could be had, so that the control plane can grant another extent.
 const FULL_REST: Duration = Duration::from_millis(5);
 /// How long the end of an address space waits for its last transfers.
