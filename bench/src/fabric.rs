@@ -19,6 +19,8 @@ use farpage_fabric::{
     RegisteredMemory, RemoteSlice, ShmAddress, WorkId, connect,
 };
 
+#[cfg(feature = "verbs")]
+use crate::async_rdma::{self, AsyncRdma};
 use crate::median::quantile;
 #[cfg(feature = "verbs")]
 use crate::perftest::{self, Servers};
@@ -90,11 +92,14 @@ struct Served {
     responder: Responder,
     #[cfg(feature = "verbs")]
     _perftest: Option<Servers>,
+    #[cfg(feature = "verbs")]
+    _async_rdma: Option<async_rdma::Server>,
     shm: ShmAddress,
 }
 
 impl Served {
-    fn start(fabric: &str, listen: SocketAddr, device: &str) -> Result<Self, BenchError> {
+    fn start(options: &Options, listen: SocketAddr) -> Result<Self, BenchError> {
+        let (fabric, device) = (options.fabric.as_str(), options.device.as_str());
         let what = || format!("serving {fabric}");
         let geometry = PoolGeometry::new(EXTENT_BYTES, 1).map_err(BenchError::fabric(what()))?;
         let pool = memory("pool", EXTENT_BYTES as usize)?;
@@ -118,18 +123,26 @@ impl Served {
         #[cfg(not(feature = "verbs"))]
         let _ = device;
         #[cfg(feature = "verbs")]
-        let perftest = match &responder {
+        let (perftest, async_rdma) = match &responder {
             Responder::Rdma(responder) => {
                 let at = responder.local_addr();
                 let device = perftest::device(device, at)?;
-                Some(Servers::start(&device, at, &What::ALL)?)
+                let program = options.async_rdma.as_deref();
+                let started =
+                    program.map(|program| async_rdma::Server::start(program, &device, at));
+                (
+                    Some(Servers::start(&device, at, &What::ALL)?),
+                    started.transpose()?,
+                )
             }
-            _ => None,
+            _ => (None, None),
         };
         Ok(Self {
             responder,
             #[cfg(feature = "verbs")]
             _perftest: perftest,
+            #[cfg(feature = "verbs")]
+            _async_rdma: async_rdma,
             shm,
         })
     }
@@ -155,16 +168,15 @@ fn memory(name: &str, len: usize) -> Result<Arc<RegisteredMemory>, BenchError> {
 /// # Errors
 /// [`BenchError`] where nothing can be served.
 pub fn serve(
-    fabric: &str,
+    options: &Options,
     listen: SocketAddr,
-    device: &str,
     stop: &AtomicBool,
     ready: impl FnOnce(),
 ) -> Result<(), BenchError> {
-    if fabric == "shm" {
+    if options.fabric == "shm" {
         return Err(one_machine("--serve"));
     }
-    let served = Served::start(fabric, listen, device)?;
+    let served = Served::start(options, listen)?;
     ready();
     while !stop.load(Ordering::Acquire) {
         std::thread::sleep(Duration::from_millis(100));
@@ -245,6 +257,23 @@ impl Baseline {
             Self::None => "there is no tool to compare this transport with".into(),
         }
     }
+}
+
+/// The second thing that ours is compared with over RDMA, where it is there.
+#[cfg(feature = "verbs")]
+fn other_baseline(
+    options: &Options,
+    peer: Option<SocketAddr>,
+) -> Result<Option<AsyncRdma>, BenchError> {
+    let (Some(program), "rdma", Some(peer)) = (&options.async_rdma, options.fabric.as_str(), peer)
+    else {
+        return Ok(None);
+    };
+    Ok(Some(AsyncRdma {
+        program: program.clone(),
+        device: perftest::device(&options.device, peer)?,
+        peer,
+    }))
 }
 
 /// Our side: an endpoint, and pages to read into and write from.
@@ -359,7 +388,7 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
         Some(_) if fabric == "shm" => return Err(one_machine("--peer")),
         Some(peer) => (None, Some(resolve(peer)?)),
         None => {
-            let served = Served::start(fabric, ([127, 0, 0, 1], 0).into(), &options.device)?;
+            let served = Served::start(options, ([127, 0, 0, 1], 0).into())?;
             let at = served.listens_at();
             (Some(served), at)
         }
@@ -374,23 +403,29 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     };
     let address = address.parse().map_err(BenchError::fabric("--peer"))?;
     let baseline = Baseline::of(options, peer)?;
+    #[cfg(feature = "verbs")]
+    let other = other_baseline(options, peer)?;
     let mut requester = Requester::connect(&address)?;
     let mut figures = Vec::new();
     for what in What::ALL {
         let count = requester.count(what, options.seconds)?;
-        figures.push((what, count, Vec::new(), Vec::new()));
+        figures.push((what, count, Vec::new(), Vec::new(), Vec::new()));
     }
     for _ in 0..options.turns.max(1) {
-        for (what, count, ours, theirs) in &mut figures {
+        for (what, count, ours, theirs, others) in &mut figures {
             ours.push(requester.measure(*what, *count)?);
             theirs.extend(baseline.take(options, *what, *count)?);
+            #[cfg(feature = "verbs")]
+            if let Some(other) = &other {
+                others.push(other.measure(*what, *count, DEPTH)?);
+            }
         }
     }
     let mut report = Report {
         bench: "fabric",
         ..Report::default()
     };
-    for (what, _, ours, theirs) in &figures {
+    for (what, _, ours, theirs, others) in &figures {
         let name = if theirs.is_empty() {
             "none"
         } else {
@@ -399,6 +434,11 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
         let (unit, measurement) = (what.unit(), what.measurement());
         let one = Measurement::new(measurement, unit, ours, theirs, name, fabric);
         report.measurements.push(one);
+        if !others.is_empty() {
+            let name = format!("{measurement}.async_rdma");
+            let one = Measurement::new(name, unit, ours, others, "the crate async-rdma", fabric);
+            report.measurements.push(one);
+        }
     }
     report.notes.push(format!(
         "4 KiB each; latency of one read at a time, bandwidth with {DEPTH} requests under way; {}",

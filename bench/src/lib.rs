@@ -9,6 +9,8 @@
 //! What is measured runs in processes of its own: this very binary under a hidden subcommand, whose side is
 //! [`child`].
 
+#[cfg(feature = "verbs")]
+mod async_rdma;
 mod awake;
 mod bare;
 pub mod child;
@@ -45,6 +47,8 @@ pub struct Options {
     pub peer: Option<String>,
     /// Which RDMA device to use, as `device=NAME&port=N&gid=N`; empty for the best one.
     pub device: String,
+    /// The program of `bench/async-rdma`, to compare with it too.
+    pub async_rdma: Option<PathBuf>,
     /// How many times ours and the baseline take turns.
     pub turns: u32,
     /// How long one native run of a whole program lasts, about, seconds.

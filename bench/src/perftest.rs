@@ -140,13 +140,13 @@ fn figure(printed: &str, column: usize) -> Option<f64> {
 }
 
 /// What a command prints, within its time; why not, otherwise.
-fn outcome(mut command: Command) -> Result<String, String> {
+pub(crate) fn outcome(mut command: Command) -> Result<String, String> {
     let spawned = command
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn();
     let mut child = spawned.map_err(|error| {
-        format!("cannot be started: {error}; install perftest on both machines")
+        format!("cannot be started: {error}; it must be installed on both machines")
     })?;
     let deadline = Instant::now() + RUN_WITHIN;
     // What it prints fits into a pipe.
@@ -175,7 +175,7 @@ fn outcome(mut command: Command) -> Result<String, String> {
     }
 }
 
-fn end(child: &mut Child) {
+pub(crate) fn end(child: &mut Child) {
     let _ = child.kill();
     let _ = child.wait();
 }

@@ -312,11 +312,14 @@ pub(crate) struct BenchArgs {
     /// The other machine, where --serve runs (bench fabric) [default: this one]
     #[arg(long, value_name = "ADDR:PORT", conflicts_with = "serve")]
     pub(crate) peer: Option<String>,
-    /// Be the other machine, until a signal comes (bench fabric); over rdma the three ports above this one serve perftest
+    /// Be the other machine, until a signal comes (bench fabric); over rdma the four ports above this one serve the baselines
     #[arg(long, value_name = "ADDR:PORT", conflicts_with = "json")]
     pub(crate) serve: Option<std::net::SocketAddr>,
     #[command(flatten)]
     pub(crate) rdma: RdmaArgs,
+    /// The program built from bench/async-rdma, to compare with that crate too (bench fabric --fabric rdma); for --serve as well
+    #[arg(long, value_name = "PATH")]
+    pub(crate) async_rdma: Option<PathBuf>,
     /// How many times ours and the baseline take turns; the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) turns: u32,

@@ -49,27 +49,23 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
     if benchmark.name != "fabric" && (args.peer.is_some() || args.serve.is_some()) {
         return Err(BenchError::OneMachine(name.clone()));
     }
-    if let Some(listen) = args.serve {
-        let stop = Arc::new(AtomicBool::new(false));
-        daemon::stop_on_signals(&stop)?;
-        let ready = || daemon::say(&format!("serving bench fabric at {listen}\n"));
-        let fabric = args.fabric.name();
-        return Ok(farpage_bench::fabric::serve(
-            fabric,
-            listen,
-            &args.rdma.device,
-            &stop,
-            ready,
-        )?);
-    }
     let options = Options {
         farpage: std::env::current_exe().map_err(BenchError::Executable)?,
         fabric: args.fabric.name().to_owned(),
         peer: args.peer.clone(),
         device: args.rdma.device.clone(),
+        async_rdma: args.async_rdma.clone(),
         turns: args.turns,
         seconds: f64::from(args.seconds),
     };
+    if let Some(listen) = args.serve {
+        let stop = Arc::new(AtomicBool::new(false));
+        daemon::stop_on_signals(&stop)?;
+        let ready = || daemon::say(&format!("serving bench fabric at {listen}\n"));
+        return Ok(farpage_bench::fabric::serve(
+            &options, listen, &stop, ready,
+        )?);
+    }
     // Opened before anything is measured: a path that cannot be written is found out at once.
     let mut json = match &args.json {
         Some(path) => Some(std::fs::File::create(path).map_err(|error| json_error(args, error))?),

@@ -1,0 +1,87 @@
+//! The other baseline over RDMA: the same traffic through the crate async-rdma, by the program of `bench/async-rdma`. It is
+//! built by itself, since nothing of farpage's may be under its licence.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use farpage_fabric::verbs::DeviceChoice;
+
+use crate::BenchError;
+use crate::fabric::What;
+use crate::perftest::{end, outcome};
+
+/// Its port, next to perftest's.
+const PORT: u16 = 4;
+
+/// Its serving side, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Server(Child);
+
+impl Server {
+    pub(crate) fn start(
+        program: &Path,
+        device: &DeviceChoice,
+        at: SocketAddr,
+    ) -> Result<Self, BenchError> {
+        Command::new(program)
+            .arg("serve")
+            .arg(beside(at).to_string())
+            .args(words(device))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .map(Self)
+            .map_err(BenchError::fabric("--async-rdma"))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        end(&mut self.0);
+    }
+}
+
+/// Its measuring side.
+#[derive(Debug)]
+pub(crate) struct AsyncRdma {
+    pub(crate) program: PathBuf,
+    pub(crate) device: DeviceChoice,
+    pub(crate) peer: SocketAddr,
+}
+
+impl AsyncRdma {
+    /// Microseconds, or bytes per second, over `count` requests.
+    pub(crate) fn measure(
+        &self,
+        what: What,
+        count: usize,
+        depth: usize,
+    ) -> Result<f64, BenchError> {
+        let mut command = Command::new(&self.program);
+        command
+            .arg(what.perftest())
+            .arg(beside(self.peer).to_string())
+            .args([count.to_string(), depth.to_string()])
+            .args(words(&self.device))
+            .stdin(Stdio::null());
+        let printed = outcome(command).map_err(BenchError::fabric("--async-rdma"))?;
+        let figure = printed.trim().parse();
+        figure.map_err(|_| BenchError::fabric("--async-rdma")(format!("prints {printed:?}")))
+    }
+}
+
+fn beside(fabric: SocketAddr) -> SocketAddr {
+    SocketAddr::new(fabric.ip(), fabric.port().wrapping_add(PORT))
+}
+
+/// Its words for a device: each one needs those before it.
+fn words(device: &DeviceChoice) -> Vec<String> {
+    let name = device.device.clone();
+    let port = device.port.map(|port| port.to_string());
+    let gid = device.gid.map(|gid| gid.to_string());
+    [name, port, gid]
+        .into_iter()
+        .map_while(|word| word)
+        .collect()
+}
