@@ -89,6 +89,15 @@ static void write_some(char *at, uint32_t one_in)
 	end_work();
 }
 
+/* A lost page: who dies of it while he has a place would keep it, and his parent may be waiting for one. */
+static void lost(int number)
+{
+	(void)number;
+	if (place && *place == getpid())
+		end_work();
+	_exit(7);
+}
+
 static int is_ours(pid_t pid)
 {
 	for (uint32_t i = 0; i < sizeof tree->pids / sizeof *tree->pids; i++)
@@ -172,6 +181,7 @@ int main(int argc, char **argv)
 	tree->processes = 1;
 	salts = unmanaged(pages * sizeof *salts);
 	MUST(prctl(PR_SET_CHILD_SUBREAPER, 1) == 0);
+	MUST(signal(SIGBUS, lost) != SIG_ERR);
 	char *at = map(bytes);
 	for (size_t page = 0; page < pages; page++)
 		fill_page(at + page * PAGE, page, salts[page] = draw(1u << 30));

@@ -184,6 +184,30 @@ static void storm(void)
 	check(at, DATA, 1, "after the storm");
 }
 
+/* Many at a time that read what they share. */
+static void siblings(void)
+{
+	char *at = far_map(DATA, 1);
+	int all_have[2];
+	MUST(pipe(all_have) == 0);
+	pid_t children[8];
+	for (size_t i = 0; i < sizeof children / sizeof *children; i++) {
+		children[i] = fork();
+		MUST(children[i] >= 0);
+		if (!children[i]) {
+			close(all_have[1]);
+			check(at, DATA, 1, "in a sibling");
+			char none;
+			MUST(read(all_have[0], &none, 1) == 0);
+			_exit(0);
+		}
+	}
+	check(at, DATA, 1, "beside the children");
+	close(all_have[1]);
+	for (size_t i = 0; i < sizeof children / sizeof *children; i++)
+		wait_for(children[i], "a sibling");
+}
+
 /* A child that gets no page table entry for one range and zeros for another. */
 static void not_inherited(void)
 {
@@ -225,6 +249,6 @@ static void changed_after_fork(void)
 static const struct test_case cases[] = {
 	{"child_reads", child_reads}, {"both_write", both_write}, {"outlives", outlives}, {"generations", generations},
 	{"fork_in_transit", fork_in_transit}, {"parent_exits", parent_exits}, {"storm", storm}, {"not_inherited", not_inherited},
-	{"changed_after_fork", changed_after_fork},
+	{"changed_after_fork", changed_after_fork}, {"siblings", siblings},
 };
 MAIN(cases)

@@ -181,14 +181,14 @@ impl Job {
         self.sharing.went(pages);
     }
 
-    /// Counts references to slots taken (positive) or given back (negative).
+    /// Counts slots taken (positive) or freed (negative).
     pub fn charge_far(&self, slots: i64) {
         let used = self.far_used.fetch_add(slots, Ordering::Relaxed) + slots;
         self.far_peak
             .fetch_max(used.max(0) as u64, Ordering::Relaxed);
     }
 
-    /// References to slots that entries of this job hold.
+    /// Slots that entries of this job name, however many entries name each.
     #[must_use]
     pub fn far_used(&self) -> u64 {
         self.far_used.load(Ordering::Relaxed).max(0) as u64

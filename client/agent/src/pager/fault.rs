@@ -15,7 +15,7 @@
 use std::time::Instant;
 
 use super::Pager;
-use crate::entry::{Entry, State};
+use crate::entry::{Entry, Slot, State};
 use crate::table::Page;
 
 /// A thread waits for a page.
@@ -170,7 +170,13 @@ impl Pager {
     /// Gives back the slot that an entry named.
     pub(super) fn release_slot_of(&self, entry: Entry) {
         if let Some(slot) = entry.slot() {
-            self.shared.far.release(slot);
+            self.release_slot(slot);
+        }
+    }
+
+    /// Gives back one reference to a slot. Only processes of one job share slots, and it holds each of them once.
+    pub(super) fn release_slot(&self, slot: Slot) {
+        if self.shared.far.release(slot) {
             self.job.charge_far(-1);
         }
     }

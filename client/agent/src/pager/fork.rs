@@ -98,7 +98,6 @@ impl Pager {
             child.change(page, |_| Some(theirs));
             if let Some(slot) = theirs.slot() {
                 self.shared.far.share(slot);
-                self.job.charge_far(1);
             }
         }
         child

@@ -358,8 +358,7 @@ impl Pager {
                 }
                 Some(_) => {}
                 None => {
-                    self.shared.far.release(here);
-                    self.job.charge_far(-1);
+                    self.release_slot(here);
                 }
             }
         }
@@ -380,8 +379,7 @@ impl Pager {
         let mut slot = Some(run.slot);
         for _ in &run.pages {
             if let Some(here) = slot {
-                self.shared.far.release(here);
-                self.job.charge_far(-1);
+                self.release_slot(here);
                 slot = here.next();
             }
         }
