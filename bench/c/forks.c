@@ -184,10 +184,9 @@ static void storm(void)
 	check(at, DATA, 1, "after the storm");
 }
 
-/* Many at a time that read what they share. */
-static void siblings(void)
+/* Many at a time, that have the parent's memory and do something with it; all are there until the last has done. */
+static void at_a_time(char *at, void (*each)(char *at, uint64_t number))
 {
-	char *at = far_map(DATA, 1);
 	int all_have[2];
 	MUST(pipe(all_have) == 0);
 	pid_t children[8];
@@ -196,7 +195,7 @@ static void siblings(void)
 		MUST(children[i] >= 0);
 		if (!children[i]) {
 			close(all_have[1]);
-			check(at, DATA, 1, "in a sibling");
+			each(at, i + 2);
 			char none;
 			MUST(read(all_have[0], &none, 1) == 0);
 			_exit(0);
@@ -206,6 +205,34 @@ static void siblings(void)
 	close(all_have[1]);
 	for (size_t i = 0; i < sizeof children / sizeof *children; i++)
 		wait_for(children[i], "a sibling");
+	check(at, DATA, 1, "after the children");
+}
+
+static void reads(char *at, uint64_t number)
+{
+	(void)number;
+	check(at, DATA, 1, "in a sibling");
+}
+
+static void siblings(void)
+{
+	at_a_time(far_map(DATA, 1), reads);
+}
+
+static void writes(char *at, uint64_t number)
+{
+	for (int turn = 0; turn < 3; turn++) {
+		fill(at, DATA, number);
+		check(at, DATA, number, "in a writing sibling");
+	}
+}
+
+/* What is here is copied at the first write by each: nine times as much, as fast as memory goes. */
+static void cow_storm(void)
+{
+	char *at = far_map(DATA, 2);
+	fill(at, DATA, 1);
+	at_a_time(at, writes);
 }
 
 /* A child that gets no page table entry for one range and zeros for another. */
@@ -249,6 +276,6 @@ static void changed_after_fork(void)
 static const struct test_case cases[] = {
 	{"child_reads", child_reads}, {"both_write", both_write}, {"outlives", outlives}, {"generations", generations},
 	{"fork_in_transit", fork_in_transit}, {"parent_exits", parent_exits}, {"storm", storm}, {"not_inherited", not_inherited},
-	{"changed_after_fork", changed_after_fork}, {"siblings", siblings},
+	{"changed_after_fork", changed_after_fork}, {"siblings", siblings}, {"cow_storm", cow_storm},
 };
 MAIN(cases)

@@ -71,6 +71,11 @@ fn children_killed_at_any_moment() {
     case("storm");
 }
 
+#[test]
+fn siblings_write_what_they_share() {
+    case("cow_storm");
+}
+
 /// What nine processes share lies far once, and counts once against `--far`.
 #[test]
 fn siblings_share_what_is_far() {

@@ -194,6 +194,7 @@ pub const CASES: &[Case] = &[
     case("forks", "parent_exits", "a parent that ends as it has forked, its pages on their way out").both(),
     case("forks", "storm", "children killed at any moment").both(),
     case("forks", "siblings", "eight children at a time read what they share").both(),
+    case("forks", "cow_storm", "eight children at a time write what they share").both(),
     case("forks", "not_inherited", "ranges that a child does not inherit").both(),
     case("forks", "changed_after_fork", "what a child inherits is what was set when it was forked").both(),
 
