@@ -20,21 +20,33 @@ use common::tree::Tree;
 use common::{alone, farpage, without_far_memory, without_program};
 use farpage_bench::conformance::allowed_bytes;
 
-/// About 100 MiB with redis' own overhead.
-const KEYS: u64 = 24_000;
+/// How much data there is, MiB; `FARPAGE_REDIS_MIB` asks for more.
+const DATA_MIB: u64 = 100;
+/// What of it stays here at most.
+const LOCAL_SHARE: u64 = 2;
 const VALUE_BYTES: usize = 4000;
-const LOCAL: u64 = 50 << 20;
-/// How long it is written to; `FARPAGE_REDIS_SECONDS` asks for longer.
-const WRITING: Duration = Duration::from_secs(15);
+/// Keys of a MiB, with redis' own overhead.
+const KEYS_PER_MIB: u64 = 240;
+/// How long it is written to, seconds; `FARPAGE_REDIS_SECONDS` asks for longer.
+const WRITING_SECONDS: u64 = 15;
+/// How often the native server saves, to compare what its forks take.
+const NATIVE_SAVES: usize = 5;
 const SAVE_EVERY: Duration = Duration::from_secs(3);
 /// An answer that takes longer does not come.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
 const START_DEADLINE: Duration = Duration::from_secs(60);
 
-/// A server under `farpage run`, killed if the test fails.
+/// A number that the environment may ask for.
+fn asked(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).map_or(otherwise, |number| number.parse().unwrap())
+}
+
+/// A server, killed if the test fails.
 struct Server {
     run: Child,
     tree: Option<Tree>,
+    /// What it may keep here.
+    local: u64,
 }
 
 impl Drop for Server {
@@ -46,21 +58,22 @@ impl Drop for Server {
 }
 
 impl Server {
-    fn start(folder: &Path) -> (Self, Client) {
+    /// Starts one under `farpage run`.
+    fn start(folder: &Path, local: u64) -> (Self, Client) {
+        let mut run = Command::new(farpage());
+        run.args(["run", "--local", &local.to_string()])
+            .args(["--summary", "json", "--summary-file", "account.json", "--"])
+            .arg("redis-server")
+            .env_remove("FARPAGE_AGENT");
+        Self::start_by(run, folder, local)
+    }
+
+    /// Starts one by a command that ends in its name.
+    fn start_by(mut command: Command, folder: &Path, local: u64) -> (Self, Client) {
         let socket = folder.join("redis.sock");
         let _ = std::fs::remove_file(&socket);
-        let run = Command::new(farpage())
-            .args(["run", "--local", &LOCAL.to_string()])
-            .args(["--summary", "json", "--summary-file", "account.json", "--"])
-            .args([
-                "redis-server",
-                "--port",
-                "0",
-                "--save",
-                "",
-                "--appendonly",
-                "no",
-            ])
+        let run = command
+            .args(["--port", "0", "--save", "", "--appendonly", "no"])
             .args([
                 "--rdbcompression",
                 "no",
@@ -69,14 +82,13 @@ impl Server {
                 "--unixsocket",
             ])
             .arg(&socket)
-            .env_remove("FARPAGE_AGENT")
             .current_dir(folder)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
         let tree = Some(Tree::watch(run.id(), farpage()));
-        let mut server = Self { run, tree };
+        let mut server = Self { run, tree, local };
         let began = Instant::now();
         loop {
             assert!(
@@ -122,7 +134,8 @@ impl Server {
             "{when}: nothing went far: {account}"
         );
         // The summary's own peak counts what a fork shares twice; seen from outside it counts once.
-        assert!(seen.peak_bytes <= allowed_bytes(LOCAL), "{when}: {seen:?}");
+        let allowed = allowed_bytes(self.local);
+        assert!(seen.peak_bytes <= allowed, "{when}: {seen:?}");
     }
 }
 
@@ -204,6 +217,74 @@ fn value(key: u64, version: u64) -> String {
     text
 }
 
+/// A server's keys, as it must have them.
+#[derive(Default)]
+struct Model {
+    versions: HashMap<u64, u64>,
+    lot: u64,
+}
+
+impl Model {
+    fn filled(client: &mut Client, keys: u64) -> Self {
+        let mut model = Self::default();
+        for key in 0..keys {
+            client.set(key, 0);
+            model.versions.insert(key, 0);
+        }
+        model
+    }
+
+    /// Writes a key.
+    fn write_one(&mut self, client: &mut Client) {
+        self.lot = self
+            .lot
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        let (key, version) = (
+            (self.lot >> 33) % self.versions.len() as u64,
+            self.lot >> 40,
+        );
+        client.set(key, version);
+        self.versions.insert(key, version);
+    }
+}
+
+/// Begins a save; returns how long the fork took, in microseconds, by redis' own measure.
+fn save(client: &mut Client) -> u64 {
+    let begun = client.ask(&["BGSAVE"]);
+    assert_eq!(begun, Reply::Line("Background saving started".into()));
+    client.info("stats", "latest_fork_usec").parse().unwrap()
+}
+
+/// Waits until no save is under way; the last one must have been well.
+fn saved(client: &mut Client) {
+    let deadline = Instant::now() + ANSWER_DEADLINE;
+    while client.info("persistence", "rdb_bgsave_in_progress") != "0" {
+        assert!(Instant::now() < deadline, "a save does not end");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(client.info("persistence", "rdb_last_bgsave_status"), "ok");
+}
+
+/// What forks take, in microseconds, where all memory is here: with pages of 4 KiB, as redis itself asks for.
+fn native_forks(folder: &Path, keys: u64) -> Vec<u64> {
+    let (_server, mut client) = Server::start_by(Command::new("redis-server"), folder, u64::MAX);
+    let mut model = Model::filled(&mut client, keys);
+    let forks = (0..NATIVE_SAVES).map(|_| {
+        let took = save(&mut client);
+        model.write_one(&mut client);
+        saved(&mut client);
+        took
+    });
+    forks.collect()
+}
+
+/// The median, and the most.
+fn middle_and_most(mut values: Vec<u64>) -> (u64, u64) {
+    values.sort_unstable();
+    (values[values.len() / 2], values[values.len() - 1])
+}
+
 /// Every key has the version last written, and there are no others.
 fn verify(client: &mut Client, versions: &HashMap<u64, u64>, when: &str) {
     assert_eq!(
@@ -227,47 +308,38 @@ fn saves_and_restarts() {
     if without_far_memory(test) || without_program(test, "redis-server") {
         return;
     }
-    let asked = std::env::var("FARPAGE_REDIS_SECONDS").ok();
-    let writing = asked.map_or(WRITING, |seconds| {
-        Duration::from_secs(seconds.parse().unwrap())
-    });
+    let data_mib = asked("FARPAGE_REDIS_MIB", DATA_MIB);
+    let (keys, local) = (data_mib * KEYS_PER_MIB, (data_mib << 20) / LOCAL_SHARE);
+    let writing = Duration::from_secs(asked("FARPAGE_REDIS_SECONDS", WRITING_SECONDS));
     let folder = tempfile::tempdir().unwrap();
-    let (server, mut client) = Server::start(folder.path());
-    let mut versions = HashMap::new();
-    for key in 0..KEYS {
-        client.set(key, 0);
-        versions.insert(key, 0);
-    }
-    let (began, mut saved, mut saves, mut lot) = (Instant::now(), Instant::now(), 0, 1_u64);
+    let native = native_forks(folder.path(), keys);
+    // Its dump is not the other's to begin with.
+    std::fs::remove_file(folder.path().join("dump.rdb")).unwrap();
+
+    let (server, mut client) = Server::start(folder.path(), local);
+    let mut model = Model::filled(&mut client, keys);
+    let (began, mut last_saved, mut forks) = (Instant::now(), Instant::now(), Vec::new());
     while began.elapsed() < writing {
-        lot = lot
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        let (key, version) = ((lot >> 33) % KEYS, lot >> 40);
-        client.set(key, version);
-        versions.insert(key, version);
-        if saved.elapsed() > SAVE_EVERY
+        model.write_one(&mut client);
+        if last_saved.elapsed() > SAVE_EVERY
             && client.info("persistence", "rdb_bgsave_in_progress") == "0"
         {
-            assert_eq!(
-                client.ask(&["BGSAVE"]),
-                Reply::Line("Background saving started".into())
-            );
-            (saved, saves) = (Instant::now(), saves + 1);
+            forks.push(save(&mut client));
+            last_saved = Instant::now();
         }
     }
-    assert!(saves > 0, "it never saved");
-    let deadline = Instant::now() + ANSWER_DEADLINE;
-    while client.info("persistence", "rdb_bgsave_in_progress") != "0" {
-        assert!(Instant::now() < deadline, "a save does not end");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    assert_eq!(client.info("persistence", "rdb_last_bgsave_status"), "ok");
-    verify(&mut client, &versions, "before the restart");
+    assert!(!forks.is_empty(), "it never saved");
+    saved(&mut client);
+    verify(&mut client, &model.versions, "before the restart");
     server.shut_down(client, folder.path(), "before the restart");
 
-    let (server, mut client) = Server::start(folder.path());
-    verify(&mut client, &versions, "after the restart");
+    let (server, mut client) = Server::start(folder.path(), local);
+    verify(&mut client, &model.versions, "after the restart");
     server.shut_down(client, folder.path(), "after the restart");
-    println!("redis: {saves} saves, {} keys", versions.len());
+    println!(
+        "redis: {keys} keys, {} saves; fork, median and most: {:?} us, natively {:?} us",
+        forks.len(),
+        middle_and_most(forks.clone()),
+        middle_and_most(native),
+    );
 }
