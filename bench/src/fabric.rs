@@ -38,6 +38,9 @@ const KEY: u64 = 0x0066_6172_7061_6765;
 /// The other machine may be booting yet.
 const THERE_WITHIN: Duration = Duration::from_secs(60);
 
+/// Polls in vain between two looks at the clock.
+const LOOK_EVERY: u32 = 4096;
+
 /// Nothing completes for so long only if the connection is broken, or the other machine is.
 const STALL: Duration = Duration::from_secs(30);
 
@@ -204,76 +207,87 @@ fn resolve(text: &str) -> Result<SocketAddr, BenchError> {
 
 /// What ours is compared with.
 enum Baseline {
-    None,
     /// Of TCP on this machine: latency only.
     RoundTrip,
     #[cfg(feature = "verbs")]
     Perftest(DeviceChoice, SocketAddr),
+    #[cfg(feature = "verbs")]
+    AsyncRdma(AsyncRdma),
 }
 
 impl Baseline {
-    fn of(options: &Options, peer: Option<SocketAddr>) -> Result<Self, BenchError> {
-        match (options.fabric.as_str(), peer) {
+    /// All that there are.
+    fn all(options: &Options, peer: Option<SocketAddr>) -> Result<Vec<Self>, BenchError> {
+        Ok(match (options.fabric.as_str(), peer) {
             #[cfg(feature = "verbs")]
             ("rdma", Some(peer)) => {
-                perftest::device(&options.device, peer).map(|device| Self::Perftest(device, peer))
+                let device = perftest::device(&options.device, peer)?;
+                let program = options.async_rdma.clone();
+                let other = program.map(|program| {
+                    Self::AsyncRdma(AsyncRdma {
+                        program,
+                        device: device.clone(),
+                        peer,
+                    })
+                });
+                std::iter::once(Self::Perftest(device, peer))
+                    .chain(other)
+                    .collect()
             }
-            ("tcp", _) if options.peer.is_none() => Ok(Self::RoundTrip),
-            _ => Ok(Self::None),
-        }
+            ("tcp", _) if options.peer.is_none() => vec![Self::RoundTrip],
+            _ => Vec::new(),
+        })
     }
 
-    fn name(&self, what: What) -> &'static str {
+    /// What it is called in the report, and what is put behind the measurement's name.
+    fn names(&self, what: What) -> (&'static str, &'static str) {
         match (self, what) {
+            (Self::RoundTrip, _) => ("bare 4 KiB round trip over TCP", ""),
             #[cfg(feature = "verbs")]
-            (Self::Perftest(..), what) => what.perftest(),
-            (Self::RoundTrip, What::ReadLatency) => "bare 4 KiB round trip over TCP",
-            _ => "none",
+            (Self::Perftest(..), what) => (what.perftest(), ""),
+            #[cfg(feature = "verbs")]
+            (Self::AsyncRdma(_), _) => ("the crate async-rdma", ".async_rdma"),
         }
     }
 
     fn take(&self, options: &Options, what: What, count: usize) -> Result<Option<f64>, BenchError> {
         match (self, what) {
+            (Self::RoundTrip, What::ReadLatency) => {
+                bare::tcp_round_trip(options, count).map(|(p50, _)| Some(p50))
+            }
+            (Self::RoundTrip, _) => Ok(None),
             #[cfg(feature = "verbs")]
             (Self::Perftest(device, peer), what) => {
                 what.perftest_run(device, *peer, count, DEPTH).map(Some)
             }
-            (Self::RoundTrip, What::ReadLatency) => {
-                bare::tcp_round_trip(options, count).map(|(p50, _)| Some(p50))
-            }
-            _ => Ok(None),
+            #[cfg(feature = "verbs")]
+            (Self::AsyncRdma(other), what) => other.measure(what, count, DEPTH).map(Some),
         }
     }
 
     fn note(&self) -> String {
         match self {
+            Self::RoundTrip => {
+                "streams over TCP have no baseline: there is no tool that reads pages by it".into()
+            }
             #[cfg(feature = "verbs")]
             Self::Perftest(device, _) => format!(
                 "perftest and ours on {device}, as many requests each; perftest uses one page, ours all of an extent"
             ),
-            Self::RoundTrip => {
-                "streams over TCP have no baseline: there is no tool that reads pages by it".into()
-            }
-            Self::None => "there is no tool to compare this transport with".into(),
+            #[cfg(feature = "verbs")]
+            Self::AsyncRdma(_) => "async-rdma has a task for each request under way".into(),
         }
     }
 }
 
-/// The second thing that ours is compared with over RDMA, where it is there.
-#[cfg(feature = "verbs")]
-fn other_baseline(
-    options: &Options,
-    peer: Option<SocketAddr>,
-) -> Result<Option<AsyncRdma>, BenchError> {
-    let (Some(program), "rdma", Some(peer)) = (&options.async_rdma, options.fabric.as_str(), peer)
-    else {
-        return Ok(None);
-    };
-    Ok(Some(AsyncRdma {
-        program: program.clone(),
-        device: perftest::device(&options.device, peer)?,
-        peer,
-    }))
+/// The runs of one kind.
+struct Runs {
+    what: What,
+    /// Requests of each.
+    count: usize,
+    ours: Vec<f64>,
+    /// Of each baseline.
+    theirs: Vec<Vec<f64>>,
 }
 
 /// Our side: an endpoint, and pages to read into and write from.
@@ -334,7 +348,7 @@ impl Requester {
     /// Moves `count` pages from page `first` on, round and round, [`DEPTH`] at a time.
     fn stream(&mut self, write: bool, first: usize, count: usize) -> Result<(), BenchError> {
         let (mut posted, mut ended) = (0, 0);
-        let mut moved = Instant::now();
+        let (mut moved, mut in_vain) = (Instant::now(), 0_u32);
         while ended < count {
             while posted < count && self.endpoint.credits() > 0 {
                 let page = first + posted;
@@ -360,11 +374,16 @@ impl Requester {
             self.endpoint.flush();
             self.done.clear();
             if self.endpoint.poll(&mut self.done) > 0 {
-                moved = Instant::now();
-            } else if moved.elapsed() > STALL {
-                return Err(BenchError::fabric("moving pages")(
-                    "nothing completes any more",
-                ));
+                in_vain = 0;
+            } else {
+                in_vain = in_vain.wrapping_add(1);
+                if in_vain == 1 {
+                    moved = Instant::now();
+                } else if in_vain.is_multiple_of(LOOK_EVERY) && moved.elapsed() > STALL {
+                    return Err(BenchError::fabric("moving pages")(
+                        "nothing completes any more",
+                    ));
+                }
             }
             for completion in &self.done {
                 completion
@@ -402,22 +421,22 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
         (Some(at), _) => format!("{fabric}:{at}"),
     };
     let address = address.parse().map_err(BenchError::fabric("--peer"))?;
-    let baseline = Baseline::of(options, peer)?;
-    #[cfg(feature = "verbs")]
-    let other = other_baseline(options, peer)?;
+    let baselines = Baseline::all(options, peer)?;
     let mut requester = Requester::connect(&address)?;
-    let mut figures = Vec::new();
+    let mut all = Vec::new();
     for what in What::ALL {
-        let count = requester.count(what, options.seconds)?;
-        figures.push((what, count, Vec::new(), Vec::new(), Vec::new()));
+        all.push(Runs {
+            what,
+            count: requester.count(what, options.seconds)?,
+            ours: Vec::new(),
+            theirs: vec![Vec::new(); baselines.len()],
+        });
     }
     for _ in 0..options.turns.max(1) {
-        for (what, count, ours, theirs, others) in &mut figures {
-            ours.push(requester.measure(*what, *count)?);
-            theirs.extend(baseline.take(options, *what, *count)?);
-            #[cfg(feature = "verbs")]
-            if let Some(other) = &other {
-                others.push(other.measure(*what, *count, DEPTH)?);
+        for runs in &mut all {
+            runs.ours.push(requester.measure(runs.what, runs.count)?);
+            for (baseline, theirs) in baselines.iter().zip(&mut runs.theirs) {
+                theirs.extend(baseline.take(options, runs.what, runs.count)?);
             }
         }
     }
@@ -425,19 +444,20 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
         bench: "fabric",
         ..Report::default()
     };
-    for (what, _, ours, theirs, others) in &figures {
-        let name = if theirs.is_empty() {
-            "none"
-        } else {
-            baseline.name(*what)
-        };
-        let (unit, measurement) = (what.unit(), what.measurement());
-        let one = Measurement::new(measurement, unit, ours, theirs, name, fabric);
-        report.measurements.push(one);
-        if !others.is_empty() {
-            let name = format!("{measurement}.async_rdma");
-            let one = Measurement::new(name, unit, ours, others, "the crate async-rdma", fabric);
+    for runs in &all {
+        let (unit, measurement) = (runs.what.unit(), runs.what.measurement());
+        let mut add = |name: String, theirs: &[f64], theirs_name: &str| {
+            let one = Measurement::new(name, unit, &runs.ours, theirs, theirs_name, fabric);
             report.measurements.push(one);
+        };
+        let compared = baselines.iter().zip(&runs.theirs);
+        let compared: Vec<_> = compared.filter(|(_, theirs)| !theirs.is_empty()).collect();
+        for (baseline, theirs) in &compared {
+            let (name, suffix) = baseline.names(runs.what);
+            add(format!("{measurement}{suffix}"), theirs, name);
+        }
+        if compared.is_empty() {
+            add(measurement.to_owned(), &[], "none");
         }
     }
     report.notes.push(format!(
@@ -448,6 +468,10 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
             "memory of this machine; --peer measures another's"
         },
     ));
-    report.notes.push(baseline.note());
+    report.notes.extend(baselines.iter().map(Baseline::note));
+    if baselines.is_empty() {
+        let none = "there is no tool to compare this transport with";
+        report.notes.push(none.to_owned());
+    }
     Ok(report)
 }

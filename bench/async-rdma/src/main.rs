@@ -13,7 +13,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use async_rdma::{Rdma, RdmaBuilder};
+use async_rdma::{LocalMr, Rdma, RdmaBuilder, RemoteMr};
 
 const PAGE: usize = 4096;
 /// The other machine's side may be starting yet.
@@ -87,9 +87,36 @@ async fn measure(
         "ib_read_lat" => latency(&rdma, count).await.map_err(Into::into),
         "ib_read_bw" | "ib_write_bw" => {
             let write = what == "ib_write_bw";
-            bandwidth(&rdma, count, depth, write).await.map_err(Into::into)
+            bandwidth(&rdma, count, depth, write)
+                .await
+                .map_err(Into::into)
         }
         _ => Err("nothing is called so that could be measured".into()),
+    }
+}
+
+/// Whether the crate has yet to let go of the memory of the transfer before: it wakes who waits for one a moment earlier.
+fn is_too_early(result: &io::Result<()>) -> bool {
+    matches!(result, Err(error) if error.to_string().contains("is locked by other ops"))
+}
+
+async fn read(rdma: &Rdma, local: &mut LocalMr, remote: &RemoteMr) -> io::Result<()> {
+    loop {
+        let result = rdma.read(local, remote).await;
+        if !is_too_early(&result) {
+            return result;
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+async fn write(rdma: &Rdma, local: &LocalMr, remote: &mut RemoteMr) -> io::Result<()> {
+    loop {
+        let result = rdma.write(local, remote).await;
+        if !is_too_early(&result) {
+            return result;
+        }
+        tokio::task::yield_now().await;
     }
 }
 
@@ -100,7 +127,7 @@ async fn latency(rdma: &Rdma, count: usize) -> io::Result<f64> {
     let mut times = Vec::with_capacity(count);
     for _ in 0..count {
         let began = Instant::now();
-        rdma.read(&mut local, &remote).await?;
+        read(rdma, &mut local, &remote).await?;
         times.push(began.elapsed().as_secs_f64() * 1e6);
     }
     times.sort_by(f64::total_cmp);
@@ -108,7 +135,7 @@ async fn latency(rdma: &Rdma, count: usize) -> io::Result<f64> {
 }
 
 /// Bytes per second, with `depth` requests under way.
-async fn bandwidth(rdma: &Arc<Rdma>, count: usize, depth: usize, write: bool) -> io::Result<f64> {
+async fn bandwidth(rdma: &Arc<Rdma>, count: usize, depth: usize, writes: bool) -> io::Result<f64> {
     let mut places = Vec::new();
     for _ in 0..depth {
         let remote = rdma.request_remote_mr(Layout::new::<[u8; PAGE]>()).await?;
@@ -123,10 +150,10 @@ async fn bandwidth(rdma: &Arc<Rdma>, count: usize, depth: usize, write: bool) ->
             let rdma = Arc::clone(rdma);
             tokio::spawn(async move {
                 for _ in 0..each {
-                    if write {
-                        rdma.write(&local, &mut remote).await?;
+                    if writes {
+                        write(&rdma, &local, &mut remote).await?;
                     } else {
-                        rdma.read(&mut local, &remote).await?;
+                        read(&rdma, &mut local, &remote).await?;
                     }
                 }
                 io::Result::Ok(())

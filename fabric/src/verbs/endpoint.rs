@@ -26,8 +26,8 @@ use crate::regions::Regions;
 use crate::wire::WireError;
 
 /// Every so many polls the control connection is looked at as well. Looking at the device's queue costs no system call, and
-/// this one should not be felt beside it.
-const HEAR_EVERY: u32 = 64;
+/// this one should not be felt beside it. Who sleeps is woken by it.
+const HEAR_EVERY: u32 = 1024;
 
 /// A responder that takes longer over a key or a lane is stopped or broken.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
@@ -220,6 +220,9 @@ impl VerbsEndpoint {
 
     /// Sends what there is to ask.
     fn say(&mut self) -> Result<(), WorkError> {
+        if self.link.asks.is_empty() && self.output.is_empty() && !self.watching_output {
+            return Ok(());
+        }
         self.output
             .extend(self.link.asks.drain(..).flat_map(super::wire::Ask::encode));
         while !self.output.is_empty() {

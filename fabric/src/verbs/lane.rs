@@ -103,6 +103,15 @@ pub(super) struct Lane {
     grants: HashMap<(u32, u64), Grant>,
     /// Grants that were asked for and not answered.
     asked: usize,
+    /// Room for where requests go, kept from chain to chain.
+    targets: Vec<Target>,
+}
+
+/// Where at the peer a request goes, as its device knows it.
+#[derive(Clone, Copy, Debug)]
+struct Target {
+    address: u64,
+    key: u32,
 }
 
 impl Lane {
@@ -116,6 +125,7 @@ impl Lane {
             first: 0,
             grants: HashMap::new(),
             asked: 0,
+            targets: Vec::new(),
         }
     }
 
@@ -247,11 +257,15 @@ impl Lane {
             return Ok(());
         };
         let before = self.sent.len();
-        let mut keys = Vec::new();
-        let mut rest = std::mem::take(&mut self.waiting);
-        while before + keys.len() < queue.depth()
-            && let Some(posted) = rest.pop_front()
-        {
+        self.targets.clear();
+        let mut kept = 0;
+        for _ in 0..self.waiting.len() {
+            if self.sent.len() >= queue.depth() {
+                break;
+            }
+            let Some(posted) = self.waiting.pop_front() else {
+                break;
+            };
             let RemoteSlice {
                 extent,
                 key,
@@ -269,8 +283,12 @@ impl Lane {
                         key,
                     });
                     self.waiting.push_back(posted);
+                    kept += 1;
                 }
-                Some(Grant::Asked(_)) => self.waiting.push_back(posted),
+                Some(Grant::Asked(_)) => {
+                    self.waiting.push_back(posted);
+                    kept += 1;
+                }
                 Some(&Grant::Bound {
                     remote_key,
                     address,
@@ -285,16 +303,20 @@ impl Lane {
                         link.complete(posted.id, Ok(()));
                     } else {
                         self.sent.push_back(posted);
-                        keys.push((address.wrapping_add(offset), remote_key));
+                        self.targets.push(Target {
+                            address: address.wrapping_add(offset),
+                            key: remote_key,
+                        });
                     }
                 }
             }
         }
-        self.waiting.append(&mut rest);
-        let (first, count) = (self.first.wrapping_add(before as u32), keys.len());
+        // What waits for its grant goes before what was not looked at: requests of one key stay in their order.
+        self.waiting.rotate_right(kept);
+        let (first, count) = (self.first.wrapping_add(before as u32), self.targets.len());
         let label = u64::from(self.number) << 56 | u64::from(self.generation) << 32;
-        let works = self.sent.iter().skip(before).zip(&keys).enumerate();
-        let works = works.filter_map(|(index, (posted, &(remote_address, remote_key)))| {
+        let works = self.sent.iter().skip(before).zip(&self.targets).enumerate();
+        let works = works.filter_map(|(index, (posted, target))| {
             let sequence = first.wrapping_add(index as u32);
             let report = index + 1 == count || sequence.is_multiple_of(REPORT_EVERY);
             let work = Work::Transfer {
@@ -302,8 +324,8 @@ impl Lane {
                 region: link.regions.get(posted.local.region.0 as usize)?,
                 offset: posted.local.offset,
                 len: posted.local.len,
-                remote_address,
-                remote_key,
+                remote_address: target.address,
+                remote_key: target.key,
             };
             Some((label | u64::from(sequence), report, work))
         });

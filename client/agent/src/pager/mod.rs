@@ -50,6 +50,7 @@ use crate::table::PageTable;
 use farpage_fabric::Completion;
 
 use patience::{FOR_FAULTS, Patience};
+use waiting::Starved;
 use wakeups::Source;
 
 pub(crate) use fault::Fault;
@@ -144,7 +145,7 @@ pub struct Pager {
     no_victims: bool,
     checked_exec_at: Option<Instant>,
     /// Since when threads wait for room while this count of evictions stands still.
-    starved: Option<(Instant, u64)>,
+    starved: Option<Starved>,
 }
 
 impl Pager {

@@ -8,6 +8,42 @@ use super::{Fault, Pager};
 
 /// How long threads may wait for room while nothing can be taken out.
 const STARVED_DEADLINE: Duration = Duration::from_secs(3);
+/// What counts of the time between two looks at that. They come every few milliseconds; what is more was spent waiting for a
+/// processor, in which nothing was tried.
+const LOOK_AT_MOST: Duration = Duration::from_millis(10);
+
+/// That threads wait for room and nothing goes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Starved {
+    /// Pages taken out when it began.
+    evicted: u64,
+    looked: Instant,
+    /// How long nothing was on its way out.
+    in_vain: Duration,
+}
+
+impl Starved {
+    fn begun(evicted: u64) -> Self {
+        Self {
+            evicted,
+            looked: Instant::now(),
+            in_vain: Duration::ZERO,
+        }
+    }
+
+    fn go_on(self, on_their_way: bool) -> Self {
+        let now = Instant::now();
+        let spent = match on_their_way {
+            true => Duration::ZERO,
+            false => (now - self.looked).min(LOOK_AT_MOST),
+        };
+        Self {
+            looked: now,
+            in_vain: self.in_vain + spent,
+            ..self
+        }
+    }
+}
 
 impl Pager {
     pub(super) fn answer_or_keep(&mut self, fault: Fault) {
@@ -48,31 +84,43 @@ impl Pager {
     fn check_starved(&mut self) {
         let needs_room =
             (!self.waiting.is_empty() || self.fetches.any_to_install()) && self.room() <= 0;
-        let evicted = self.job.counters.pages_evicted.load(Ordering::Relaxed);
-        match self.starved {
-            Some((at, before)) if needs_room && before == evicted => {
-                // Pages in staging are out already, and wait for a node: that has its own deadline.
-                if at.elapsed() > STARVED_DEADLINE
-                    && !self.shortage.is_known()
-                    && !self.staging.is_busy()
-                {
-                    let stuck = self
-                        .job
-                        .unmanaged()
-                        .saturating_sub(self.job.sharing.pages());
-                    let stuck = (stuck * 4096) >> 20;
-                    let limit = (self.job.local_pages() * 4096) >> 20;
-                    self.job.fail(format!(
-                        "nothing of it can be taken out any more to make room: of {limit} MiB allowed, {stuck} MiB are \
-                         stacks, small or locked mappings and processes that are not managed, and the rest is locked \
-                         or pinned; {}",
-                        self.job.remedy()
-                    ));
-                    self.closing = true;
-                }
-            }
-            _ if needs_room => self.starved = Some((Instant::now(), evicted)),
-            _ => self.starved = None,
+        if !needs_room {
+            self.starved = None;
+            return;
         }
+        let evicted = self.job.counters.pages_evicted.load(Ordering::Relaxed);
+        // Pages with the helper or in staging are on their way, which has deadlines of its own.
+        let on_their_way =
+            self.take_out.is_some() || self.staging.is_busy() || self.shortage.is_known();
+        let before = self.starved.filter(|before| before.evicted == evicted);
+        let starved = before.map_or(Starved::begun(evicted), |before| before.go_on(on_their_way));
+        self.starved = Some(starved);
+        if starved.in_vain > STARVED_DEADLINE {
+            self.end_starved();
+        }
+    }
+
+    fn end_starved(&mut self) {
+        let stuck = self
+            .job
+            .unmanaged()
+            .saturating_sub(self.job.sharing.pages());
+        let stuck = (stuck * 4096) >> 20;
+        let limit = (self.job.local_pages() * 4096) >> 20;
+        tracing::warn!(
+            pid = self.pid(),
+            here = self.table.local_pages(),
+            may_go = self.residents.len(),
+            room = self.job.room(),
+            waiting = self.waiting.len(),
+            helper = self.helper.is_some(),
+            "starved"
+        );
+        self.job.fail(format!(
+            "nothing of it can be taken out any more to make room: of {limit} MiB allowed, {stuck} MiB are stacks, small or \
+             locked mappings and processes that are not managed, and the rest is locked or pinned; {}",
+            self.job.remedy()
+        ));
+        self.closing = true;
     }
 }

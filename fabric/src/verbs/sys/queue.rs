@@ -86,7 +86,7 @@ impl CompletionQueue {
     pub(crate) fn poll(&self, limit: usize, mut take: impl FnMut(Ended)) -> usize {
         let mut total = 0;
         while total < limit {
-            let mut batch = [const { MaybeUninit::<ibv_wc>::zeroed() }; POLL_BATCH];
+            let mut batch = [const { MaybeUninit::<ibv_wc>::uninit() }; POLL_BATCH];
             // SAFETY: a live queue, and room for as many entries as are asked for.
             let got = unsafe {
                 ibv_poll_cq(
@@ -97,7 +97,7 @@ impl CompletionQueue {
             };
             let got = usize::try_from(got).unwrap_or(0);
             for entry in batch.iter().take(got) {
-                // SAFETY: the device filled the first `got` entries, and zeros would be valid numbers too.
+                // SAFETY: the device filled as many entries as it says, all of them numbers.
                 let entry = unsafe { entry.assume_init_ref() };
                 take(Ended {
                     id: entry.wr_id,
