@@ -242,7 +242,7 @@ impl Runner<'_> {
             let reason = format!(
                 "it did not end within {} s: {}",
                 case.deadline.as_secs(),
-                end_of(&said)
+                ends_of(&said)
             );
             return Ok((Outcome::Fail, reason));
         };
@@ -254,7 +254,7 @@ impl Runner<'_> {
             ));
         }
         if shell_status(status) != Some(case.status) {
-            return Ok((Outcome::Fail, format!("{status}: {}", end_of(&said))));
+            return Ok((Outcome::Fail, format!("{status}: {}", ends_of(&said))));
         }
         let account = std::fs::read(&account).unwrap_or_default();
         let account: Value = serde_json::from_slice(&account).unwrap_or(Value::Null);
@@ -315,9 +315,12 @@ fn wait(mut child: Child, deadline: Duration) -> io::Result<Option<ExitStatus>> 
     }
 }
 
-/// The last of what a program said, on one line.
-fn end_of(said: &str) -> String {
-    let line = said.trim().replace('\n', " | ");
-    let skip = line.chars().count().saturating_sub(REASON_CHARS);
-    line.chars().skip(skip).collect()
+/// What a program said first and last, on one line: the first is why it failed, the last how to see it again.
+fn ends_of(said: &str) -> String {
+    let line: Vec<char> = said.trim().replace('\n', " | ").chars().collect();
+    if line.len() <= 2 * REASON_CHARS {
+        return line.into_iter().collect();
+    }
+    let (first, last) = (&line[..REASON_CHARS], &line[line.len() - REASON_CHARS..]);
+    first.iter().chain(&[' ', '…', ' ']).chain(last).collect()
 }
