@@ -53,6 +53,7 @@
 
 #![warn(missing_docs)]
 
+mod acceptor;
 pub mod access;
 pub mod address;
 pub mod connect;

@@ -1,18 +1,15 @@
 //! Serves a pool over TCP: a thread per connection.
 
-use std::collections::HashMap;
 use std::io;
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::net::{RecvFlags, recv};
 
 use crate::MAX_TRANSFER;
+use crate::acceptor::{Acceptor, Host};
 use crate::access::AccessTable;
 use crate::connect::{receive_exact, send_all};
 use crate::memory::RegisteredMemory;
@@ -25,9 +22,6 @@ const INPUT_BYTES: usize = 64 << 10;
 
 /// A requester that takes no answers for so long is cut off: its thread and buffers are wanted.
 const SEND_STALL_LIMIT: Duration = Duration::from_secs(30);
-
-/// After a failed accept (no descriptors left, say) the listener rests: the cause does not pass in a moment.
-const ACCEPT_REST: Duration = Duration::from_millis(20);
 
 /// What one responder may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,18 +96,13 @@ struct Shared {
     limits: ResponderLimits,
     counters: Counters,
     seats: Seats,
-    stopping: AtomicBool,
-    /// What is open, to be shut down on a stop.
-    connections: Mutex<HashMap<u64, Arc<TcpStream>>>,
 }
 
 /// A running responder. Dropping it stops it.
 #[derive(Debug)]
 pub struct TcpResponder {
     shared: Arc<Shared>,
-    wake: Arc<OwnedFd>,
-    acceptor: Option<JoinHandle<()>>,
-    local_addr: SocketAddr,
+    acceptor: Acceptor,
 }
 
 impl TcpResponder {
@@ -133,36 +122,21 @@ impl TcpResponder {
                 "the pool is smaller than its extents",
             ));
         }
-        listener.set_nonblocking(true)?;
-        let local_addr = listener.local_addr()?;
-        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let shared = Arc::new(Shared {
             pool,
             access,
             limits,
             counters: Counters::default(),
             seats: Seats::new(limits.spinners),
-            stopping: AtomicBool::new(false),
-            connections: Mutex::new(HashMap::new()),
         });
-        let acceptor = std::thread::Builder::new()
-            .name("fabric-accept".into())
-            .spawn({
-                let (shared, wake) = (shared.clone(), wake.clone());
-                move || accept_loop(&listener, &wake, &shared)
-            })?;
-        Ok(Self {
-            shared,
-            wake,
-            acceptor: Some(acceptor),
-            local_addr,
-        })
+        let acceptor = Acceptor::start(listener, "fabric", limits.connections, shared.clone())?;
+        Ok(Self { shared, acceptor })
     }
 
     /// Where it listens.
     #[must_use]
     pub fn local_addr(&self) -> SocketAddr {
-        self.local_addr
+        self.acceptor.local_addr()
     }
 
     /// What it did.
@@ -185,96 +159,26 @@ impl TcpResponder {
     /// Closes the listener and every connection, and waits for their threads: afterwards nothing touches the pool on
     /// behalf of a requester.
     pub fn stop(&mut self) {
-        self.shared.stopping.store(true, Ordering::Release);
-        // Writing 1 to a fresh eventfd cannot fail.
-        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
-        if let Some(acceptor) = self.acceptor.take() {
-            // It ends by returning; had it panicked, there would be nothing to wait for.
-            let _ = acceptor.join();
-        }
+        self.acceptor.stop();
     }
 }
 
-impl Drop for TcpResponder {
-    fn drop(&mut self) {
-        self.stop();
+impl Host for Shared {
+    fn serve(&self, socket: &TcpStream, _stopping: &AtomicBool) {
+        serve(socket, self);
     }
-}
 
-fn open_connections(shared: &Shared) -> MutexGuard<'_, HashMap<u64, Arc<TcpStream>>> {
-    shared
-        .connections
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-}
-
-fn accept_loop(listener: &TcpListener, wake: &OwnedFd, shared: &Arc<Shared>) {
-    let mut threads: Vec<JoinHandle<()>> = Vec::new();
-    let mut next = 0;
-    while !shared.stopping.load(Ordering::Acquire) {
-        let mut fds = [
-            PollFd::new(listener, PollFlags::IN),
-            PollFd::new(wake, PollFlags::IN),
-        ];
-        if poll(&mut fds, None).is_err() {
-            continue;
-        }
-        threads.retain(|thread| !thread.is_finished());
-        match listener.accept() {
-            Ok((socket, _)) => {
-                threads.extend(admit(socket, next, shared));
-                next += 1;
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(_) => std::thread::sleep(ACCEPT_REST),
-        }
+    fn turn_away(&self, socket: &TcpStream) {
+        add(&self.counters.turned_away, 1);
+        // A courtesy: it fits the socket's buffer or is not sent.
+        let _ = send_all(socket, &ServerHello::Busy.encode(), Instant::now());
     }
-    for socket in open_connections(shared).values() {
-        // Fails for those that are closed already.
-        let _ = socket.shutdown(Shutdown::Both);
-    }
-    for thread in threads {
-        let _ = thread.join();
-    }
-}
-
-/// Starts a thread for a connection, if there is a place for it.
-fn admit(socket: TcpStream, number: u64, shared: &Arc<Shared>) -> Option<JoinHandle<()>> {
-    let socket = Arc::new(socket);
-    {
-        let mut open = open_connections(shared);
-        if open.len() >= shared.limits.connections {
-            add(&shared.counters.turned_away, 1);
-            // A courtesy: it fits the socket's buffer or is not sent.
-            let _ = send_all(&*socket, &ServerHello::Busy.encode(), Instant::now());
-            let _ = socket.shutdown(Shutdown::Write);
-            return None;
-        }
-        open.insert(number, socket.clone());
-    }
-    let spawned = std::thread::Builder::new()
-        .name(format!("fabric-{number}"))
-        .spawn({
-            let shared = shared.clone();
-            move || {
-                serve(&socket, &shared);
-                // The table has the last handle to the socket.
-                open_connections(&shared).remove(&number);
-            }
-        });
-    if spawned.is_err() {
-        open_connections(shared).remove(&number);
-        add(&shared.counters.turned_away, 1);
-    }
-    spawned.ok()
 }
 
 /// Serves one connection until it ends.
 fn serve(socket: &TcpStream, shared: &Shared) {
     let Ok(mut gate) = shared.access.open_gate() else {
-        add(&shared.counters.turned_away, 1);
-        let _ = send_all(socket, &ServerHello::Busy.encode(), Instant::now());
-        return;
+        return shared.turn_away(socket);
     };
     if handshake(socket, shared).is_err() {
         add(&shared.counters.bad_handshakes, 1);

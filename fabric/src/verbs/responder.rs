@@ -1,15 +1,12 @@
 //! Serves a pool over verbs: a thread per connection, which sleeps while the devices work.
 
-use std::collections::HashMap;
 use std::io;
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvFlags, recv};
 
 use super::DeviceChoice;
@@ -18,6 +15,7 @@ use super::door::VerbsDoor;
 use super::endpoint::our_port;
 use super::wire::{Answer, Ask, FRAME_BYTES, HELLO_BYTES, Port, Tell, VERSION, decode_hello};
 use crate::MAX_TRANSFER;
+use crate::acceptor::{Acceptor, Host};
 use crate::access::{AccessTable, Door};
 use crate::connect::{receive_exact, send_all};
 use crate::memory::RegisteredMemory;
@@ -27,9 +25,6 @@ const INPUT_BYTES: usize = 64 * FRAME_BYTES;
 
 /// A requester that takes no answers for so long is cut off.
 const SEND_STALL_LIMIT: Duration = Duration::from_secs(5);
-
-/// After a failed accept (no descriptors left, say) the listener rests: the cause does not pass in a moment.
-const ACCEPT_REST: Duration = Duration::from_millis(20);
 
 /// What one responder may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,18 +88,13 @@ struct Shared {
     access: Arc<AccessTable>,
     limits: VerbsLimits,
     counters: Counters,
-    stopping: AtomicBool,
-    /// What is open, to be shut down on a stop.
-    connections: Mutex<HashMap<u64, Arc<TcpStream>>>,
 }
 
 /// A running responder. Dropping it stops it.
 #[derive(Debug)]
 pub struct VerbsResponder {
     shared: Arc<Shared>,
-    wake: Arc<OwnedFd>,
-    acceptor: Option<JoinHandle<()>>,
-    local_addr: SocketAddr,
+    acceptor: Acceptor,
 }
 
 impl VerbsResponder {
@@ -126,37 +116,22 @@ impl VerbsResponder {
                 "the pool is smaller than its extents",
             ));
         }
-        let local_addr = listener.local_addr()?;
-        let device = Arc::new(Device::open(choice, Some(local_addr.ip()))?);
-        listener.set_nonblocking(true)?;
-        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let device = Device::open(choice, Some(listener.local_addr()?.ip()))?;
         let shared = Arc::new(Shared {
-            device,
+            device: Arc::new(device),
             pool,
             access,
             limits,
             counters: Counters::default(),
-            stopping: AtomicBool::new(false),
-            connections: Mutex::new(HashMap::new()),
         });
-        let acceptor = std::thread::Builder::new()
-            .name("verbs-accept".into())
-            .spawn({
-                let (shared, wake) = (shared.clone(), wake.clone());
-                move || accept_loop(&listener, &wake, &shared)
-            })?;
-        Ok(Self {
-            shared,
-            wake,
-            acceptor: Some(acceptor),
-            local_addr,
-        })
+        let acceptor = Acceptor::start(listener, "verbs", limits.connections, shared.clone())?;
+        Ok(Self { shared, acceptor })
     }
 
     /// Where it listens.
     #[must_use]
     pub fn local_addr(&self) -> SocketAddr {
-        self.local_addr
+        self.acceptor.local_addr()
     }
 
     /// The device's name.
@@ -184,88 +159,24 @@ impl VerbsResponder {
     /// Closes the listener and every connection, and waits for their threads: afterwards nothing touches the pool on
     /// behalf of a requester.
     pub fn stop(&mut self) {
-        self.shared.stopping.store(true, Ordering::Release);
-        // Writing 1 to a fresh eventfd cannot fail.
-        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
-        if let Some(acceptor) = self.acceptor.take() {
-            // It ends by returning; had it panicked, there would be nothing to wait for.
-            let _ = acceptor.join();
-        }
+        self.acceptor.stop();
     }
 }
 
-impl Drop for VerbsResponder {
-    fn drop(&mut self) {
-        self.stop();
+impl Host for Shared {
+    fn serve(&self, socket: &TcpStream, stopping: &AtomicBool) {
+        serve(socket, self, stopping);
     }
-}
 
-fn open_connections(shared: &Shared) -> MutexGuard<'_, HashMap<u64, Arc<TcpStream>>> {
-    shared
-        .connections
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-}
-
-fn accept_loop(listener: &TcpListener, wake: &OwnedFd, shared: &Arc<Shared>) {
-    let mut threads: Vec<JoinHandle<()>> = Vec::new();
-    let mut next = 0;
-    while !shared.stopping.load(Ordering::Acquire) {
-        let mut fds = [
-            PollFd::new(listener, PollFlags::IN),
-            PollFd::new(wake, PollFlags::IN),
-        ];
-        if poll(&mut fds, None).is_err() {
-            continue;
-        }
-        threads.retain(|thread| !thread.is_finished());
-        match listener.accept() {
-            Ok((socket, _)) => {
-                threads.extend(admit(socket, next, shared));
-                next += 1;
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(_) => std::thread::sleep(ACCEPT_REST),
-        }
+    fn turn_away(&self, socket: &TcpStream) {
+        count(&self.counters.turned_away);
+        // A courtesy: it fits the socket's buffer or is not sent.
+        let _ = send_all(socket, &Answer::Busy.encode(), Instant::now());
     }
-    for socket in open_connections(shared).values() {
-        // Fails for those that are closed already.
-        let _ = socket.shutdown(Shutdown::Both);
-    }
-    for thread in threads {
-        let _ = thread.join();
-    }
-}
-
-/// Starts a thread for a connection, if there is a place for it.
-fn admit(socket: TcpStream, number: u64, shared: &Arc<Shared>) -> Option<JoinHandle<()>> {
-    let socket = Arc::new(socket);
-    let mut open = open_connections(shared);
-    if open.len() < shared.limits.connections {
-        let spawned = std::thread::Builder::new()
-            .name(format!("verbs-{number}"))
-            .spawn({
-                let (socket, shared) = (socket.clone(), shared.clone());
-                move || {
-                    serve(&socket, &shared);
-                    open_connections(&shared).remove(&number);
-                }
-            });
-        if let Ok(thread) = spawned {
-            // The thread waits for the lock to remove it.
-            open.insert(number, socket);
-            return Some(thread);
-        }
-    }
-    count(&shared.counters.turned_away);
-    // A courtesy: it fits the socket's buffer or is not sent.
-    let _ = send_all(&*socket, &Answer::Busy.encode(), Instant::now());
-    let _ = socket.shutdown(Shutdown::Write);
-    None
 }
 
 /// Serves one connection until it ends.
-fn serve(socket: &TcpStream, shared: &Shared) {
+fn serve(socket: &TcpStream, shared: &Shared, stopping: &AtomicBool) {
     let Ok(their_port) = receive_hello(socket, shared) else {
         count(&shared.counters.bad_handshakes);
         return;
@@ -288,14 +199,12 @@ fn serve(socket: &TcpStream, shared: &Shared) {
     };
     let as_door: Arc<dyn Door> = door.clone();
     if shared.access.add_door(Arc::clone(&as_door)).is_err() {
-        count(&shared.counters.turned_away);
-        let _ = send_all(socket, &Answer::Busy.encode(), Instant::now());
-        return;
+        return shared.turn_away(socket);
     }
     count(&shared.counters.connections);
     if let Err(error) = answer(socket, &door, shared)
         && error.kind() != io::ErrorKind::UnexpectedEof
-        && !shared.stopping.load(Ordering::Acquire)
+        && !stopping.load(Ordering::Acquire)
     {
         count(&shared.counters.failed);
         let reason = explain("serving a connection", &error);

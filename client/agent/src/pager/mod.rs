@@ -412,7 +412,7 @@ impl Pager {
     }
 
     /// Whether the program still runs in this memory: it has neither ended nor replaced itself.
-    fn is_alive(&mut self) -> bool {
+    pub(super) fn is_alive(&mut self) -> bool {
         let Some(process) = &self.process else {
             return self.uffd.is_alive();
         };

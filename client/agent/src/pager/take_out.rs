@@ -405,12 +405,19 @@ impl Pager {
 
     /// The helper is dead, or stuck with pages in hand: the program cannot go on.
     pub(super) fn helper_failed(&mut self) {
-        tracing::error!(
-            pid = self.pid(),
-            "the helper died, or hangs with pages in hand; the program is ended"
-        );
-        if let Some(process) = &self.process {
-            process.signal(libc::SIGKILL);
+        // A program's own end takes its helper along.
+        if self.is_alive() {
+            let dead = self.helper.as_ref().is_some_and(super::Helper::is_dead);
+            let taking = self.take_out.as_ref().map(|batch| batch.since.elapsed());
+            tracing::error!(
+                pid = self.pid(),
+                dead,
+                ?taking,
+                "the helper does not go on; the program is ended"
+            );
+            if let Some(process) = &self.process {
+                process.signal(libc::SIGKILL);
+            }
         }
         self.gate.helper_gone();
         self.take_out = None;
