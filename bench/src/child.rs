@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::bare::{REQUEST_BYTES, send_fd};
+use crate::fabric::What;
 use crate::region::{PAGE, Region, shuffled};
+use crate::requester;
 
 /// How long pages on their way out are given before anything is measured.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -64,6 +66,9 @@ pub enum ChildError {
     /// A system call failed.
     #[error("cannot measure: {0}")]
     System(#[from] io::Error),
+    /// Pages did not move.
+    #[error("{0}")]
+    Fabric(#[from] Box<crate::BenchError>),
     /// The program to be timed failed.
     #[error("{0} failed: {1}")]
     Program(String, std::process::ExitStatus),
@@ -72,7 +77,7 @@ pub enum ChildError {
 /// Does what `words` say: `random PAGES TOUCHES`, `walk PAGES`, `fork PAGES TIMES` (all on memory that was filled before, so that
 /// it lies far if little may stay), the same with `bare-` before and a socket's path behind (on memory never
 /// touched, whose uffd is sent there), `spin CPU`,
-/// `peer ADDRESS` or `timed CMD ARGS...`.
+/// `peer ADDRESS`, `fabric-count ADDRESS WHAT SECONDS`, `fabric ADDRESS WHAT COUNT` or `timed CMD ARGS...`.
 ///
 /// # Errors
 /// [`ChildError`].
@@ -101,6 +106,15 @@ pub fn command(words: &[String]) -> Result<(), ChildError> {
             let walk = walk(&region)?;
             drop(answering);
             print(&walk)
+        }
+        ["fabric-count", address, what, seconds] => {
+            let what = What::of(what).ok_or(ChildError::Usage)?;
+            let seconds = seconds.parse().map_err(|_| ChildError::Usage)?;
+            print(&requester::count(address, what, seconds).map_err(Box::new)?)
+        }
+        ["fabric", address, what, count] => {
+            let what = What::of(what).ok_or(ChildError::Usage)?;
+            print(&requester::measure(address, what, number(count)?).map_err(Box::new)?)
         }
         ["spin", cpu] => Ok(crate::awake::spin(number(cpu)?)?),
         ["peer", address] => Ok(peer(address)?),

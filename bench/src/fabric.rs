@@ -7,51 +7,29 @@
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use farpage_fabric::memory::MemoryOptions;
 use farpage_fabric::shm::{ShmLimits, ShmResponder};
 use farpage_fabric::tcp::{ResponderLimits, TcpResponder};
 #[cfg(feature = "verbs")]
 use farpage_fabric::verbs::{DeviceChoice, VerbsLimits, VerbsResponder};
-use farpage_fabric::{
-    AccessTable, Completion, Endpoint, FabricAddress, LocalSlice, PoolGeometry, RegionId,
-    RegisteredMemory, RemoteSlice, ShmAddress, WorkId, connect,
-};
+use farpage_fabric::{AccessTable, PoolGeometry, RegisteredMemory, ShmAddress};
 
 #[cfg(feature = "verbs")]
 use crate::async_rdma::{self, AsyncRdma};
-use crate::median::quantile;
+use crate::far::{finish, spawn_child};
 #[cfg(feature = "verbs")]
 use crate::perftest::{self, Servers};
-use crate::region::PAGE;
 use crate::report::{Measurement, Report};
 use crate::{BenchError, Options, bare};
 
 /// Requests under way at a time in a stream; perftest's own default.
-const DEPTH: usize = 128;
+pub(crate) const DEPTH: usize = 128;
 
 /// What the serving side lends: an extent without anything in it, under a key that everybody may know.
-const EXTENT_BYTES: u64 = 2 << 20;
-const KEY: u64 = 0x0066_6172_7061_6765;
-
-/// The other machine may be booting yet.
-const THERE_WITHIN: Duration = Duration::from_secs(60);
-
-/// Polls in vain between two looks at the clock.
-const LOOK_EVERY: u32 = 4096;
-
-/// Nothing completes for so long only if the connection is broken, or the other machine is.
-const STALL: Duration = Duration::from_secs(30);
-
-/// Requests by which the length of a stream is judged.
-const TRIAL: usize = 256;
-
-/// Bounds of a stream's length, in requests.
-const STREAM: std::ops::RangeInclusive<usize> = 1000..=1_000_000;
-
-/// One latency is enough to know the next ones' order; a stream needs more.
-const LATENCY_ROUNDS: std::ops::RangeInclusive<usize> = 200..=10_000;
+pub(crate) const EXTENT_BYTES: u64 = 2 << 20;
+pub(crate) const KEY: u64 = 0x0066_6172_7061_6765;
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +49,19 @@ impl What {
             Self::ReadBandwidth => "read4k.bandwidth",
             Self::WriteBandwidth => "write4k.bandwidth",
         }
+    }
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::ReadLatency => "read-latency",
+            Self::ReadBandwidth => "read-bandwidth",
+            Self::WriteBandwidth => "write-bandwidth",
+        }
+    }
+
+    /// That of its [`What::word`].
+    pub(crate) fn of(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|what| what.word() == word)
     }
 
     fn unit(self) -> &'static str {
@@ -160,7 +151,7 @@ impl Served {
     }
 }
 
-fn memory(name: &str, len: usize) -> Result<Arc<RegisteredMemory>, BenchError> {
+pub(crate) fn memory(name: &str, len: usize) -> Result<Arc<RegisteredMemory>, BenchError> {
     RegisteredMemory::create(name, len, MemoryOptions::default())
         .map(|(memory, _)| Arc::new(memory))
         .map_err(BenchError::fabric("mapping memory"))
@@ -290,110 +281,12 @@ struct Runs {
     theirs: Vec<Vec<f64>>,
 }
 
-/// Our side: an endpoint, and pages to read into and write from.
-struct Requester {
-    endpoint: Box<dyn Endpoint>,
-    region: RegionId,
-    done: Vec<Completion>,
-}
-
-impl Requester {
-    fn connect(address: &FabricAddress) -> Result<Self, BenchError> {
-        let give_up = Instant::now() + THERE_WITHIN;
-        let mut endpoint = loop {
-            match connect(address, DEPTH, Instant::now() + THERE_WITHIN) {
-                Ok(endpoint) => break endpoint,
-                Err(error) if Instant::now() >= give_up => {
-                    return Err(BenchError::fabric("connecting")(error));
-                }
-                Err(_) => std::thread::sleep(Duration::from_millis(200)),
-            }
-        };
-        let region = endpoint.register(memory("local", DEPTH * PAGE)?);
-        Ok(Self {
-            endpoint,
-            region,
-            done: Vec::with_capacity(DEPTH),
-        })
-    }
-
-    /// How many requests take about so many seconds.
-    fn count(&mut self, what: What, seconds: f64) -> Result<usize, BenchError> {
-        let began = Instant::now();
-        let (bounds, trial) = match what {
-            What::ReadLatency => (LATENCY_ROUNDS, TRIAL / 4),
-            What::ReadBandwidth | What::WriteBandwidth => (STREAM, TRIAL),
-        };
-        self.measure(what, trial)?;
-        let each = began.elapsed().as_secs_f64() / trial as f64;
-        Ok(((seconds / each) as usize).clamp(*bounds.start(), *bounds.end()))
-    }
-
-    /// Microseconds, or bytes per second, over `count` requests.
-    fn measure(&mut self, what: What, count: usize) -> Result<f64, BenchError> {
-        if what == What::ReadLatency {
-            let mut times = Vec::with_capacity(count);
-            for round in 0..count {
-                let began = Instant::now();
-                self.stream(false, round, 1)?;
-                times.push(began.elapsed().as_secs_f64() * 1e6);
-            }
-            return Ok(quantile(&mut times, 0.5));
-        }
-        let began = Instant::now();
-        self.stream(what == What::WriteBandwidth, 0, count)?;
-        Ok((count * PAGE) as f64 / began.elapsed().as_secs_f64())
-    }
-
-    /// Moves `count` pages from page `first` on, round and round, [`DEPTH`] at a time.
-    fn stream(&mut self, write: bool, first: usize, count: usize) -> Result<(), BenchError> {
-        let (mut posted, mut ended) = (0, 0);
-        let (mut moved, mut in_vain) = (Instant::now(), 0_u32);
-        while ended < count {
-            while posted < count && self.endpoint.credits() > 0 {
-                let page = first + posted;
-                let id = WorkId(page as u64);
-                let local = LocalSlice {
-                    region: self.region,
-                    offset: (page % DEPTH * PAGE) as u64,
-                    len: PAGE as u32,
-                };
-                let remote = RemoteSlice {
-                    extent: 0,
-                    key: KEY,
-                    offset: (page * PAGE) as u64 % EXTENT_BYTES,
-                };
-                let taken = if write {
-                    self.endpoint.post_write(id, local, remote)
-                } else {
-                    self.endpoint.post_read(id, local, remote)
-                };
-                taken.map_err(BenchError::fabric("moving pages"))?;
-                posted += 1;
-            }
-            self.endpoint.flush();
-            self.done.clear();
-            if self.endpoint.poll(&mut self.done) > 0 {
-                in_vain = 0;
-            } else {
-                in_vain = in_vain.wrapping_add(1);
-                if in_vain == 1 {
-                    moved = Instant::now();
-                } else if in_vain.is_multiple_of(LOOK_EVERY) && moved.elapsed() > STALL {
-                    return Err(BenchError::fabric("moving pages")(
-                        "nothing completes any more",
-                    ));
-                }
-            }
-            for completion in &self.done {
-                completion
-                    .result
-                    .map_err(BenchError::fabric("moving pages"))?;
-            }
-            ended += self.done.len();
-        }
-        Ok(())
-    }
+/// What a requester in a process of its own finds.
+fn requested<T: serde::de::DeserializeOwned>(
+    options: &Options,
+    words: &[&str],
+) -> Result<T, BenchError> {
+    finish(spawn_child(options, words, &[])?, words)
 }
 
 /// Runs it.
@@ -420,21 +313,29 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
         }
         (Some(at), _) => format!("{fabric}:{at}"),
     };
-    let address = address.parse().map_err(BenchError::fabric("--peer"))?;
     let baselines = Baseline::all(options, peer)?;
-    let mut requester = Requester::connect(&address)?;
     let mut all = Vec::new();
     for what in What::ALL {
         all.push(Runs {
             what,
-            count: requester.count(what, options.seconds)?,
+            count: requested(
+                options,
+                &[
+                    "fabric-count",
+                    &address,
+                    what.word(),
+                    &options.seconds.to_string(),
+                ],
+            )?,
             ours: Vec::new(),
             theirs: vec![Vec::new(); baselines.len()],
         });
     }
     for _ in 0..options.turns.max(1) {
         for runs in &mut all {
-            runs.ours.push(requester.measure(runs.what, runs.count)?);
+            let count = runs.count.to_string();
+            let words = ["fabric", &address, runs.what.word(), &count];
+            runs.ours.push(requested(options, &words)?);
             for (baseline, theirs) in baselines.iter().zip(&mut runs.theirs) {
                 theirs.extend(baseline.take(options, runs.what, runs.count)?);
             }

@@ -26,6 +26,7 @@ mod one_cpu;
 mod perftest;
 mod region;
 pub mod report;
+mod requester;
 mod sys;
 
 use std::io;
