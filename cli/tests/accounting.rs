@@ -15,7 +15,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use common::programs_in_c::{LOCAL, compiled};
-use common::{alone, eventually, farpage, without_far_memory, without_program};
+use common::{Part, alone, eventually, farpage, without_far_memory, without_program};
 use farpage_agent::client;
 use farpage_agent::protocol::ProcessFigures;
 
@@ -29,37 +29,24 @@ fn kernels_slack() -> u64 {
 
 /// An agent with memory of its own, ended with the test.
 struct Agent {
-    process: Child,
+    _part: Part,
     socket: String,
 }
 
 impl Agent {
     fn start() -> Self {
         let socket = format!("@farpage-accounting-{}", std::process::id());
-        let mut process = Command::new(farpage())
-            .args(["agent", "--own-far-memory", "512M", "--socket", &socket])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut ready = String::new();
-        let mut out = BufReader::new(process.stdout.take().unwrap());
-        out.read_line(&mut ready).unwrap();
-        assert!(!ready.is_empty(), "the agent did not come up");
-        Self { process, socket }
+        let part = Part::start(&["agent", "--own-far-memory", "512M", "--socket", &socket]);
+        Self {
+            _part: part,
+            socket,
+        }
     }
 
     fn figures(&self, pid: i32) -> ProcessFigures {
         let all = client::status(&self.socket).unwrap();
         let found = all.into_iter().find(|figures| figures.pid == pid);
         found.unwrap_or_default()
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
     }
 }
 

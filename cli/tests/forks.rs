@@ -8,7 +8,7 @@
 
 mod common;
 
-use common::programs_in_c::{Expect, run_case, run_registered};
+use common::programs_in_c::run_registered;
 
 /// On this kernel, and as on one without `UFFDIO_MOVE`.
 fn case(name: &str) {
@@ -79,14 +79,7 @@ fn siblings_write_what_they_share() {
 /// What nine processes share lies far once, and counts once against `--far`.
 #[test]
 fn siblings_share_what_is_far() {
-    for without_move in [false, true] {
-        let expect = Expect {
-            without_move,
-            ..Expect::default()
-        };
-        let Some(outcome) = run_case("forks", &["siblings"], expect) else {
-            continue;
-        };
+    for outcome in run_registered("forks", "siblings") {
         let summary = outcome.summary.unwrap();
         let peak = summary["far_peak_bytes"].as_u64().unwrap();
         // 48 MiB of data, and 40 that push them out; nine times the data is 432.

@@ -11,14 +11,13 @@
 mod common;
 mod sys;
 
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::programs_in_c::{LOCAL, compiled};
-use common::{eventually, farpage, without_far_memory, without_program};
+use common::{Part, eventually, farpage, without_far_memory, without_program};
 use farpage_agent::{AgentConfig, client, serve};
 use farpage_proto::transport::EndpointUrl;
 
@@ -37,7 +36,8 @@ fn a_fault_asks_the_allocator_for_nothing() {
     }
     let socket = format!("@farpage-allocations-{}", std::process::id());
     let far_memory = format!("{socket}-far");
-    let _far_memory = FarMemory::start(&far_memory);
+    // A coordinator and a memory node in one process.
+    let _far_memory = Part::start(&["far-memory", "--capacity", "256M", "--socket", &far_memory]);
     let coordinator = format!("unix:{far_memory}");
     let stop = Arc::new(AtomicBool::new(false));
     let ready = Arc::new(AtomicBool::new(false));
@@ -101,32 +101,6 @@ fn a_fault_asks_the_allocator_for_nothing() {
         requests < 2 * milliseconds + faults / 20,
         "{requests} requests during {faults} faults in {milliseconds} ms"
     );
-}
-
-/// A coordinator and a memory node in one process, ended with the test.
-struct FarMemory(Child);
-
-impl FarMemory {
-    fn start(socket: &str) -> Self {
-        let mut process = Command::new(farpage())
-            .args(["far-memory", "--capacity", "256M", "--socket", socket])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut ready = String::new();
-        let mut out = BufReader::new(process.stdout.take().unwrap());
-        out.read_line(&mut ready).unwrap();
-        assert!(!ready.is_empty(), "far memory did not come up");
-        Self(process)
-    }
-}
-
-impl Drop for FarMemory {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// The threads of this process whose names begin like this.

@@ -19,8 +19,9 @@ pub mod runs;
 pub mod sys;
 pub mod tree;
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,6 +30,33 @@ pub fn farpage() -> PathBuf {
     PathBuf::from(env!("CARGO_BIN_EXE_farpage"))
         .canonicalize()
         .unwrap()
+}
+
+/// A part of farpage's own that serves until the test is over.
+pub struct Part(Child);
+
+impl Part {
+    /// Starts it with these arguments and waits until it says that it is ready.
+    pub fn start(arguments: &[&str]) -> Self {
+        let mut process = Command::new(farpage())
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = String::new();
+        let mut out = BufReader::new(process.stdout.take().unwrap());
+        out.read_line(&mut ready).unwrap();
+        assert!(!ready.is_empty(), "{arguments:?} did not come up");
+        Self(process)
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// A command of `farpage run` without a summary.

@@ -64,13 +64,13 @@ impl Default for Expect {
     }
 }
 
-/// Runs a case of the conformance table in all its forms.
-pub fn run_registered(program: &str, name: &str) {
+/// Runs a case of the conformance table in all its forms. Returns what those came to that this machine can run.
+pub fn run_registered(program: &str, name: &str) -> Vec<Outcome> {
     let case =
         cases::find(program, name).unwrap_or_else(|| panic!("{program}.{name} is in no table"));
     let words = case.words(SEED);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    for form in case.forms() {
+    let in_form = |form: &Form| {
         let expect = Expect {
             local: case.local,
             without_move: *form == Form::WithoutMove,
@@ -78,8 +78,9 @@ pub fn run_registered(program: &str, name: &str) {
             status: case.status,
             ..Expect::default()
         };
-        run_case(program, &words, expect);
-    }
+        run_case(program, &words, expect)
+    };
+    case.forms().iter().filter_map(in_form).collect()
 }
 
 /// Runs one case of a program. `None`, said by a line, where this machine cannot.
