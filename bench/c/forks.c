@@ -135,9 +135,9 @@ static void fork_in_transit(void)
 /* A parent that forks while its pages are on their way out, and ends at once: its child has everything. */
 static void parent_exits(void)
 {
-	int told[2];
-	MUST(pipe(told) == 0);
 	for (int turn = 0; turn < 10; turn++) {
+		int told[2];
+		MUST(pipe(told) == 0);
 		pid_t parent = fork();
 		MUST(parent >= 0);
 		if (!parent) {
@@ -158,10 +158,13 @@ static void parent_exits(void)
 			MUST(write(told[1], "y", 1) == 1);
 			_exit(0);
 		}
+		close(told[1]);
 		wait_for(parent, "the parent");
-		/* An orphan that failed says nothing; the case's deadline is for that. */
+		/* An orphan that failed says nothing. Then its end is waited for: what it holds at the program's end is its own. */
 		char said = 'n';
 		MUST(read(told[0], &said, 1) == 1 && said == 'y');
+		MUST(read(told[0], &said, 1) == 0);
+		close(told[0]);
 	}
 }
 

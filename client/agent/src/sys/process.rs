@@ -181,13 +181,21 @@ pub fn signal_thread(process: i32, thread: u32, signal: i32) {
     unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal) };
 }
 
-/// Whether a process of this pid runs; a zombie does not.
+/// The kernel's flag of a task that is on its way out (`PF_EXITING`), and where `/proc/PID/stat` has the flags, counted from
+/// the state on.
+const EXITING: u64 = 4;
+const FLAGS_FIELD: usize = 6;
+
+/// Whether a process of this pid runs; a zombie does not, nor one that is about to be.
 #[must_use]
 pub fn is_running(pid: i32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
-        stat.rsplit(") ")
-            .next()
-            .is_some_and(|rest| !rest.starts_with(['Z', 'X']))
+        let mut fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
+        let state = fields.next();
+        let flags = fields
+            .nth(FLAGS_FIELD - 1)
+            .and_then(|word| word.parse().ok());
+        !matches!(state, Some("Z" | "X")) && flags.is_some_and(|flags: u64| flags & EXITING == 0)
     })
 }
 
