@@ -65,7 +65,8 @@ impl AsyncRdma {
             .args([count.to_string(), depth.to_string()])
             .args(words(&self.device))
             .stdin(Stdio::null());
-        let printed = outcome(command).map_err(BenchError::fabric("--async-rdma"))?;
+        let printed = outcome(command, "build bench/async-rdma on both machines")
+            .map_err(BenchError::fabric("--async-rdma"))?;
         let figure = printed.trim().parse();
         figure.map_err(|_| BenchError::fabric("--async-rdma")(format!("prints {printed:?}")))
     }

@@ -103,7 +103,7 @@ impl What {
                 command.args(["-t", &depth.to_string()]);
             }
             command.arg(peer.ip().to_string());
-            match outcome(command) {
+            match outcome(command, "install perftest on both machines") {
                 Ok(printed) => {
                     let found = columns.map(|column| figure(&printed, column));
                     if found.iter().all(Option::is_some) {
@@ -139,15 +139,13 @@ fn figure(printed: &str, column: usize) -> Option<f64> {
     fields.get(column)?.parse().ok()
 }
 
-/// What a command prints, within its time; why not, otherwise.
-pub(crate) fn outcome(mut command: Command) -> Result<String, String> {
+/// What a command prints, within its time; why not, otherwise, with `remedy` where it is not there.
+pub(crate) fn outcome(mut command: Command, remedy: &str) -> Result<String, String> {
     let spawned = command
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn();
-    let mut child = spawned.map_err(|error| {
-        format!("cannot be started: {error}; it must be installed on both machines")
-    })?;
+    let mut child = spawned.map_err(|error| format!("cannot be started: {error}; {remedy}"))?;
     let deadline = Instant::now() + RUN_WITHIN;
     // What it prints fits into a pipe.
     let status = loop {

@@ -19,6 +19,8 @@ pub(crate) enum BenchError {
     NoRdma,
     #[error("--peer and --serve are for bench fabric; bench {0} runs on one machine")]
     OneMachine(String),
+    #[error("--async-rdma is for bench fabric --fabric rdma; leave it out, or choose those")]
+    NotAsyncRdma,
     #[error("cannot find this executable, which the measuring processes run: {0}")]
     Executable(io::Error),
     #[error("{0} cases failed; the lines above say why")]
@@ -48,6 +50,9 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
     }
     if benchmark.name != "fabric" && (args.peer.is_some() || args.serve.is_some()) {
         return Err(BenchError::OneMachine(name.clone()));
+    }
+    if args.async_rdma.is_some() && (benchmark.name != "fabric" || args.fabric != Fabric::Rdma) {
+        return Err(BenchError::NotAsyncRdma);
     }
     let options = Options {
         farpage: std::env::current_exe().map_err(BenchError::Executable)?,

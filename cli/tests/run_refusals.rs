@@ -182,13 +182,17 @@ fn failures_are_1_and_say_what_to_do() {
         "{}",
         text(&out.stderr)
     );
-    let out = farpage_with(&["bench", "nonesuch"]);
-    assert_eq!(out.status.code(), Some(1));
-    assert!(
-        text(&out.stderr).contains("--list"),
-        "{}",
-        text(&out.stderr)
-    );
+    let benches: &[(&[&str], &str)] = &[
+        (&["bench", "nonesuch"], "--list"),
+        (&["bench", "fault", "--peer", "far:7700"], "bench fabric"),
+        (&["bench", "fabric", "--async-rdma", "x"], "--fabric rdma"),
+    ];
+    for (words, message) in benches {
+        let out = farpage_with(words);
+        assert_eq!(out.status.code(), Some(1), "{words:?}");
+        let said = text(&out.stderr);
+        assert!(said.contains(message), "{words:?}: {said}");
+    }
 }
 
 /// Compiles a program from nothing but a `main`.

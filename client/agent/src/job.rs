@@ -344,11 +344,8 @@ impl Job {
     #[must_use]
     pub fn account(&self, fabric: &str) -> Account {
         let began = Instant::now();
-        let ended = |handle: &Arc<SpaceHandle>| {
-            handle
-                .pid()
-                .is_none_or(|pid| !crate::sys::process::is_running(pid))
-        };
+        let ended =
+            |handle: &Arc<SpaceHandle>| handle.pid().is_none_or(crate::sys::process::is_ending);
         while self.spaces().iter().any(ended) && began.elapsed() < ACCOUNT_DEADLINE {
             std::thread::sleep(ACCOUNT_POLL);
         }

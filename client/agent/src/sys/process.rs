@@ -181,22 +181,28 @@ pub fn signal_thread(process: i32, thread: u32, signal: i32) {
     unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal) };
 }
 
-/// The kernel's flag of a task that is on its way out (`PF_EXITING`), and where `/proc/PID/stat` has the flags, counted from
-/// the state on.
+/// The kernel's flag of a task that is on its way out (`PF_EXITING`).
 const EXITING: u64 = 4;
-const FLAGS_FIELD: usize = 6;
 
-/// Whether a process of this pid runs; a zombie does not, nor one that is about to be.
+/// The state of a process of this pid, and its flags. None where there is no such process.
+fn state_and_flags(pid: i32) -> Option<(char, u64)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // State, parent, group, session, terminal, its group, flags.
+    let mut fields = stat.rsplit(") ").next()?.split(' ');
+    let state = fields.next()?.chars().next()?;
+    Some((state, fields.nth(5)?.parse().ok()?))
+}
+
+/// Whether a process of this pid runs; a zombie does not.
 #[must_use]
 pub fn is_running(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
-        let mut fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
-        let state = fields.next();
-        let flags = fields
-            .nth(FLAGS_FIELD - 1)
-            .and_then(|word| word.parse().ok());
-        !matches!(state, Some("Z" | "X")) && flags.is_some_and(|flags: u64| flags & EXITING == 0)
-    })
+    state_and_flags(pid).is_some_and(|(state, _)| !matches!(state, 'Z' | 'X'))
+}
+
+/// Whether a process of this pid has ended, or will run no more and is about to have.
+#[must_use]
+pub fn is_ending(pid: i32) -> bool {
+    !is_running(pid) || state_and_flags(pid).is_none_or(|(_, flags)| flags & EXITING != 0)
 }
 
 /// Ends a process.
