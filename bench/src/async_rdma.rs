@@ -8,11 +8,8 @@ use std::process::{Child, Command, Stdio};
 use farpage_fabric::verbs::DeviceChoice;
 
 use crate::BenchError;
-use crate::fabric::What;
 use crate::perftest::{end, outcome};
-
-/// Its port, next to perftest's.
-const PORT: u16 = 4;
+use crate::traffic::Traffic;
 
 /// Its serving side, until it is dropped.
 #[derive(Debug)]
@@ -26,7 +23,7 @@ impl Server {
     ) -> Result<Self, BenchError> {
         Command::new(program)
             .arg("serve")
-            .arg(beside(at).to_string())
+            .arg(at.to_string())
             .args(words(device))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -47,22 +44,17 @@ impl Drop for Server {
 pub(crate) struct AsyncRdma {
     pub(crate) program: PathBuf,
     pub(crate) device: DeviceChoice,
-    pub(crate) peer: SocketAddr,
+    pub(crate) at: SocketAddr,
 }
 
 impl AsyncRdma {
     /// Microseconds, or bytes per second, over `count` requests.
-    pub(crate) fn measure(
-        &self,
-        what: What,
-        count: usize,
-        depth: usize,
-    ) -> Result<f64, BenchError> {
+    pub(crate) fn measure(&self, traffic: Traffic, count: usize) -> Result<f64, BenchError> {
         let mut command = Command::new(&self.program);
         command
-            .arg(what.perftest())
-            .arg(beside(self.peer).to_string())
-            .args([count.to_string(), depth.to_string()])
+            .arg(traffic.what.perftest())
+            .arg(self.at.to_string())
+            .args([count.to_string(), traffic.depth().to_string()])
             .args(words(&self.device))
             .stdin(Stdio::null());
         let printed = outcome(command, "build bench/async-rdma on both machines")
@@ -70,10 +62,6 @@ impl AsyncRdma {
         let figure = printed.trim().parse();
         figure.map_err(|_| BenchError::fabric("--async-rdma")(format!("prints {printed:?}")))
     }
-}
-
-fn beside(fabric: SocketAddr) -> SocketAddr {
-    SocketAddr::new(fabric.ip(), fabric.port().wrapping_add(PORT))
 }
 
 /// Its words for a device: each one needs those before it.

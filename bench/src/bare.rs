@@ -17,17 +17,25 @@ use rustix::net::{
 use crate::far::{finish, spawn_child};
 use crate::median::quantile;
 use crate::region::PAGE;
+use crate::requester::Requester;
 use crate::{BenchError, Options};
 
 /// Bytes of a request for a page, and of a page.
 pub(crate) const REQUEST_BYTES: usize = 32;
 
-/// Runs a measuring process whose faults this process answers, `pages_at_once` pages each time. Returns what
-/// it printed.
+/// Where the answering loop has its pages from.
+pub(crate) enum Source<'a> {
+    /// From its own memory, so many at each fault.
+    AtHand(usize),
+    /// One at each fault, from the other end of a connection, which it looks at until the page is there.
+    Fabric(&'a mut Requester),
+}
+
+/// Runs a measuring process whose faults this process answers. Returns what it printed.
 pub(crate) fn answered<T: serde::de::DeserializeOwned>(
     options: &Options,
     words: &[&str],
-    pages_at_once: usize,
+    source: Source<'_>,
 ) -> Result<T, BenchError> {
     let path = std::env::temp_dir().join(format!("farpage-bench-{}", std::process::id()));
     let _ = std::fs::remove_file(&path);
@@ -35,42 +43,60 @@ pub(crate) fn answered<T: serde::de::DeserializeOwned>(
         .map_err(BenchError::system("listening for the measuring process"))?;
     let at = path.to_string_lossy().into_owned();
     let child = spawn_child(options, words, &[&at])?;
-    let result = answer_child(&listener, pages_at_once);
+    let result = answer_child(&listener, source);
     let _ = std::fs::remove_file(&path);
     let printed = finish(child, words);
     result?;
     printed
 }
 
-fn answer_child(listener: &UnixListener, pages_at_once: usize) -> Result<(), BenchError> {
+fn answer_child(listener: &UnixListener, source: Source<'_>) -> Result<(), BenchError> {
     let failed = BenchError::system("answering the measuring process");
     let (program, _) = listener.accept().map_err(failed)?;
     let uffd = receive_fd(&program).map_err(BenchError::system("receiving its userfaultfd"))?;
-    answer(&uffd, program.as_fd(), pages_at_once)
-        .map_err(BenchError::system("answering the measuring process"))
+    answer(&uffd, program.as_fd(), source)
 }
 
 /// The loop: wait, read a message, install. Until the program closes its end of the socket.
-fn answer(uffd: &OwnedFd, program: BorrowedFd<'_>, pages_at_once: usize) -> std::io::Result<()> {
-    const EVENT_PAGEFAULT: u8 = 0x12;
-    let source = vec![7u8; pages_at_once * PAGE];
+fn answer(
+    uffd: &OwnedFd,
+    program: BorrowedFd<'_>,
+    mut source: Source<'_>,
+) -> Result<(), BenchError> {
+    let failed = || BenchError::system("answering the measuring process");
+    let mut pages = match &source {
+        Source::AtHand(pages) => vec![7; pages * PAGE],
+        Source::Fabric(_) => vec![0; PAGE],
+    };
     let mut fds = [
         PollFd::new(uffd, PollFlags::IN),
         PollFd::from_borrowed_fd(program, PollFlags::IN),
     ];
-    let mut message = [0u8; 32];
     loop {
-        poll(&mut fds, None)?;
+        poll(&mut fds, None).map_err(|errno| failed()(errno.into()))?;
         if fds[0].revents().is_empty() {
             return Ok(());
         }
-        if rustix::io::read(uffd, &mut message)? == 32 && message[0] == EVENT_PAGEFAULT {
-            let mut address = [0u8; 8];
-            address.copy_from_slice(&message[16..24]);
-            let to = u64::from_ne_bytes(address) & !(PAGE as u64 - 1);
-            crate::sys::copy(uffd.as_fd(), to, &source)?;
+        let Some(to) = next_fault(uffd).map_err(failed())? else {
+            continue;
+        };
+        if let Source::Fabric(requester) = &mut source {
+            requester.read(to as usize / PAGE, &mut pages)?;
         }
+        crate::sys::copy(uffd.as_fd(), to, &pages).map_err(failed())?;
     }
+}
+
+/// The page that a thread waits for, if that is what there is to say.
+fn next_fault(uffd: &OwnedFd) -> std::io::Result<Option<u64>> {
+    const EVENT_PAGEFAULT: u8 = 0x12;
+    let mut message = [0u8; 32];
+    if rustix::io::read(uffd, &mut message)? != 32 || message[0] != EVENT_PAGEFAULT {
+        return Ok(None);
+    }
+    let mut address = [0u8; 8];
+    address.copy_from_slice(&message[16..24]);
+    Ok(Some(u64::from_ne_bytes(address) & !(PAGE as u64 - 1)))
 }
 
 /// Hands a descriptor to the answering process.

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::bare::{REQUEST_BYTES, send_fd};
-use crate::fabric::What;
 use crate::region::{PAGE, Region, shuffled};
 use crate::requester;
+use crate::traffic::Traffic;
 
 /// How long pages on their way out are given before anything is measured.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -77,7 +77,7 @@ pub enum ChildError {
 /// Does what `words` say: `random PAGES TOUCHES`, `walk PAGES`, `fork PAGES TIMES` (all on memory that was filled before, so that
 /// it lies far if little may stay), the same with `bare-` before and a socket's path behind (on memory never
 /// touched, whose uffd is sent there), `spin CPU`,
-/// `peer ADDRESS`, `fabric-count ADDRESS WHAT SECONDS`, `fabric ADDRESS WHAT COUNT` or `timed CMD ARGS...`.
+/// `peer ADDRESS`, `fabric-count ADDRESS TRAFFIC SECONDS`, `fabric ADDRESS TRAFFIC COUNT` or `timed CMD ARGS...`.
 ///
 /// # Errors
 /// [`ChildError`].
@@ -107,14 +107,14 @@ pub fn command(words: &[String]) -> Result<(), ChildError> {
             drop(answering);
             print(&walk)
         }
-        ["fabric-count", address, what, seconds] => {
-            let what = What::of(what).ok_or(ChildError::Usage)?;
+        ["fabric-count", address, traffic, seconds] => {
+            let traffic = Traffic::of(traffic).ok_or(ChildError::Usage)?;
             let seconds = seconds.parse().map_err(|_| ChildError::Usage)?;
-            print(&requester::count(address, what, seconds).map_err(Box::new)?)
+            print(&requester::count(address, traffic, seconds).map_err(Box::new)?)
         }
-        ["fabric", address, what, count] => {
-            let what = What::of(what).ok_or(ChildError::Usage)?;
-            print(&requester::measure(address, what, number(count)?).map_err(Box::new)?)
+        ["fabric", address, traffic, count] => {
+            let traffic = Traffic::of(traffic).ok_or(ChildError::Usage)?;
+            print(&requester::measure(address, traffic, number(count)?).map_err(Box::new)?)
         }
         ["spin", cpu] => Ok(crate::awake::spin(number(cpu)?)?),
         ["peer", address] => Ok(peer(address)?),

@@ -1,8 +1,8 @@
 //! `bench fabric`: what reading and writing pages of a memory node costs, without any pager.
 //!
-//! Latency is of one read at a time; bandwidth of a stream that keeps [`DEPTH`] requests under way. Ours polls as perftest
-//! does, and goes through its whole way: keys, windows, lanes. What is compared moves the same bytes over the same device at
-//! the same depth, one right after the other.
+//! Latency is of one read at a time; bandwidth, and messages per second, of a stream that keeps a number of requests under
+//! way ([`Traffic::depth`]). Ours polls as perftest does, and goes through its whole way: keys, windows, lanes. What is
+//! compared moves the same bytes over the same device, queue pairs and depth, one right after the other.
 
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::sync::Arc;
@@ -22,55 +22,12 @@ use crate::far::{finish, spawn_child};
 #[cfg(feature = "verbs")]
 use crate::perftest::{self, Servers};
 use crate::report::{Measurement, Report};
+use crate::traffic::{Traffic, What};
 use crate::{BenchError, Options, bare};
-
-/// Requests under way at a time in a stream; perftest's own default.
-pub(crate) const DEPTH: usize = 128;
 
 /// What the serving side lends: an extent without anything in it, under a key that everybody may know.
 pub(crate) const EXTENT_BYTES: u64 = 2 << 20;
 pub(crate) const KEY: u64 = 0x0066_6172_7061_6765;
-
-/// What is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum What {
-    ReadLatency,
-    ReadBandwidth,
-    WriteBandwidth,
-}
-
-impl What {
-    pub(crate) const ALL: [Self; 3] =
-        [Self::ReadLatency, Self::ReadBandwidth, Self::WriteBandwidth];
-
-    fn measurement(self) -> &'static str {
-        match self {
-            Self::ReadLatency => "read4k.latency.p50",
-            Self::ReadBandwidth => "read4k.bandwidth",
-            Self::WriteBandwidth => "write4k.bandwidth",
-        }
-    }
-
-    fn word(self) -> &'static str {
-        match self {
-            Self::ReadLatency => "read-latency",
-            Self::ReadBandwidth => "read-bandwidth",
-            Self::WriteBandwidth => "write-bandwidth",
-        }
-    }
-
-    /// That of its [`What::word`].
-    pub(crate) fn of(word: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|what| what.word() == word)
-    }
-
-    fn unit(self) -> &'static str {
-        match self {
-            Self::ReadLatency => "us",
-            Self::ReadBandwidth | Self::WriteBandwidth => "B/s",
-        }
-    }
-}
 
 /// Who serves the fabric, until it is dropped.
 #[derive(Debug)]
@@ -82,7 +39,7 @@ enum Responder {
 }
 
 #[derive(Debug)]
-struct Served {
+pub(crate) struct Served {
     responder: Responder,
     #[cfg(feature = "verbs")]
     _perftest: Option<Servers>,
@@ -121,11 +78,13 @@ impl Served {
             Responder::Rdma(responder) => {
                 let at = responder.local_addr();
                 let device = perftest::device(device, at)?;
+                let beside = Beside::new(options, at);
                 let program = options.async_rdma.as_deref();
-                let started =
-                    program.map(|program| async_rdma::Server::start(program, &device, at));
+                let started = program.map(|program| {
+                    async_rdma::Server::start(program, &device, beside.async_rdma())
+                });
                 (
-                    Some(Servers::start(&device, at, &What::ALL)?),
+                    Some(Servers::start(&device, &beside.perftests())?),
                     started.transpose()?,
                 )
             }
@@ -139,6 +98,19 @@ impl Served {
             _async_rdma: async_rdma,
             shm,
         })
+    }
+
+    /// Within this machine.
+    pub(crate) fn here(options: &Options) -> Result<Self, BenchError> {
+        Self::start(options, ([127, 0, 0, 1], 0).into())
+    }
+
+    /// Where a requester finds it.
+    pub(crate) fn address(&self, options: &Options) -> String {
+        match self.listens_at() {
+            Some(at) => address(options, at),
+            None => format!("shm:{}", self.shm),
+        }
     }
 
     fn listens_at(&self) -> Option<SocketAddr> {
@@ -186,6 +158,53 @@ fn one_machine(flag: &str) -> BenchError {
     }
 }
 
+/// Where a requester finds who listens there.
+fn address(options: &Options, at: SocketAddr) -> String {
+    match options.fabric.as_str() {
+        "rdma" if !options.device.is_empty() => format!("rdma:{at}?{}", options.device),
+        fabric => format!("{fabric}:{at}"),
+    }
+}
+
+/// Where what ours is compared with listens: at the ports next to ours, one for each kind of traffic and the last for
+/// async-rdma. So both machines have to be told of the same traffic.
+#[cfg(feature = "verbs")]
+#[derive(Clone, Debug)]
+struct Beside {
+    ours: SocketAddr,
+    all: Vec<Traffic>,
+}
+
+#[cfg(feature = "verbs")]
+impl Beside {
+    fn new(options: &Options, ours: SocketAddr) -> Self {
+        Self {
+            ours,
+            all: Traffic::all(options),
+        }
+    }
+
+    fn nth(&self, n: usize) -> SocketAddr {
+        let port = self.ours.port().wrapping_add(1 + n as u16);
+        SocketAddr::new(self.ours.ip(), port)
+    }
+
+    fn perftest(&self, traffic: Traffic) -> Option<SocketAddr> {
+        let n = self.all.iter().position(|its| *its == traffic)?;
+        Some(self.nth(n))
+    }
+
+    fn perftests(&self) -> Vec<(Traffic, u16)> {
+        let all = self.all.iter().enumerate();
+        all.map(|(n, traffic)| (*traffic, self.nth(n).port()))
+            .collect()
+    }
+
+    fn async_rdma(&self) -> SocketAddr {
+        self.nth(self.all.len())
+    }
+}
+
 /// The first address of HOST:PORT.
 fn resolve(text: &str) -> Result<SocketAddr, BenchError> {
     let what = || format!("--peer {text}");
@@ -201,7 +220,7 @@ enum Baseline {
     /// Of TCP on this machine: latency only.
     RoundTrip,
     #[cfg(feature = "verbs")]
-    Perftest(DeviceChoice, SocketAddr),
+    Perftest(DeviceChoice, Beside),
     #[cfg(feature = "verbs")]
     AsyncRdma(AsyncRdma),
 }
@@ -213,15 +232,16 @@ impl Baseline {
             #[cfg(feature = "verbs")]
             ("rdma", Some(peer)) => {
                 let device = perftest::device(&options.device, peer)?;
+                let beside = Beside::new(options, peer);
                 let program = options.async_rdma.clone();
                 let other = program.map(|program| {
                     Self::AsyncRdma(AsyncRdma {
                         program,
                         device: device.clone(),
-                        peer,
+                        at: beside.async_rdma(),
                     })
                 });
-                std::iter::once(Self::Perftest(device, peer))
+                std::iter::once(Self::Perftest(device, beside))
                     .chain(other)
                     .collect()
             }
@@ -231,8 +251,8 @@ impl Baseline {
     }
 
     /// What it is called in the report, and what is put behind the measurement's name.
-    fn names(&self, what: What) -> (&'static str, &'static str) {
-        match (self, what) {
+    fn names(&self, traffic: Traffic) -> (&'static str, &'static str) {
+        match (self, traffic.what) {
             (Self::RoundTrip, _) => ("bare 4 KiB round trip over TCP", ""),
             #[cfg(feature = "verbs")]
             (Self::Perftest(..), what) => (what.perftest(), ""),
@@ -241,18 +261,27 @@ impl Baseline {
         }
     }
 
-    fn take(&self, options: &Options, what: What, count: usize) -> Result<Option<f64>, BenchError> {
-        match (self, what) {
-            (Self::RoundTrip, What::ReadLatency) => {
+    /// What it finds; nothing where it cannot do that.
+    fn take(
+        &self,
+        options: &Options,
+        traffic: Traffic,
+        count: usize,
+    ) -> Result<Option<f64>, BenchError> {
+        match self {
+            Self::RoundTrip if traffic == Traffic::PAGE_LATENCY => {
                 bare::tcp_round_trip(options, count).map(|(p50, _)| Some(p50))
             }
-            (Self::RoundTrip, _) => Ok(None),
+            Self::RoundTrip => Ok(None),
             #[cfg(feature = "verbs")]
-            (Self::Perftest(device, peer), what) => {
-                what.perftest_run(device, *peer, count, DEPTH).map(Some)
-            }
+            Self::Perftest(device, beside) => beside
+                .perftest(traffic)
+                .map(|at| traffic.by_perftest(device, at, count))
+                .transpose(),
             #[cfg(feature = "verbs")]
-            (Self::AsyncRdma(other), what) => other.measure(what, count, DEPTH).map(Some),
+            Self::AsyncRdma(other) if traffic.is_usual() => other.measure(traffic, count).map(Some),
+            #[cfg(feature = "verbs")]
+            Self::AsyncRdma(_) => Ok(None),
         }
     }
 
@@ -263,22 +292,57 @@ impl Baseline {
             }
             #[cfg(feature = "verbs")]
             Self::Perftest(device, _) => format!(
-                "perftest and ours on {device}, as many requests each; perftest uses one page, ours all of an extent"
+                "perftest and ours on {device}, as many requests each; perftest uses one buffer, ours all of an extent"
             ),
             #[cfg(feature = "verbs")]
-            Self::AsyncRdma(_) => "async-rdma has a task for each request under way".into(),
+            Self::AsyncRdma(_) => {
+                "async-rdma has a task for each request under way; pages over one queue pair only"
+                    .into()
+            }
         }
     }
 }
 
 /// The runs of one kind.
 struct Runs {
-    what: What,
+    traffic: Traffic,
     /// Requests of each.
     count: usize,
     ours: Vec<f64>,
     /// Of each baseline.
     theirs: Vec<Vec<f64>>,
+}
+
+impl Runs {
+    /// Adds its measurements to a report: against each baseline that could be taken.
+    fn report(&self, baselines: &[Baseline], fabric: &str, report: &mut Report) {
+        let traffic = self.traffic;
+        let unit = traffic.what.unit();
+        let per_second =
+            |bytes: &[f64]| -> Vec<f64> { bytes.iter().map(|b| b / traffic.size as f64).collect() };
+        let mut add = |theirs: &[f64], theirs_name: &str, suffix: &str| {
+            let mut one = |of: &str, unit, ours: &[f64], theirs: &[f64]| {
+                let name = traffic.name(of) + suffix;
+                let one = Measurement::new(name, unit, ours, theirs, theirs_name, fabric);
+                report.measurements.push(one);
+            };
+            if traffic.what == What::ReadLatency {
+                return one("latency.p50", unit, &self.ours, theirs);
+            }
+            one("bandwidth", unit, &self.ours, theirs);
+            let (ours, theirs) = (per_second(&self.ours), per_second(theirs));
+            one("messages", "1/s", &ours, &theirs);
+        };
+        let compared = baselines.iter().zip(&self.theirs);
+        let compared: Vec<_> = compared.filter(|(_, theirs)| !theirs.is_empty()).collect();
+        for (baseline, theirs) in &compared {
+            let (name, suffix) = baseline.names(traffic);
+            add(theirs, name, suffix);
+        }
+        if compared.is_empty() {
+            add(&[], "none", "");
+        }
+    }
 }
 
 /// What a requester in a process of its own finds.
@@ -295,49 +359,38 @@ fn requested<T: serde::de::DeserializeOwned>(
 /// [`BenchError`] where nothing can be measured.
 pub fn run(options: &Options) -> Result<Report, BenchError> {
     let fabric = options.fabric.as_str();
-    // Held until all is measured.
-    let (served, peer) = match &options.peer {
+    // What is served here is held until all is measured.
+    let (_served, peer, address) = match &options.peer {
         Some(_) if fabric == "shm" => return Err(one_machine("--peer")),
-        Some(peer) => (None, Some(resolve(peer)?)),
+        Some(peer) => {
+            let at = resolve(peer)?;
+            (None, Some(at), address(options, at))
+        }
         None => {
-            let served = Served::start(options, ([127, 0, 0, 1], 0).into())?;
-            let at = served.listens_at();
-            (Some(served), at)
+            let served = Served::here(options)?;
+            let (at, address) = (served.listens_at(), served.address(options));
+            (Some(served), at, address)
         }
-    };
-    let address = match (peer, &served) {
-        (None, Some(served)) => format!("shm:{}", served.shm),
-        (None, None) => return Err(one_machine("--peer")),
-        (Some(at), _) if fabric == "rdma" && !options.device.is_empty() => {
-            format!("rdma:{at}?{}", options.device)
-        }
-        (Some(at), _) => format!("{fabric}:{at}"),
     };
     let baselines = Baseline::all(options, peer)?;
     let mut all = Vec::new();
-    for what in What::ALL {
+    for traffic in Traffic::all(options) {
+        let seconds = options.seconds.to_string();
+        let words = ["fabric-count", &address, &traffic.word(), &seconds];
         all.push(Runs {
-            what,
-            count: requested(
-                options,
-                &[
-                    "fabric-count",
-                    &address,
-                    what.word(),
-                    &options.seconds.to_string(),
-                ],
-            )?,
+            traffic,
+            count: requested(options, &words)?,
             ours: Vec::new(),
             theirs: vec![Vec::new(); baselines.len()],
         });
     }
     for _ in 0..options.turns.max(1) {
         for runs in &mut all {
-            let count = runs.count.to_string();
-            let words = ["fabric", &address, runs.what.word(), &count];
+            let (traffic, count) = (runs.traffic, runs.count);
+            let words = ["fabric", &address, &traffic.word(), &count.to_string()];
             runs.ours.push(requested(options, &words)?);
             for (baseline, theirs) in baselines.iter().zip(&mut runs.theirs) {
-                theirs.extend(baseline.take(options, runs.what, runs.count)?);
+                theirs.extend(baseline.take(options, traffic, count)?);
             }
         }
     }
@@ -346,23 +399,18 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
         ..Report::default()
     };
     for runs in &all {
-        let (unit, measurement) = (runs.what.unit(), runs.what.measurement());
-        let mut add = |name: String, theirs: &[f64], theirs_name: &str| {
-            let one = Measurement::new(name, unit, &runs.ours, theirs, theirs_name, fabric);
-            report.measurements.push(one);
-        };
-        let compared = baselines.iter().zip(&runs.theirs);
-        let compared: Vec<_> = compared.filter(|(_, theirs)| !theirs.is_empty()).collect();
-        for (baseline, theirs) in &compared {
-            let (name, suffix) = baseline.names(runs.what);
-            add(format!("{measurement}{suffix}"), theirs, name);
-        }
-        if compared.is_empty() {
-            add(measurement.to_owned(), &[], "none");
-        }
+        runs.report(&baselines, fabric, &mut report);
     }
     report.notes.push(format!(
-        "4 KiB each; latency of one read at a time, bandwidth with {DEPTH} requests under way; {}",
+        "latency of one read at a time, bandwidth with {} under way; a queue pair is a connection of ours; {}",
+        all.iter()
+            .filter(|runs| runs.traffic.what == What::ReadBandwidth)
+            .map(|runs| {
+                let Traffic { size, queues, .. } = runs.traffic;
+                format!("{queues} x {} of {size} B", runs.traffic.depth())
+            })
+            .collect::<Vec<_>>()
+            .join(", "),
         if options.peer.is_some() {
             "memory of another machine"
         } else {

@@ -8,12 +8,16 @@
 use serde_json::Value;
 
 use crate::awake::Awake;
+use crate::bare::{self, Source};
 use crate::child::{Touches, Walk};
+use crate::fabric::Served;
 use crate::far::under_farpage;
 use crate::median::{median, quantile};
 use crate::one_cpu::OneCpu;
 use crate::report::{Measurement, Report};
-use crate::{BenchError, Options, bare};
+use crate::requester::Requester;
+use crate::traffic::Traffic;
+use crate::{BenchError, Options};
 
 /// What may stay local of [`RANDOM_PAGES`] or [`WALK_PAGES`]: so little that nearly everything is far.
 const LOCAL: &str = "8M";
@@ -32,6 +36,8 @@ const ROUND_TRIPS: usize = 4000;
 #[derive(Debug, Default)]
 struct Figures {
     read_p50: Pair,
+    /// Against one loop that does both; where pages travel.
+    one_loop: Pair,
     read_p99: Pair,
     write_p50: Pair,
     walk: Pair,
@@ -57,11 +63,11 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     for _ in 0..options.turns.max(1) {
         let spinners = Awake::keep(options)?;
         caveat = spinners.caveat();
-        turn(options, &mut awake)?;
+        turn(options, &mut awake, true)?;
         drop(spinners);
-        turn(options, &mut idle)?;
+        turn(options, &mut idle, true)?;
         let _bound = OneCpu::keep()?;
-        turn(options, &mut one_cpu)?;
+        turn(options, &mut one_cpu, false)?;
     }
     let mut report = Report {
         bench: "fault",
@@ -91,8 +97,15 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     Ok(report)
 }
 
-fn turn(options: &Options, figures: &mut Figures) -> Result<(), BenchError> {
-    let mut bare: Touches = bare::answered(options, &["bare-random", RANDOM_PAGES, TOUCHES], 1)?;
+/// A bare loop that waits for the fabric by looking needs a CPU besides those of the others (`may_look`).
+fn turn(options: &Options, figures: &mut Figures, may_look: bool) -> Result<(), BenchError> {
+    let random = ["bare-random", RANDOM_PAGES, TOUCHES];
+    let mut bare: Touches = bare::answered(options, &random, Source::AtHand(1))?;
+    let one_loop = if may_look && round_trip_of(&options.fabric).is_some() {
+        Some(one_loop(options, &random)?)
+    } else {
+        None
+    };
     let (trip_p50, trip_p99) = match options.fabric.as_str() {
         "tcp" => bare::tcp_round_trip(options, ROUND_TRIPS)?,
         #[cfg(feature = "verbs")]
@@ -110,6 +123,12 @@ fn turn(options: &Options, figures: &mut Figures) -> Result<(), BenchError> {
     figures
         .read_p50
         .push(quantile(&mut ours.read_us, 0.5), bare_p50 + trip_p50);
+    if let Some(mut one_loop) = one_loop {
+        let (ours, theirs) = (&mut ours.read_us, &mut one_loop.read_us);
+        figures
+            .one_loop
+            .push(quantile(ours, 0.5), quantile(theirs, 0.5));
+    }
     figures.read_p99.push(
         quantile(&mut ours.read_us, 0.99),
         quantile(&mut bare.read_us, 0.99) + trip_p99,
@@ -118,10 +137,21 @@ fn turn(options: &Options, figures: &mut Figures) -> Result<(), BenchError> {
         quantile(&mut ours.write_us, 0.5),
         quantile(&mut bare.write_us, 0.5) + trip_p50,
     );
-    let bare: Walk = bare::answered(options, &["bare-walk", WALK_PAGES], WALK_BATCH)?;
+    let bare: Walk = bare::answered(
+        options,
+        &["bare-walk", WALK_PAGES],
+        Source::AtHand(WALK_BATCH),
+    )?;
     let (ours, _): (Walk, Value) = under_farpage(options, LOCAL, FAR, &["walk", WALK_PAGES])?;
     figures.walk.push(ours.page_us, bare.page_us);
     Ok(())
+}
+
+/// Touches that one bare loop answers with pages that it reads over the fabric.
+fn one_loop(options: &Options, random: &[&str]) -> Result<Touches, BenchError> {
+    let served = Served::here(options)?;
+    let mut requester = Requester::connect(&served.address(options), Traffic::PAGE_LATENCY)?;
+    bare::answered(options, random, Source::Fabric(&mut requester))
 }
 
 /// What a page's bare way is measured by, where it has one.
@@ -148,12 +178,17 @@ fn add(report: &mut Report, options: &Options, figures: &Figures, regime: &str) 
         None => bare,
     };
     let batched = "bare userfaultfd loop in another process, 64 pages at each fault";
+    let one_loop = "one bare userfaultfd loop that reads each page over our fabric";
     for (name, pair, baseline) in [
         ("fault.read.p50", &figures.read_p50, one_page),
+        ("fault.read.p50.one_loop", &figures.one_loop, one_loop),
         ("fault.read.p99", &figures.read_p99, one_page),
         ("fault.write.p50", &figures.write_p50, one_page),
         ("fault.sequential.page_us", &figures.walk, batched),
     ] {
+        if pair.ours.is_empty() {
+            continue;
+        }
         let name = format!("{name}{regime}");
         let (ours, theirs) = (&pair.ours, &pair.baseline);
         let one = Measurement::new(name, "us", ours, theirs, baseline, fabric);

@@ -28,6 +28,7 @@ mod region;
 pub mod report;
 mod requester;
 mod sys;
+mod traffic;
 
 use std::io;
 use std::path::PathBuf;
@@ -50,6 +51,10 @@ pub struct Options {
     pub device: String,
     /// The program of `bench/async-rdma`, to compare with it too.
     pub async_rdma: Option<PathBuf>,
+    /// Bytes of each request on the fabric.
+    pub sizes: Vec<usize>,
+    /// Over how many queue pairs requests go.
+    pub queues: Vec<usize>,
     /// How many times ours and the baseline take turns.
     pub turns: u32,
     /// How long one native run of a whole program lasts, about, seconds.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use farpage_fabric::verbs::{DeviceChoice, chosen};
 
 use crate::BenchError;
-use crate::fabric::What;
+use crate::traffic::{Traffic, What};
 
 /// How often a program's end is looked for.
 const TICK: Duration = Duration::from_millis(20);
@@ -38,11 +38,6 @@ impl What {
         }
     }
 
-    /// Each has a port of its own, next to that of the fabric.
-    fn port(self, fabric: u16) -> u16 {
-        fabric.wrapping_add(1 + self as u16)
-    }
-
     /// Which column of its one line of figures counts: the typical latency, the average bandwidth.
     fn column(self) -> usize {
         match self {
@@ -50,10 +45,15 @@ impl What {
             Self::ReadBandwidth | Self::WriteBandwidth => 3,
         }
     }
+}
 
-    fn command(self, device: &DeviceChoice, at: u16) -> Command {
-        let mut command = Command::new(self.perftest());
-        command.args(["-F", "-s", "4096", "-p", &at.to_string()]);
+impl Traffic {
+    fn command(self, device: &DeviceChoice, port: u16) -> Command {
+        let mut command = Command::new(self.what.perftest());
+        command.args(["-F", "-s", &self.size.to_string(), "-p", &port.to_string()]);
+        if self.what != What::ReadLatency {
+            command.args(["-q", &self.queues.to_string()]);
+        }
         if let Some(name) = &device.device {
             command.args(["-d", name]);
         }
@@ -67,45 +67,44 @@ impl What {
         command
     }
 
-    /// Runs it against `peer` and returns what it found: microseconds, or bytes per second.
-    pub(crate) fn perftest_run(
+    /// Runs perftest against its server `at`, and returns what it found: microseconds, or bytes per second.
+    pub(crate) fn by_perftest(
         self,
         device: &DeviceChoice,
-        peer: SocketAddr,
+        at: SocketAddr,
         count: usize,
-        depth: usize,
     ) -> Result<f64, BenchError> {
-        let [value] = self.figures(device, peer, count, depth, [self.column()])?;
-        Ok(match self {
-            Self::ReadLatency => value,
-            Self::ReadBandwidth | Self::WriteBandwidth => value * MEGABYTE,
+        let [value] = self.figures(device, at, count, [self.what.column()])?;
+        Ok(match self.what {
+            What::ReadLatency => value,
+            What::ReadBandwidth | What::WriteBandwidth => value * MEGABYTE,
         })
     }
 
-    /// Runs it against `peer` and returns these columns of its figures.
+    /// Runs perftest against its server `at`, and returns these columns of its figures.
     fn figures<const N: usize>(
         self,
         device: &DeviceChoice,
-        peer: SocketAddr,
+        at: SocketAddr,
         count: usize,
-        depth: usize,
         columns: [usize; N],
     ) -> Result<[f64; N], BenchError> {
         let failed = |reason: String| BenchError::Fabric {
-            what: format!("{} against {peer}", self.perftest()),
+            what: format!("{} against {at}", self.what.perftest()),
             reason,
         };
         let give_up = Instant::now() + THERE_WITHIN;
         loop {
-            let mut command = self.command(device, self.port(peer.port()));
-            command.args(["-n", &count.to_string()]);
-            if self != Self::ReadLatency {
-                command.args(["-t", &depth.to_string()]);
+            let mut command = self.command(device, at.port());
+            // It counts them for each queue pair, and takes no fewer than five.
+            command.args(["-n", &(count / self.queues).max(5).to_string()]);
+            if self.what != What::ReadLatency {
+                command.args(["-t", &self.depth().to_string()]);
             }
-            command.arg(peer.ip().to_string());
+            command.arg(at.ip().to_string());
             match outcome(command, "install perftest on both machines") {
                 Ok(printed) => {
-                    let found = columns.map(|column| figure(&printed, column));
+                    let found = columns.map(|column| figure(&printed, self.size, column));
                     if found.iter().all(Option::is_some) {
                         return Ok(found.map(Option::unwrap_or_default));
                     }
@@ -120,22 +119,23 @@ impl What {
 
 /// p50 and p99 of `ib_read_lat` within this machine, microseconds.
 pub(crate) fn round_trip(choice: &str, rounds: usize) -> Result<(f64, f64), BenchError> {
-    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+    let at = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
         .and_then(|listener| listener.local_addr())
         .map_err(BenchError::system("looking for a free port"))?;
-    let device = device(choice, port)?;
-    let _server = Servers::start(&device, port, &[What::ReadLatency])?;
-    let columns = [What::ReadLatency.column(), P99_COLUMN];
-    let [p50, p99] = What::ReadLatency.figures(&device, port, rounds, 1, columns)?;
+    let device = device(choice, at)?;
+    let page = Traffic::PAGE_LATENCY;
+    let _server = Servers::start(&device, &[(page, at.port())])?;
+    let [p50, p99] = page.figures(&device, at, rounds, [page.what.column(), P99_COLUMN])?;
     Ok((p50, p99))
 }
 
 /// The line of figures is the last one that begins with a number: bytes, iterations, and so on.
-fn figure(printed: &str, column: usize) -> Option<f64> {
+fn figure(printed: &str, size: usize, column: usize) -> Option<f64> {
+    let size = size.to_string();
     let fields = printed
         .lines()
         .map(|line| line.split_whitespace().collect::<Vec<_>>())
-        .rfind(|fields| fields.first().is_some_and(|first| *first == "4096"))?;
+        .rfind(|fields| fields.first().is_some_and(|first| *first == size))?;
     fields.get(column)?.parse().ok()
 }
 
@@ -188,19 +188,18 @@ pub(crate) struct Servers {
 impl Servers {
     pub(crate) fn start(
         device: &DeviceChoice,
-        at: SocketAddr,
-        programs: &[What],
+        programs: &[(Traffic, u16)],
     ) -> Result<Self, BenchError> {
         let stop = Arc::new(AtomicBool::new(false));
         let mut servers = Self {
             stop: Arc::clone(&stop),
             threads: Vec::new(),
         };
-        for &what in programs {
+        for &(traffic, port) in programs {
             let (device, stop) = (device.clone(), Arc::clone(&stop));
             let thread = std::thread::Builder::new()
-                .name(what.perftest().into())
-                .spawn(move || serve(what, &device, at.port(), &stop))
+                .name(traffic.what.perftest().into())
+                .spawn(move || serve(traffic, &device, port, &stop))
                 .map_err(BenchError::system("serving perftest"))?;
             servers.threads.push(thread);
         }
@@ -209,9 +208,9 @@ impl Servers {
 }
 
 /// Starts the program again whenever it has served a run.
-fn serve(what: What, device: &DeviceChoice, fabric: u16, stop: &AtomicBool) {
+fn serve(traffic: Traffic, device: &DeviceChoice, port: u16, stop: &AtomicBool) {
     while !stop.load(Ordering::Acquire) {
-        let mut command = what.command(device, what.port(fabric));
+        let mut command = traffic.command(device, port);
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         if let Ok(mut child) = child {
             while !stop.load(Ordering::Acquire) && matches!(child.try_wait(), Ok(None)) {
@@ -253,11 +252,18 @@ mod tests {
     fn figures_of_perftest_are_found() {
         let latency = " #bytes #iterations    t_min[usec]    t_max[usec]  t_typical[usec]    t_avg[usec]\n 4096    500          \
                        561.12         1871.29      688.46     \t       701.26  \t 92.33  \t 1021.10   1871.29\n----\n";
-        assert_eq!(figure(latency, What::ReadLatency.column()), Some(688.46));
-        assert_eq!(figure(latency, P99_COLUMN), Some(1021.10));
+        assert_eq!(
+            figure(latency, 4096, What::ReadLatency.column()),
+            Some(688.46)
+        );
+        assert_eq!(figure(latency, 4096, P99_COLUMN), Some(1021.10));
         let bandwidth = " #bytes     #iterations    BW peak[MiB/sec]    BW average[MiB/sec]   MsgRate[Mpps]\n 4096       \
                          1000             12.57              12.06\t\t     0.003088\n";
-        assert_eq!(figure(bandwidth, What::ReadBandwidth.column()), Some(12.06));
-        assert_eq!(figure("no device\n", 3), None);
+        assert_eq!(
+            figure(bandwidth, 4096, What::ReadBandwidth.column()),
+            Some(12.06)
+        );
+        assert_eq!(figure(bandwidth, 65536, What::ReadBandwidth.column()), None);
+        assert_eq!(figure("no device\n", 4096, 3), None);
     }
 }

@@ -1,15 +1,18 @@
 //! The measuring side of `bench fabric`: an endpoint that moves pages, in a process of its own, as perftest is.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farpage_fabric::{
-    Completion, Endpoint, FabricAddress, LocalSlice, RegionId, RemoteSlice, WorkId, connect,
+    Completion, Endpoint, FabricAddress, LocalSlice, RegionId, RegisteredMemory, RemoteSlice,
+    WorkId, connect,
 };
 
 use crate::BenchError;
-use crate::fabric::{DEPTH, EXTENT_BYTES, KEY, What, memory};
+use crate::fabric::{EXTENT_BYTES, KEY, memory};
 use crate::median::quantile;
 use crate::region::PAGE;
+use crate::traffic::{Traffic, What};
 
 /// The other machine may be booting yet.
 const THERE_WITHIN: Duration = Duration::from_secs(60);
@@ -33,104 +36,96 @@ const LATENCY_ROUNDS: std::ops::RangeInclusive<usize> = 200..=10_000;
 const WARM_UP: usize = 16;
 
 /// How many requests to the fabric address take about so many seconds.
-pub(crate) fn count(address: &str, what: What, seconds: f64) -> Result<usize, BenchError> {
-    Requester::connect(address)?.count(what, seconds)
+pub(crate) fn count(address: &str, traffic: Traffic, seconds: f64) -> Result<usize, BenchError> {
+    Requester::connect(address, traffic)?.count(seconds)
 }
 
 /// Microseconds, or bytes per second, over so many requests.
-pub(crate) fn measure(address: &str, what: What, count: usize) -> Result<f64, BenchError> {
-    let mut requester = Requester::connect(address)?;
-    requester.measure(what, WARM_UP)?;
-    requester.measure(what, count)
+pub(crate) fn measure(address: &str, traffic: Traffic, count: usize) -> Result<f64, BenchError> {
+    let mut requester = Requester::connect(address, traffic)?;
+    requester.measure(WARM_UP)?;
+    requester.measure(count)
 }
 
-/// An endpoint, and pages to read into and write from.
-struct Requester {
-    endpoint: Box<dyn Endpoint>,
-    region: RegionId,
+/// Connections, and memory to read into and write from.
+pub(crate) struct Requester {
+    traffic: Traffic,
+    queues: Vec<Queue>,
+    memory: Arc<RegisteredMemory>,
     done: Vec<Completion>,
 }
 
+/// A connection, and its memory on it.
+struct Queue {
+    endpoint: Box<dyn Endpoint>,
+    region: RegionId,
+    posted: usize,
+}
+
 impl Requester {
-    fn connect(address: &str) -> Result<Self, BenchError> {
+    pub(crate) fn connect(address: &str, traffic: Traffic) -> Result<Self, BenchError> {
         let address: FabricAddress = address.parse().map_err(BenchError::fabric("--peer"))?;
-        let give_up = Instant::now() + THERE_WITHIN;
-        let mut endpoint = loop {
-            match connect(&address, DEPTH, Instant::now() + THERE_WITHIN) {
-                Ok(endpoint) => break endpoint,
-                Err(error) if Instant::now() >= give_up => {
-                    return Err(BenchError::fabric("connecting")(error));
-                }
-                Err(_) => std::thread::sleep(Duration::from_millis(200)),
-            }
-        };
-        let region = endpoint.register(memory("local", DEPTH * PAGE)?);
+        let memory = memory("local", traffic.depth() * traffic.size)?;
+        let queues = (0..traffic.queues).map(|_| Queue::connect(&address, traffic, &memory));
         Ok(Self {
-            endpoint,
-            region,
-            done: Vec::with_capacity(DEPTH),
+            traffic,
+            queues: queues.collect::<Result<_, _>>()?,
+            memory,
+            done: Vec::with_capacity(traffic.depth()),
         })
     }
 
     /// How many requests take about so many seconds.
-    fn count(&mut self, what: What, seconds: f64) -> Result<usize, BenchError> {
+    fn count(&mut self, seconds: f64) -> Result<usize, BenchError> {
         let began = Instant::now();
-        let (bounds, trial) = match what {
+        let (bounds, trial) = match self.traffic.what {
             What::ReadLatency => (LATENCY_ROUNDS, TRIAL / 4),
             What::ReadBandwidth | What::WriteBandwidth => (STREAM, TRIAL),
         };
-        self.measure(what, trial)?;
+        self.measure(trial)?;
         let each = began.elapsed().as_secs_f64() / trial as f64;
-        Ok(((seconds / each) as usize).clamp(*bounds.start(), *bounds.end()))
+        let least = bounds.start() * PAGE / self.traffic.size;
+        Ok(((seconds / each) as usize).clamp(least.max(WARM_UP), *bounds.end()))
     }
 
     /// Microseconds, or bytes per second, over `count` requests.
-    fn measure(&mut self, what: What, count: usize) -> Result<f64, BenchError> {
-        if what == What::ReadLatency {
+    fn measure(&mut self, count: usize) -> Result<f64, BenchError> {
+        if self.traffic.what == What::ReadLatency {
             let mut times = Vec::with_capacity(count);
             for round in 0..count {
                 let began = Instant::now();
-                self.stream(false, round, 1)?;
+                self.stream(round, 1)?;
                 times.push(began.elapsed().as_secs_f64() * 1e6);
             }
             return Ok(quantile(&mut times, 0.5));
         }
         let began = Instant::now();
-        self.stream(what == What::WriteBandwidth, 0, count)?;
-        Ok((count * PAGE) as f64 / began.elapsed().as_secs_f64())
+        self.stream(0, count)?;
+        Ok((count * self.traffic.size) as f64 / began.elapsed().as_secs_f64())
     }
 
-    /// Moves `count` pages from page `first` on, round and round, [`DEPTH`] at a time.
-    fn stream(&mut self, write: bool, first: usize, count: usize) -> Result<(), BenchError> {
+    /// Reads the request with this number, whose bytes go to `into`.
+    pub(crate) fn read(&mut self, number: usize, into: &mut [u8]) -> Result<(), BenchError> {
+        self.stream(number, 1)?;
+        self.memory
+            .read(0, into)
+            .map_err(BenchError::fabric("reading a page"))
+    }
+
+    /// Moves `count` requests from the `first` on, round and round the extent, as many at a time as may be under way.
+    fn stream(&mut self, first: usize, count: usize) -> Result<(), BenchError> {
         let (mut posted, mut ended) = (0, 0);
         let (mut moved, mut in_vain) = (Instant::now(), 0_u32);
         while ended < count {
-            while posted < count && self.endpoint.credits() > 0 {
-                let page = first + posted;
-                let id = WorkId(page as u64);
-                let local = LocalSlice {
-                    region: self.region,
-                    offset: (page % DEPTH * PAGE) as u64,
-                    len: PAGE as u32,
-                };
-                let remote = RemoteSlice {
-                    extent: 0,
-                    key: KEY,
-                    offset: (page * PAGE) as u64 % EXTENT_BYTES,
-                };
-                let taken = if write {
-                    self.endpoint.post_write(id, local, remote)
-                } else {
-                    self.endpoint.post_read(id, local, remote)
-                };
-                taken.map_err(BenchError::fabric("moving pages"))?;
-                posted += 1;
+            for queue in &mut self.queues {
+                while posted < count && queue.endpoint.credits() > 0 {
+                    queue.post(self.traffic, first + posted)?;
+                    posted += 1;
+                }
+                queue.endpoint.flush();
+                queue.endpoint.poll(&mut self.done);
             }
-            self.endpoint.flush();
-            self.done.clear();
-            if self.endpoint.poll(&mut self.done) > 0 {
-                in_vain = 0;
-            } else {
+            if self.done.is_empty() {
                 in_vain = in_vain.wrapping_add(1);
                 if in_vain == 1 {
                     moved = Instant::now();
@@ -139,14 +134,64 @@ impl Requester {
                         "nothing completes any more",
                     ));
                 }
+            } else {
+                in_vain = 0;
             }
-            for completion in &self.done {
+            ended += self.done.len();
+            for completion in self.done.drain(..) {
                 completion
                     .result
                     .map_err(BenchError::fabric("moving pages"))?;
             }
-            ended += self.done.len();
         }
         Ok(())
+    }
+}
+
+impl Queue {
+    fn connect(
+        address: &FabricAddress,
+        traffic: Traffic,
+        memory: &Arc<RegisteredMemory>,
+    ) -> Result<Self, BenchError> {
+        let give_up = Instant::now() + THERE_WITHIN;
+        let mut endpoint = loop {
+            match connect(address, traffic.depth(), Instant::now() + THERE_WITHIN) {
+                Ok(endpoint) => break endpoint,
+                Err(error) if Instant::now() >= give_up => {
+                    return Err(BenchError::fabric("connecting")(error));
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(200)),
+            }
+        };
+        let region = endpoint.register(Arc::clone(memory));
+        Ok(Self {
+            endpoint,
+            region,
+            posted: 0,
+        })
+    }
+
+    /// Posts the request with this number.
+    fn post(&mut self, traffic: Traffic, number: usize) -> Result<(), BenchError> {
+        let size = traffic.size;
+        let local = LocalSlice {
+            region: self.region,
+            offset: (self.posted % traffic.depth() * size) as u64,
+            len: size as u32,
+        };
+        let remote = RemoteSlice {
+            extent: 0,
+            key: KEY,
+            offset: (number * size) as u64 % EXTENT_BYTES,
+        };
+        let id = WorkId(number as u64);
+        self.posted += 1;
+        if traffic.what == What::WriteBandwidth {
+            self.endpoint.post_write(id, local, remote)
+        } else {
+            self.endpoint.post_read(id, local, remote)
+        }
+        .map_err(BenchError::fabric("moving pages"))
     }
 }

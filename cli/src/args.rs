@@ -312,7 +312,8 @@ pub(crate) struct BenchArgs {
     /// The other machine, where --serve runs (bench fabric) [default: this one]
     #[arg(long, value_name = "ADDR:PORT", conflicts_with = "serve")]
     pub(crate) peer: Option<String>,
-    /// Be the other machine, until a signal comes (bench fabric); over rdma the four ports above this one serve the baselines
+    /// Be the other machine, until a signal comes (bench fabric); over rdma the ports above this one serve the baselines, one
+    /// for each measurement, so that --sizes and --queues have to be the same on both
     #[arg(long, value_name = "ADDR:PORT", conflicts_with = "json")]
     pub(crate) serve: Option<std::net::SocketAddr>,
     #[command(flatten)]
@@ -320,6 +321,17 @@ pub(crate) struct BenchArgs {
     /// The program built from bench/async-rdma, to compare with that crate too (bench fabric --fabric rdma); for --serve as well
     #[arg(long, value_name = "PATH")]
     pub(crate) async_rdma: Option<PathBuf>,
+    /// How much a request moves, from 4K to 1M; several with commas (bench fabric)
+    #[arg(
+        long,
+        value_name = "SIZES",
+        value_delimiter = ',',
+        default_value = "4K"
+    )]
+    pub(crate) sizes: Vec<Size>,
+    /// Over how many queue pairs requests go, from 1 to 64; several with commas (bench fabric)
+    #[arg(long, value_name = "COUNTS", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) queues: Vec<u32>,
     /// How many times ours and the baseline take turns; the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) turns: u32,

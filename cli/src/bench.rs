@@ -21,6 +21,8 @@ pub(crate) enum BenchError {
     OneMachine(String),
     #[error("--async-rdma is for bench fabric --fabric rdma; leave it out, or choose those")]
     NotAsyncRdma,
+    #[error("--sizes {0}: measured are powers of two from 4K to 1M")]
+    Size(crate::size::Size),
     #[error("cannot find this executable, which the measuring processes run: {0}")]
     Executable(io::Error),
     #[error("{0} cases failed; the lines above say why")]
@@ -60,6 +62,8 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
         peer: args.peer.clone(),
         device: args.rdma.device.clone(),
         async_rdma: args.async_rdma.clone(),
+        sizes: sizes(args)?,
+        queues: args.queues.iter().map(|count| *count as usize).collect(),
         turns: args.turns,
         seconds: f64::from(args.seconds),
     };
@@ -99,6 +103,15 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
             }
         }
     }
+}
+
+/// A request is within an extent, and what the transports take at once.
+fn sizes(args: &BenchArgs) -> Result<Vec<usize>, BenchError> {
+    let judged = args.sizes.iter().map(|size| match size.bytes() {
+        bytes @ 4096..=0x10_0000 if bytes.is_power_of_two() => Ok(bytes as usize),
+        _ => Err(BenchError::Size(*size)),
+    });
+    judged.collect()
 }
 
 fn judged(options: &Options, args: &BenchArgs) -> Result<Verdicts, BenchError> {

@@ -8,7 +8,7 @@ use farpage_fabric::memory::RegisteredMemory;
 use farpage_fabric::{Completion, Endpoint, LocalSlice, PostError, RegionId, WorkId};
 
 use super::dial::{Dialled, Dialling, Said};
-use super::patience::{FOR_ANSWERS, Patience};
+use super::patience::Patience;
 use super::wakeups::Source;
 use super::{Pager, Wakeups};
 use crate::entry::Slot;
@@ -400,7 +400,7 @@ impl Link {
         if let Some(since) = self.away_since.take() {
             tracing::warn!(address = self.address, away = ?since.elapsed(), "a memory node can be reached again");
         }
-        self.patience = endpoint.wait_fd().map(|_| Patience::new(FOR_ANSWERS));
+        self.patience = endpoint.wait_fd().map(|_| Patience::default());
         self.endpoint = Some(endpoint);
         self.retry_at = None;
         Ok(())

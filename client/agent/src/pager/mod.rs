@@ -49,7 +49,7 @@ use crate::sys::uffd::{MAX_MESSAGES, Message, Uffd};
 use crate::table::PageTable;
 use farpage_fabric::Completion;
 
-use patience::{FOR_FAULTS, Patience};
+use patience::Patience;
 use waiting::Starved;
 use wakeups::Source;
 
@@ -195,7 +195,7 @@ impl Pager {
             pinned_at: None,
             shrink: 0,
             last_fault: None,
-            next_fault: Patience::new(FOR_FAULTS),
+            next_fault: Patience::default(),
             messages: Vec::new(),
             fresh_messages: Vec::new(),
             arrived: Vec::new(),

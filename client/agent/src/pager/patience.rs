@@ -5,27 +5,46 @@
 //! this very CPU, it only comes later. Which it is shows: both are tried, and what comes sooner one way is waited for
 //! that way.
 
+use std::cmp::Ordering;
 use std::time::{Duration, Instant};
 
-/// Nodes in the same rack answer within this; for those further away sleeping is no loss.
-pub(super) const FOR_ANSWERS: Duration = Duration::from_micros(50);
-/// A program that lives on far memory touches its next page within this, its own wake-up included.
-pub(super) const FOR_FAULTS: Duration = Duration::from_micros(100);
+/// What sleeping typically takes, twice, is how long is looked; within these bounds. Beyond them a wake-up is a small part of
+/// the wait, on emulated processors too.
+const LONGEST: Duration = Duration::from_millis(1);
+const SHORTEST: Duration = Duration::from_micros(50);
 
-/// Every so many rounds the way that seems worse is tried.
+/// Looking has to save this share of the wait to be worth the CPU.
+const WORTH: u32 = 10;
+
+/// Every so many rounds the way that seems worse is tried; at first, every second.
 const TRY_EVERY: u32 = 64;
-/// The weight of one round in what is known of its way.
-const WEIGHT: u32 = 8;
+
+/// The share of what is known of a way by which one round can change it.
+const STEP: u32 = 16;
 
 /// The patience for one node's answers, or for one program's faults.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Patience {
-    longest: Duration,
-    /// What a round has cost on average, by looking and by sleeping. Nothing, until it is known.
-    by_looking: Duration,
-    by_sleeping: Duration,
+    by_looking: Typical,
+    by_sleeping: Typical,
     rounds: u32,
     round: Option<Round>,
+}
+
+/// What a way typically takes: follows the median, which the few rounds that something else delayed do not move. Nothing,
+/// until it is known.
+#[derive(Clone, Copy, Debug, Default)]
+struct Typical(Duration);
+
+impl Typical {
+    fn learn(&mut self, took: Duration) {
+        self.0 = match took.cmp(&self.0) {
+            _ if self.0.is_zero() => took,
+            Ordering::Greater => self.0 + self.0 / STEP,
+            Ordering::Less => self.0 - self.0 / STEP,
+            Ordering::Equal => self.0,
+        };
+    }
 }
 
 /// One wait.
@@ -37,35 +56,35 @@ struct Round {
 }
 
 impl Patience {
-    /// Patience for what comes within `longest`.
-    pub(super) fn new(longest: Duration) -> Self {
-        Self {
-            longest,
-            by_looking: Duration::ZERO,
-            by_sleeping: Duration::ZERO,
-            rounds: 0,
-            round: None,
-        }
-    }
-
     /// From now on it may come.
     pub(super) fn begin(&mut self, now: Instant) {
         self.rounds = self.rounds.wrapping_add(1);
-        let other_way = self.rounds.is_multiple_of(TRY_EVERY);
+        let every = if self.rounds < TRY_EVERY {
+            2
+        } else {
+            TRY_EVERY
+        };
+        let other_way = self.rounds.is_multiple_of(every);
+        let pays = self.by_looking.0 <= self.by_sleeping.0 - self.by_sleeping.0 / WORTH;
         self.round = Some(Round {
             since: now,
-            looks: (self.by_looking <= self.by_sleeping) != other_way,
+            looks: pays != other_way,
             spent: false,
         });
     }
 
     /// Whether to look once more rather than sleep.
     pub(super) fn looks_on(&mut self, now: Instant) -> bool {
+        let longest = self.longest();
         let Some(round) = self.round.as_mut().filter(|round| round.looks) else {
             return false;
         };
-        round.spent |= now.duration_since(round.since) >= self.longest;
+        round.spent |= now.duration_since(round.since) >= longest;
         !round.spent
+    }
+
+    fn longest(&self) -> Duration {
+        (self.by_sleeping.0 * 2).clamp(SHORTEST, LONGEST)
     }
 
     /// It came.
@@ -73,21 +92,18 @@ impl Patience {
         let Some(round) = self.round.take() else {
             return;
         };
-        // What takes longer is far, however long it takes.
-        let mut cost = now.duration_since(round.since).min(self.longest * 2);
-        if round.spent {
-            cost += self.longest;
+        let took = now.duration_since(round.since);
+        if round.looks {
+            // What came too late was looked for in vain.
+            let in_vain = if round.spent {
+                self.longest()
+            } else {
+                Duration::ZERO
+            };
+            self.by_looking.learn(took + in_vain);
+        } else {
+            self.by_sleeping.learn(took);
         }
-        let known = if round.looks {
-            &mut self.by_looking
-        } else {
-            &mut self.by_sleeping
-        };
-        *known = if known.is_zero() {
-            cost
-        } else {
-            (*known * (WEIGHT - 1) + cost) / WEIGHT
-        };
     }
 }
 
@@ -98,17 +114,20 @@ mod tests {
     /// Has it come after so many microseconds where it is looked for, and where it is slept for. Returns in how many rounds
     /// of a hundred it was looked for, once there was time to learn.
     fn looked(when_looked_for: u64, when_slept_for: u64) -> usize {
-        let (mut patience, start) = (Patience::new(FOR_ANSWERS), Instant::now());
+        looked_where(|round, looks| match (round, looks) {
+            (_, true) => when_looked_for,
+            (_, false) => when_slept_for,
+        })
+    }
+
+    fn looked_where(takes: impl Fn(u32, bool) -> u64) -> usize {
+        let (mut patience, start) = (Patience::default(), Instant::now());
         let at = |us| start + Duration::from_micros(us);
-        let rounds = (0..200).map(|_| {
+        let rounds = (0..200).map(|round| {
             patience.begin(at(0));
             let looks = patience.looks_on(at(1));
-            let after = if looks {
-                when_looked_for
-            } else {
-                when_slept_for
-            };
-            patience.looks_on(at(after.min(FOR_ANSWERS.as_micros() as u64)));
+            let after = takes(round, looks);
+            patience.looks_on(at(after.min(LONGEST.as_micros() as u64)));
             patience.came(at(after));
             looks
         });
@@ -131,7 +150,17 @@ mod tests {
     }
 
     #[test]
+    fn one_round_in_eight_that_is_delayed_changes_nothing() {
+        let looked = looked_where(|round, looks| match (round % 8, looks) {
+            (3, _) => 3000,
+            (_, true) => 150,
+            (_, false) => 200,
+        });
+        assert!(looked > 90);
+    }
+
+    #[test]
     fn nothing_is_looked_for_that_was_not_asked() {
-        assert!(!Patience::new(FOR_ANSWERS).looks_on(Instant::now()));
+        assert!(!Patience::default().looks_on(Instant::now()));
     }
 }
