@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use farpage_fabric::verbs::DeviceChoice;
 
@@ -49,7 +50,12 @@ pub(crate) struct AsyncRdma {
 
 impl AsyncRdma {
     /// Microseconds, or bytes per second, over `count` requests.
-    pub(crate) fn measure(&self, traffic: Traffic, count: usize) -> Result<f64, BenchError> {
+    pub(crate) fn measure(
+        &self,
+        traffic: Traffic,
+        count: usize,
+        within: Duration,
+    ) -> Result<f64, BenchError> {
         let mut command = Command::new(&self.program);
         command
             .arg(traffic.what.perftest())
@@ -57,7 +63,7 @@ impl AsyncRdma {
             .args([count.to_string(), traffic.depth().to_string()])
             .args(words(&self.device))
             .stdin(Stdio::null());
-        let printed = outcome(command, "build bench/async-rdma on both machines")
+        let printed = outcome(command, within, "build bench/async-rdma on both machines")
             .map_err(BenchError::fabric("--async-rdma"))?;
         let figure = printed.trim().parse();
         figure.map_err(|_| BenchError::fabric("--async-rdma")(format!("prints {printed:?}")))

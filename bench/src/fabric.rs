@@ -7,7 +7,7 @@
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use farpage_fabric::memory::MemoryOptions;
 use farpage_fabric::shm::{ShmLimits, ShmResponder};
@@ -28,6 +28,9 @@ use crate::{BenchError, Options, bare};
 /// What the serving side lends: an extent without anything in it, under a key that everybody may know.
 pub(crate) const EXTENT_BYTES: u64 = 2 << 20;
 pub(crate) const KEY: u64 = 0x0066_6172_7061_6765;
+
+/// A run of what ours is compared with that takes longer than this, and than ten times ours, hangs.
+const WITHIN: Duration = Duration::from_secs(60);
 
 /// Who serves the fabric, until it is dropped.
 #[derive(Debug)]
@@ -262,11 +265,16 @@ impl Baseline {
     }
 
     /// What it finds; nothing where it cannot do that.
+    #[cfg_attr(
+        not(feature = "verbs"),
+        expect(unused_variables, reason = "a round trip ends by itself")
+    )]
     fn take(
         &self,
         options: &Options,
         traffic: Traffic,
         count: usize,
+        within: Duration,
     ) -> Result<Option<f64>, BenchError> {
         match self {
             Self::RoundTrip if traffic == Traffic::PAGE_LATENCY => {
@@ -276,10 +284,12 @@ impl Baseline {
             #[cfg(feature = "verbs")]
             Self::Perftest(device, beside) => beside
                 .perftest(traffic)
-                .map(|at| traffic.by_perftest(device, at, count))
+                .map(|at| traffic.by_perftest(device, at, count, within))
                 .transpose(),
             #[cfg(feature = "verbs")]
-            Self::AsyncRdma(other) if traffic.is_usual() => other.measure(traffic, count).map(Some),
+            Self::AsyncRdma(other) if traffic.is_usual() => {
+                other.measure(traffic, count, within).map(Some)
+            }
             #[cfg(feature = "verbs")]
             Self::AsyncRdma(_) => Ok(None),
         }
@@ -311,9 +321,41 @@ struct Runs {
     ours: Vec<f64>,
     /// Of each baseline.
     theirs: Vec<Vec<f64>>,
+    /// Why one of them has none.
+    missing: Vec<String>,
 }
 
 impl Runs {
+    /// One of ours and one of each baseline.
+    fn turn(
+        &mut self,
+        options: &Options,
+        address: &str,
+        baselines: &[Baseline],
+    ) -> Result<(), BenchError> {
+        let (traffic, count) = (self.traffic, self.count);
+        let began = Instant::now();
+        let words = ["fabric", address, &traffic.word(), &count.to_string()];
+        self.ours.push(requested(options, &words)?);
+        let within = WITHIN + began.elapsed() * 10;
+        for (baseline, theirs) in baselines.iter().zip(&mut self.theirs) {
+            if !self.missing.is_empty() {
+                continue;
+            }
+            match baseline.take(options, traffic, count, within) {
+                Ok(found) => theirs.extend(found),
+                // perftest does not come to its end with several queue pairs on some devices.
+                Err(error) if !traffic.is_usual() => {
+                    theirs.clear();
+                    self.missing
+                        .push(format!("{}: {error}", traffic.name("baseline")));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     /// Adds its measurements to a report: against each baseline that could be taken.
     fn report(&self, baselines: &[Baseline], fabric: &str, report: &mut Report) {
         let traffic = self.traffic;
@@ -382,16 +424,12 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
             count: requested(options, &words)?,
             ours: Vec::new(),
             theirs: vec![Vec::new(); baselines.len()],
+            missing: Vec::new(),
         });
     }
     for _ in 0..options.turns.max(1) {
         for runs in &mut all {
-            let (traffic, count) = (runs.traffic, runs.count);
-            let words = ["fabric", &address, &traffic.word(), &count.to_string()];
-            runs.ours.push(requested(options, &words)?);
-            for (baseline, theirs) in baselines.iter().zip(&mut runs.theirs) {
-                theirs.extend(baseline.take(options, traffic, count)?);
-            }
+            runs.turn(options, &address, &baselines)?;
         }
     }
     let mut report = Report {
@@ -418,6 +456,9 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
         },
     ));
     report.notes.extend(baselines.iter().map(Baseline::note));
+    report
+        .notes
+        .extend(all.into_iter().flat_map(|runs| runs.missing));
     if baselines.is_empty() {
         let none = "there is no tool to compare this transport with";
         report.notes.push(none.to_owned());

@@ -19,7 +19,7 @@ const TICK: Duration = Duration::from_millis(20);
 /// The other machine's side is started anew after each run, which takes a moment; an emulated one takes seconds.
 const THERE_WITHIN: Duration = Duration::from_secs(60);
 
-/// No run lasts so long; one that hangs is ended.
+/// No run for [`round_trip`] lasts so long; one that hangs is ended.
 const RUN_WITHIN: Duration = Duration::from_secs(300);
 
 /// Where the latency that all but one in a hundred keep stands.
@@ -73,8 +73,9 @@ impl Traffic {
         device: &DeviceChoice,
         at: SocketAddr,
         count: usize,
+        within: Duration,
     ) -> Result<f64, BenchError> {
-        let [value] = self.figures(device, at, count, [self.what.column()])?;
+        let [value] = self.figures(device, at, count, within, [self.what.column()])?;
         Ok(match self.what {
             What::ReadLatency => value,
             What::ReadBandwidth | What::WriteBandwidth => value * MEGABYTE,
@@ -87,6 +88,7 @@ impl Traffic {
         device: &DeviceChoice,
         at: SocketAddr,
         count: usize,
+        within: Duration,
         columns: [usize; N],
     ) -> Result<[f64; N], BenchError> {
         let failed = |reason: String| BenchError::Fabric {
@@ -102,7 +104,7 @@ impl Traffic {
                 command.args(["-t", &self.depth().to_string()]);
             }
             command.arg(at.ip().to_string());
-            match outcome(command, "install perftest on both machines") {
+            match outcome(command, within, "install perftest on both machines") {
                 Ok(printed) => {
                     let found = columns.map(|column| figure(&printed, self.size, column));
                     if found.iter().all(Option::is_some) {
@@ -125,7 +127,13 @@ pub(crate) fn round_trip(choice: &str, rounds: usize) -> Result<(f64, f64), Benc
     let device = device(choice, at)?;
     let page = Traffic::PAGE_LATENCY;
     let _server = Servers::start(&device, &[(page, at.port())])?;
-    let [p50, p99] = page.figures(&device, at, rounds, [page.what.column(), P99_COLUMN])?;
+    let [p50, p99] = page.figures(
+        &device,
+        at,
+        rounds,
+        RUN_WITHIN,
+        [page.what.column(), P99_COLUMN],
+    )?;
     Ok((p50, p99))
 }
 
@@ -140,13 +148,17 @@ fn figure(printed: &str, size: usize, column: usize) -> Option<f64> {
 }
 
 /// What a command prints, within its time; why not, otherwise, with `remedy` where it is not there.
-pub(crate) fn outcome(mut command: Command, remedy: &str) -> Result<String, String> {
+pub(crate) fn outcome(
+    mut command: Command,
+    within: Duration,
+    remedy: &str,
+) -> Result<String, String> {
     let spawned = command
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn();
     let mut child = spawned.map_err(|error| format!("cannot be started: {error}; {remedy}"))?;
-    let deadline = Instant::now() + RUN_WITHIN;
+    let deadline = Instant::now() + within;
     // What it prints fits into a pipe.
     let status = loop {
         match child.try_wait() {
@@ -154,7 +166,7 @@ pub(crate) fn outcome(mut command: Command, remedy: &str) -> Result<String, Stri
             Ok(None) if Instant::now() < deadline => std::thread::sleep(TICK),
             _ => {
                 end(&mut child);
-                return Err(format!("did not end within {} s", RUN_WITHIN.as_secs()));
+                return Err(format!("did not end within {} s", within.as_secs()));
             }
         }
     };

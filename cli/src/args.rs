@@ -329,8 +329,8 @@ pub(crate) struct BenchArgs {
         default_value = "4K"
     )]
     pub(crate) sizes: Vec<Size>,
-    /// Over how many queue pairs requests go, from 1 to 64; several with commas (bench fabric)
-    #[arg(long, value_name = "COUNTS", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=64))]
+    /// Over how many queue pairs requests go, from 1 to 64; several with commas (bench fabric) [default: 1]
+    #[arg(long, value_name = "COUNTS", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) queues: Vec<u32>,
     /// How many times ours and the baseline take turns; the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]

@@ -19,6 +19,8 @@ pub(crate) enum BenchError {
     NoRdma,
     #[error("--peer and --serve are for bench fabric; bench {0} runs on one machine")]
     OneMachine(String),
+    #[error("--sizes and --queues are for bench fabric; leave them out of bench {0}")]
+    OneTraffic(String),
     #[error("--async-rdma is for bench fabric --fabric rdma; leave it out, or choose those")]
     NotAsyncRdma,
     #[error("--sizes {0}: measured are powers of two from 4K to 1M")]
@@ -53,6 +55,9 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
     if benchmark.name != "fabric" && (args.peer.is_some() || args.serve.is_some()) {
         return Err(BenchError::OneMachine(name.clone()));
     }
+    if benchmark.name != "fabric" && !(args.sizes.is_empty() && args.queues.is_empty()) {
+        return Err(BenchError::OneTraffic(name.clone()));
+    }
     if args.async_rdma.is_some() && (benchmark.name != "fabric" || args.fabric != Fabric::Rdma) {
         return Err(BenchError::NotAsyncRdma);
     }
@@ -63,7 +68,7 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
         device: args.rdma.device.clone(),
         async_rdma: args.async_rdma.clone(),
         sizes: sizes(args)?,
-        queues: args.queues.iter().map(|count| *count as usize).collect(),
+        queues: queues(args),
         turns: args.turns,
         seconds: f64::from(args.seconds),
     };
@@ -107,11 +112,21 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
 
 /// A request is within an extent, and what the transports take at once.
 fn sizes(args: &BenchArgs) -> Result<Vec<usize>, BenchError> {
+    if args.sizes.is_empty() {
+        return Ok(vec![4096]);
+    }
     let judged = args.sizes.iter().map(|size| match size.bytes() {
         bytes @ 4096..=0x10_0000 if bytes.is_power_of_two() => Ok(bytes as usize),
         _ => Err(BenchError::Size(*size)),
     });
     judged.collect()
+}
+
+fn queues(args: &BenchArgs) -> Vec<usize> {
+    match args.queues[..] {
+        [] => vec![1],
+        ref some => some.iter().map(|count| *count as usize).collect(),
+    }
 }
 
 fn judged(options: &Options, args: &BenchArgs) -> Result<Verdicts, BenchError> {

@@ -135,6 +135,7 @@ fn bad_arguments_are_2() {
             "file:PATH",
         ),
         (&["bench"], "NAME"),
+        (&["bench", "fabric", "--queues", "1,0"], "--queues"),
     ];
     for (flags, message) in cases {
         let out = farpage_with(flags);
@@ -186,6 +187,8 @@ fn failures_are_1_and_say_what_to_do() {
         (&["bench", "nonesuch"], "--list"),
         (&["bench", "fault", "--peer", "far:7700"], "bench fabric"),
         (&["bench", "fabric", "--async-rdma", "x"], "--fabric rdma"),
+        (&["bench", "fabric", "--sizes", "4K,5K"], "powers of two"),
+        (&["bench", "fault", "--queues", "2"], "bench fabric"),
     ];
     for (words, message) in benches {
         let out = farpage_with(words);

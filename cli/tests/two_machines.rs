@@ -34,6 +34,9 @@ const SMALL_LOCAL: &str = "32M";
 /// How long the node's processor is watched while nothing goes on.
 const IDLE: Duration = Duration::from_secs(5);
 
+/// The end of a node's connections travels as fast as the machines run.
+const HEARD_OF: Duration = Duration::from_secs(2);
+
 /// The pages of `outage.c`.
 const PAGES: u64 = 6144;
 
@@ -171,6 +174,8 @@ fn wait_out(
 /// A node that is gone may come back, and its pages are waited for; one that comes back empty has lost them, and them alone.
 fn lose_the_node(mut threads: Program, other: &mut Other) {
     other.kill_node();
+    // Until this machine hears of it, pages that are here as well may be dropped for their copies there.
+    std::thread::sleep(HEARD_OF);
     threads.ask();
     assert_eq!(threads.line_within(Duration::from_secs(4)), None);
     other.start_node();

@@ -69,8 +69,11 @@ impl Step {
         }
     }
 
-    /// Runs it, repeats what it prints on standard output, and shows each line to `look`.
-    pub(crate) fn run_looking(mut self, mut look: impl FnMut(&str)) -> Result<(), StepError> {
+    /// Runs it, shows each line that it prints to `look`, and repeats on standard output those of which that says so.
+    pub(crate) fn run_looking(
+        mut self,
+        mut look: impl FnMut(&str) -> bool,
+    ) -> Result<(), StepError> {
         let words = self.words();
         println!("--- {words}");
         let mut child = match self.0.stdout(Stdio::piped()).spawn() {
@@ -80,8 +83,9 @@ impl Step {
         if let Some(output) = child.stdout.take() {
             for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
                 let line = String::from_utf8_lossy(&line);
-                println!("{line}");
-                look(&line);
+                if look(&line) {
+                    println!("{line}");
+                }
             }
         }
         match child.wait() {

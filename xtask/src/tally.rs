@@ -20,6 +20,8 @@ pub(crate) struct Tally {
     last_words: Vec<String>,
     /// The failed test whose output is being printed, and the last lines of it.
     speaking: Option<(String, VecDeque<String>)>,
+    /// Whether what is being printed is what tests that passed have to say.
+    reassuring: bool,
     /// Tests of the current test binary that said they did not run. Its own count has them as passed.
     unrun: BTreeSet<String>,
 }
@@ -47,9 +49,20 @@ impl Tally {
         self.skips.push(format!("{name}: {reason}"));
     }
 
+    /// Whether the last line is worth repeating: not what passed tests printed. That they passed was said before, and what
+    /// was skipped is said at the end.
+    pub(crate) fn is_news(&self) -> bool {
+        !self.reassuring
+    }
+
     /// Takes one line of `cargo test`.
     pub(crate) fn line(&mut self, line: &str) {
         self.listen(line);
+        if line == "successes:" {
+            self.reassuring = true;
+        } else if line == "failures:" || line.starts_with("test result: ") {
+            self.reassuring = false;
+        }
         if let Some(said) = line.trim_start().strip_prefix(SKIPPED) {
             let name = said.split(':').next().unwrap_or(said);
             if self.unrun.insert(name.to_owned()) {
@@ -148,11 +161,17 @@ mod tests {
     #[test]
     fn sums_runners_and_takes_out_what_did_not_run() {
         let mut tally = Tally::default();
-        let printed = "test a ... ok\ntest b ... FAILED\n---- a stdout ----\nSKIPPED: a: needs root: really\n\
+        let printed = "test a ... ok\ntest b ... FAILED\n\nsuccesses:\n\n---- a stdout ----\nSKIPPED: a: needs root: really\n\
                        SKIPPED: a: again\n\nfailures:\n\n---- b stdout ----\nlooked\n\npanicked: why\nstack \
                        backtrace:\n   0: where\n\nfailures:\n    b\n\ntest result: FAILED. 5 passed; 1 failed; 2 ignored; 0 measured; 0 filtered \
                        out; finished in 0.1s\ntest result: ok. 3 passed; 0 failed; 0 ignored; 0 measured";
-        printed.lines().for_each(|line| tally.line(line));
+        let repeated = printed.lines().filter(|line| {
+            tally.line(line);
+            tally.is_news()
+        });
+        let repeated: Vec<_> = repeated.collect();
+        assert!(repeated.contains(&"panicked: why"));
+        assert!(!repeated.concat().contains("SKIPPED"));
         tally.check("format", true);
         assert_eq!(
             (tally.passed, tally.failed, tally.skipped),

@@ -50,7 +50,10 @@ pub(crate) fn run() -> Result<(), String> {
 fn cargo_test(tally: &mut Tally, step: Step) {
     let name = step.words();
     let failed_before = tally.failed;
-    let result = step.run_looking(|line| tally.line(line));
+    let result = step.run_looking(|line| {
+        tally.line(line);
+        tally.is_news()
+    });
     // It may have failed without any test doing so, as when something does not compile.
     if result.is_err() && tally.failed == failed_before {
         tally.fail(&name);
