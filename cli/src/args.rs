@@ -321,13 +321,8 @@ pub(crate) struct BenchArgs {
     /// The program built from bench/async-rdma, to compare with that crate too (bench fabric --fabric rdma); for --serve as well
     #[arg(long, value_name = "PATH")]
     pub(crate) async_rdma: Option<PathBuf>,
-    /// How much a request moves, from 4K to 1M; several with commas (bench fabric)
-    #[arg(
-        long,
-        value_name = "SIZES",
-        value_delimiter = ',',
-        default_value = "4K"
-    )]
+    /// How much a request moves, from 4K to 1M; several with commas (bench fabric) [default: 4K]
+    #[arg(long, value_name = "SIZES", value_delimiter = ',')]
     pub(crate) sizes: Vec<Size>,
     /// Over how many queue pairs requests go, from 1 to 64; several with commas (bench fabric) [default: 1]
     #[arg(long, value_name = "COUNTS", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64))]

@@ -342,7 +342,9 @@ impl VerbsEndpoint {
     }
 
     fn progress(&mut self) -> Result<(), WorkError> {
-        self.take_completions()?;
+        if self.take_completions()? > 0 {
+            self.take_notifications();
+        }
         let asked = self.lanes.iter().any(Lane::has_questions);
         if asked || self.polls.is_multiple_of(HEAR_EVERY) {
             self.hear()?;
@@ -359,11 +361,16 @@ impl VerbsEndpoint {
         Ok(())
     }
 
-    /// Sees to it that the next completion wakes a sleeper, and looks once more: what came before the arming does not.
-    fn await_completions(&mut self) -> Result<(), WorkError> {
+    /// Who has taken what it was woken for is not to be woken for it again.
+    fn take_notifications(&mut self) {
         if self.armed && self.link.completions.take_notifications() {
             self.armed = false;
         }
+    }
+
+    /// Sees to it that the next completion wakes a sleeper, and looks once more: what came before the arming does not.
+    fn await_completions(&mut self) -> Result<(), WorkError> {
+        self.take_notifications();
         if !self.armed {
             self.link
                 .completions
