@@ -116,10 +116,11 @@ pub fn run(
     let folder = std::env::temp_dir().join(format!("farpage-conformance-{}", std::process::id()));
     std::fs::create_dir_all(&folder)
         .map_err(BenchError::system("making a folder for the programs"))?;
+    let machine = Machine::look(options)?;
     let runner = Runner {
         options,
         folder: &folder,
-        missing: missing(options)?,
+        machine,
         seed: choice.seed,
     };
     let verdicts = runner.run(choice, tell);
@@ -135,30 +136,60 @@ pub fn run(
     })
 }
 
-/// What `farpage doctor` finds missing, without which no program has far memory; empty if nothing.
-fn missing(options: &Options) -> Result<String, BenchError> {
-    let out = Command::new(&options.farpage)
-        .args(["doctor", "--json"])
-        .stdin(Stdio::null())
-        .output()
-        .map_err(BenchError::system("starting farpage doctor"))?;
-    let report: Value =
-        serde_json::from_slice(&out.stdout).map_err(|error| BenchError::Result {
-            what: "farpage doctor --json".to_owned(),
-            error,
-        })?;
-    let checks = report["checks"].as_array().map_or(&[][..], Vec::as_slice);
-    let missing = checks.iter().filter(|check| check["level"] == "missing");
-    // An installation without its shim is broken, which the cases are to show.
-    let names = missing.filter_map(|check| check["id"].as_str().filter(|id| *id != "preload_shim"));
-    Ok(names.collect::<Vec<_>>().join(", "))
+/// What `farpage doctor` says of this machine.
+#[derive(Debug)]
+struct Machine {
+    /// What is missing without which no program has far memory; empty if nothing.
+    missing: String,
+    /// Whether the kernel can move pages.
+    has_move: bool,
+}
+
+impl Machine {
+    fn look(options: &Options) -> Result<Self, BenchError> {
+        let out = Command::new(&options.farpage)
+            .args(["doctor", "--json"])
+            .stdin(Stdio::null())
+            .output()
+            .map_err(BenchError::system("starting farpage doctor"))?;
+        let report: Value =
+            serde_json::from_slice(&out.stdout).map_err(|error| BenchError::Result {
+                what: "farpage doctor --json".to_owned(),
+                error,
+            })?;
+        let checks = report["checks"].as_array().map_or(&[][..], Vec::as_slice);
+        let missing = checks.iter().filter(|check| check["level"] == "missing");
+        // An installation without its shim is broken, which the cases are to show.
+        let names =
+            missing.filter_map(|check| check["id"].as_str().filter(|id| *id != "preload_shim"));
+        Ok(Self {
+            missing: names.collect::<Vec<_>>().join(", "),
+            has_move: checks
+                .iter()
+                .any(|check| check["id"] == "uffd_move" && check["level"] == "ok"),
+        })
+    }
+
+    /// Why a case is not run in this form here, if so.
+    fn keeps_from(&self, case: &Case, form: Form) -> Option<String> {
+        if !self.missing.is_empty() {
+            let missing = &self.missing;
+            return Some(format!(
+                "no far memory on this machine, farpage doctor misses {missing}"
+            ));
+        }
+        let same = form == Form::WithoutMove && case.forms().contains(&Form::Plain);
+        (same && !self.has_move).then(|| {
+            let plain = case.full_name(Form::Plain);
+            format!("this kernel has no UFFDIO_MOVE, so that {plain} is the same")
+        })
+    }
 }
 
 struct Runner<'a> {
     options: &'a Options,
     folder: &'a Path,
-    /// Why nothing can be run here, if so.
-    missing: String,
+    machine: Machine,
     seed: u64,
 }
 
@@ -180,17 +211,13 @@ impl Runner<'_> {
                 let program = compiled
                     .entry(case.program)
                     .or_insert_with(|| programs::compile(case.program, self.folder));
-                let (result, reason) = match program {
-                    _ if !self.missing.is_empty() => (
-                        Outcome::Skip,
-                        format!(
-                            "no far memory on this machine, farpage doctor misses {}",
-                            self.missing
-                        ),
-                    ),
-                    Err(error @ CompileError::NoCompiler(_)) => (Outcome::Skip, error.to_string()),
-                    Err(error) => (Outcome::Fail, error.to_string()),
-                    Ok(program) => self.one(case, *form, program)?,
+                let (result, reason) = match (self.machine.keeps_from(case, *form), program) {
+                    (Some(why), _) => (Outcome::Skip, why),
+                    (None, Err(error @ CompileError::NoCompiler(_))) => {
+                        (Outcome::Skip, error.to_string())
+                    }
+                    (None, Err(error)) => (Outcome::Fail, error.to_string()),
+                    (None, Ok(program)) => self.one(case, *form, program)?,
                 };
                 let verdict = Verdict {
                     name,

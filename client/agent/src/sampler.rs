@@ -23,6 +23,8 @@ const SHORTEST_TICK: Duration = Duration::from_micros(250);
 const LONGEST_TICK: Duration = Duration::from_millis(10);
 /// The tick while memory is managed and nothing grows.
 const ARMED_TICK: Duration = Duration::from_millis(1);
+/// The pause is at least so many times as long as what it follows: hundreds of processes take a while to sample.
+const PAUSE_TIMES: u32 = 4;
 
 /// Management begins this far below the limit: a share of it, within bounds. It must hold what grows during a
 /// tick and the time it takes to register.
@@ -47,7 +49,7 @@ pub fn run(spaces: &Arc<Spaces>, sharing: &Thread, ended: &dyn Fn() -> bool) {
     let mut watched: HashMap<u64, Watched> = HashMap::new();
     let mut jobs: HashMap<u64, WatchedJob> = HashMap::new();
     while !ended() {
-        let mut tick = LONGEST_TICK;
+        let (mut tick, began) = (LONGEST_TICK, Instant::now());
         let mut live = Vec::new();
         for job in spaces.jobs() {
             let handles = job.spaces();
@@ -62,7 +64,7 @@ pub fn run(spaces: &Arc<Spaces>, sharing: &Thread, ended: &dyn Fn() -> bool) {
         }
         watched.retain(|id, _| live.contains(id));
         jobs.retain(|token, _| spaces.job(*token).is_some());
-        std::thread::sleep(tick);
+        std::thread::sleep(tick.max(began.elapsed() * PAUSE_TIMES));
     }
 }
 

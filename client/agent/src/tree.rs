@@ -9,8 +9,9 @@ use farpage_attach::message::JOB_VARIABLE;
 use crate::job::Job;
 use crate::sys::process::{Process, is_running, kill, share_memory};
 
-/// Between two looks at a tree.
+/// Between two looks at a tree; or so many times as long as the last look took, for trees of hundreds of processes.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+const LOOKS_TIMES: u32 = 20;
 /// How long a process may take to come to the door after it was first seen: its loader brings the shim in.
 const ARRIVAL: Duration = Duration::from_secs(1);
 /// Most processes of one tree that are looked at.
@@ -28,7 +29,7 @@ const END_DEADLINE: Duration = Duration::from_secs(5);
 /// What is known of one job's tree.
 #[derive(Debug, Default)]
 pub struct Tree {
-    looked_at: Option<Instant>,
+    look_at: Option<Instant>,
     strangers: HashMap<i32, Stranger>,
 }
 
@@ -43,9 +44,11 @@ impl Tree {
     /// Resident anonymous pages of processes that are in the job's tree but not managed. Counts each such process
     /// once it has had time to attach.
     pub fn unmanaged_pages(&mut self, job: &Job) -> u64 {
-        if self.looked_at.is_none_or(|at| at.elapsed() > LOOK_INTERVAL) {
-            self.looked_at = Some(Instant::now());
+        let began = Instant::now();
+        if self.look_at.is_none_or(|at| began >= at) {
             self.look(job);
+            let took = began.elapsed();
+            self.look_at = Some(began + LOOK_INTERVAL.max(took * LOOKS_TIMES));
         }
         self.strangers
             .values()
