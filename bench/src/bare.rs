@@ -42,12 +42,16 @@ pub(crate) fn answered<T: serde::de::DeserializeOwned>(
     let listener = UnixListener::bind(&path)
         .map_err(BenchError::system("listening for the measuring process"))?;
     let at = path.to_string_lossy().into_owned();
-    let child = spawn_child(options, words, &[&at])?;
+    let mut child = spawn_child(options, words, &[&at])?;
     let result = answer_child(&listener, source);
     let _ = std::fs::remove_file(&path);
-    let printed = finish(child, words);
-    result?;
-    printed
+    if let Err(error) = result {
+        // Its touch would wait for ever.
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(error);
+    }
+    finish(child, words)
 }
 
 fn answer_child(listener: &UnixListener, source: Source<'_>) -> Result<(), BenchError> {

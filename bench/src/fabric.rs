@@ -44,10 +44,6 @@ enum Responder {
 #[derive(Debug)]
 pub(crate) struct Served {
     responder: Responder,
-    #[cfg(feature = "verbs")]
-    _perftest: Option<Servers>,
-    #[cfg(feature = "verbs")]
-    _async_rdma: Option<async_rdma::Server>,
     shm: ShmAddress,
 }
 
@@ -76,31 +72,7 @@ impl Served {
         let responder = responder.map_err(BenchError::fabric(what()))?;
         #[cfg(not(feature = "verbs"))]
         let _ = device;
-        #[cfg(feature = "verbs")]
-        let (perftest, async_rdma) = match &responder {
-            Responder::Rdma(responder) => {
-                let at = responder.local_addr();
-                let device = perftest::device(device, at)?;
-                let beside = Beside::new(options, at);
-                let program = options.async_rdma.as_deref();
-                let started = program.map(|program| {
-                    async_rdma::Server::start(program, &device, beside.async_rdma())
-                });
-                (
-                    Some(Servers::start(&device, &beside.perftests())?),
-                    started.transpose()?,
-                )
-            }
-            _ => (None, None),
-        };
-        Ok(Self {
-            responder,
-            #[cfg(feature = "verbs")]
-            _perftest: perftest,
-            #[cfg(feature = "verbs")]
-            _async_rdma: async_rdma,
-            shm,
-        })
+        Ok(Self { responder, shm })
     }
 
     /// Within this machine.
@@ -126,6 +98,34 @@ impl Served {
     }
 }
 
+/// The serving sides of what ours is compared with, until they are dropped.
+#[cfg(feature = "verbs")]
+#[derive(Debug)]
+struct Others {
+    _perftest: Servers,
+    _async_rdma: Option<async_rdma::Server>,
+}
+
+#[cfg(feature = "verbs")]
+impl Others {
+    /// Next to ours; none where it does not serve by RDMA.
+    fn start(options: &Options, ours: &Served) -> Result<Option<Self>, BenchError> {
+        let Responder::Rdma(responder) = &ours.responder else {
+            return Ok(None);
+        };
+        let at = responder.local_addr();
+        let device = perftest::device(&options.device, at)?;
+        let beside = Beside::new(options, at);
+        let program = options.async_rdma.as_deref();
+        let async_rdma =
+            program.map(|program| async_rdma::Server::start(program, &device, beside.async_rdma()));
+        Ok(Some(Self {
+            _perftest: Servers::start(&device, &beside.perftests())?,
+            _async_rdma: async_rdma.transpose()?,
+        }))
+    }
+}
+
 pub(crate) fn memory(name: &str, len: usize) -> Result<Arc<RegisteredMemory>, BenchError> {
     RegisteredMemory::create(name, len, MemoryOptions::default())
         .map(|(memory, _)| Arc::new(memory))
@@ -146,6 +146,8 @@ pub fn serve(
         return Err(one_machine("--serve"));
     }
     let served = Served::start(options, listen)?;
+    #[cfg(feature = "verbs")]
+    let _others = Others::start(options, &served)?;
     ready();
     while !stop.load(Ordering::Acquire) {
         std::thread::sleep(Duration::from_millis(100));
@@ -345,7 +347,7 @@ impl Runs {
             match baseline.take(options, traffic, count, within) {
                 Ok(found) => theirs.extend(found),
                 // perftest does not come to its end with several queue pairs on some devices.
-                Err(error) if !traffic.is_usual() => {
+                Err(error) if traffic.queues > 1 => {
                     theirs.clear();
                     self.missing
                         .push(format!("{}: {error}", traffic.name("baseline")));
@@ -402,7 +404,7 @@ fn requested<T: serde::de::DeserializeOwned>(
 pub fn run(options: &Options) -> Result<Report, BenchError> {
     let fabric = options.fabric.as_str();
     // What is served here is held until all is measured.
-    let (_served, peer, address) = match &options.peer {
+    let (served, peer, address) = match &options.peer {
         Some(_) if fabric == "shm" => return Err(one_machine("--peer")),
         Some(peer) => {
             let at = resolve(peer)?;
@@ -414,6 +416,13 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
             (Some(served), at, address)
         }
     };
+    #[cfg(not(feature = "verbs"))]
+    let _ = &served;
+    #[cfg(feature = "verbs")]
+    let _others = served
+        .as_ref()
+        .map(|served| Others::start(options, served))
+        .transpose()?;
     let baselines = Baseline::all(options, peer)?;
     let mut all = Vec::new();
     for traffic in Traffic::all(options) {

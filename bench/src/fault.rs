@@ -85,7 +85,7 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     if round_trip_of(&options.fabric).is_some() {
         report.notes.push(format!(
             "the baseline over {} is the sum of two medians (or of two 99th percentiles) measured one after \
-             the other, not of one loop that does both",
+             the other; that of .one_loop is one loop that does both, which looks all the time and so has no figure on one CPU",
             options.fabric
         ));
     }

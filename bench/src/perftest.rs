@@ -98,8 +98,8 @@ impl Traffic {
         let give_up = Instant::now() + THERE_WITHIN;
         loop {
             let mut command = self.command(device, at.port());
-            // It counts them for each queue pair, and takes no fewer than five.
-            command.args(["-n", &(count / self.queues).max(5).to_string()]);
+            // It counts them for each queue pair.
+            command.args(["-n", &(count / self.queues).to_string()]);
             if self.what != What::ReadLatency {
                 command.args(["-t", &self.depth().to_string()]);
             }
@@ -137,7 +137,7 @@ pub(crate) fn round_trip(choice: &str, rounds: usize) -> Result<(f64, f64), Benc
     Ok((p50, p99))
 }
 
-/// The line of figures is the last one that begins with a number: bytes, iterations, and so on.
+/// The line of figures is the last one that begins with the requests' size: bytes, iterations, and so on.
 fn figure(printed: &str, size: usize, column: usize) -> Option<f64> {
     let size = size.to_string();
     let fields = printed

@@ -43,7 +43,8 @@ pub(crate) fn count(address: &str, traffic: Traffic, seconds: f64) -> Result<usi
 /// Microseconds, or bytes per second, over so many requests.
 pub(crate) fn measure(address: &str, traffic: Traffic, count: usize) -> Result<f64, BenchError> {
     let mut requester = Requester::connect(address, traffic)?;
-    requester.measure(WARM_UP)?;
+    // On every queue pair.
+    requester.measure(WARM_UP.max(traffic.queues * traffic.depth()))?;
     requester.measure(count)
 }
 
@@ -78,14 +79,18 @@ impl Requester {
     /// How many requests take about so many seconds.
     fn count(&mut self, seconds: f64) -> Result<usize, BenchError> {
         let began = Instant::now();
-        let (bounds, trial) = match self.traffic.what {
+        let Traffic { what, size, queues } = self.traffic;
+        let (bounds, trial) = match what {
             What::ReadLatency => (LATENCY_ROUNDS, TRIAL / 4),
             What::ReadBandwidth | What::WriteBandwidth => (STREAM, TRIAL),
         };
+        let trial = (trial * PAGE / size).max(queues * self.traffic.depth());
         self.measure(trial)?;
         let each = began.elapsed().as_secs_f64() / trial as f64;
-        let least = bounds.start() * PAGE / self.traffic.size;
-        Ok(((seconds / each) as usize).clamp(least.max(WARM_UP), *bounds.end()))
+        let least = (bounds.start() * PAGE / size).max(WARM_UP);
+        let count = ((seconds / each) as usize).clamp(least, *bounds.end());
+        // As many on each queue pair, of which perftest wants five at least.
+        Ok(count.div_ceil(queues).max(5) * queues)
     }
 
     /// Microseconds, or bytes per second, over `count` requests.

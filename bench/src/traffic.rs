@@ -6,7 +6,7 @@ use crate::region::PAGE;
 /// Requests under way at a time in a stream of pages; perftest's own default.
 const DEPTH: usize = 128;
 
-/// Bytes under way at a time, where requests are larger.
+/// Bytes under way at a time, where requests are larger, as long as each queue pair has one.
 const BYTES_UNDER_WAY: usize = 8 << 20;
 
 /// What is measured.
@@ -76,6 +76,7 @@ impl Traffic {
     }
 
     /// Whether it is pages over one queue pair.
+    #[cfg(feature = "verbs")]
     pub(crate) fn is_usual(self) -> bool {
         (self.size, self.queues) == (PAGE, 1)
     }
@@ -152,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_under_way_is_bounded() {
+    fn what_is_under_way_is_shared_among_queue_pairs() {
         let depth = |size, queues| {
             Traffic {
                 size,

@@ -69,7 +69,7 @@ impl Step {
         }
     }
 
-    /// Runs it, shows each line that it prints to `look`, and repeats on standard output those of which that says so.
+    /// Runs it, shows each line that it prints to `look`, and repeats on standard output those for which that says so.
     pub(crate) fn run_looking(
         mut self,
         mut look: impl FnMut(&str) -> bool,

@@ -60,7 +60,10 @@ impl Tally {
         self.listen(line);
         if line == "successes:" {
             self.reassuring = true;
-        } else if line == "failures:" || line.starts_with("test result: ") {
+        } else if ["failures:", "test result: ", "running "]
+            .iter()
+            .any(|other| line.starts_with(other))
+        {
             self.reassuring = false;
         }
         if let Some(said) = line.trim_start().strip_prefix(SKIPPED) {

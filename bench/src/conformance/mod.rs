@@ -164,9 +164,9 @@ impl Machine {
             missing.filter_map(|check| check["id"].as_str().filter(|id| *id != "preload_shim"));
         Ok(Self {
             missing: names.collect::<Vec<_>>().join(", "),
-            has_move: checks
+            has_move: !checks
                 .iter()
-                .any(|check| check["id"] == "uffd_move" && check["level"] == "ok"),
+                .any(|check| check["id"] == "uffd_move" && check["found"] == "not in this kernel"),
         })
     }
 

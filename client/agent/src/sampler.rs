@@ -23,7 +23,7 @@ const SHORTEST_TICK: Duration = Duration::from_micros(250);
 const LONGEST_TICK: Duration = Duration::from_millis(10);
 /// The tick while memory is managed and nothing grows.
 const ARMED_TICK: Duration = Duration::from_millis(1);
-/// The pause is at least so many times as long as what it follows: hundreds of processes take a while to sample.
+/// The pause is so many times as long as what it follows, up to the longest tick: hundreds of processes take a while to sample.
 const PAUSE_TIMES: u32 = 4;
 
 /// Management begins this far below the limit: a share of it, within bounds. It must hold what grows during a
@@ -64,7 +64,8 @@ pub fn run(spaces: &Arc<Spaces>, sharing: &Thread, ended: &dyn Fn() -> bool) {
         }
         watched.retain(|id, _| live.contains(id));
         jobs.retain(|token, _| spaces.job(*token).is_some());
-        std::thread::sleep(tick.max(began.elapsed() * PAUSE_TIMES));
+        let pause = (began.elapsed() * PAUSE_TIMES).min(LONGEST_TICK);
+        std::thread::sleep(tick.max(pause));
     }
 }
 

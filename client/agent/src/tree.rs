@@ -9,8 +9,10 @@ use farpage_attach::message::JOB_VARIABLE;
 use crate::job::Job;
 use crate::sys::process::{Process, is_running, kill, share_memory};
 
-/// Between two looks at a tree; or so many times as long as the last look took, for trees of hundreds of processes.
+/// Between two looks at a tree; or so many times as long as the last look took, within bounds, for trees of hundreds of
+/// processes.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+const LONGEST_INTERVAL: Duration = Duration::from_millis(500);
 const LOOKS_TIMES: u32 = 20;
 /// How long a process may take to come to the door after it was first seen: its loader brings the shim in.
 const ARRIVAL: Duration = Duration::from_secs(1);
@@ -47,8 +49,8 @@ impl Tree {
         let began = Instant::now();
         if self.look_at.is_none_or(|at| began >= at) {
             self.look(job);
-            let took = began.elapsed();
-            self.look_at = Some(began + LOOK_INTERVAL.max(took * LOOKS_TIMES));
+            let pause = began.elapsed() * LOOKS_TIMES;
+            self.look_at = Some(began + pause.clamp(LOOK_INTERVAL, LONGEST_INTERVAL));
         }
         self.strangers
             .values()

@@ -19,7 +19,7 @@ const WORTH: u32 = 10;
 /// Every so many rounds the way that seems worse is tried; at first, every second.
 const TRY_EVERY: u32 = 64;
 
-/// The share of what is known of a way by which one round can change it.
+/// The share of what is known of a way by which one round can change it; more, while few rounds went that way.
 const STEP: u32 = 16;
 
 /// The patience for one node's answers, or for one program's faults.
@@ -34,16 +34,22 @@ pub(super) struct Patience {
 /// What a way typically takes: follows the median, which the few rounds that something else delayed do not move. Nothing,
 /// until it is known.
 #[derive(Clone, Copy, Debug, Default)]
-struct Typical(Duration);
+struct Typical {
+    known: Duration,
+    rounds: u32,
+}
 
 impl Typical {
     fn learn(&mut self, took: Duration) {
-        self.0 = match took.cmp(&self.0) {
-            _ if self.0.is_zero() => took,
-            Ordering::Greater => self.0 + self.0 / STEP,
-            Ordering::Less => self.0 - self.0 / STEP,
-            Ordering::Equal => self.0,
+        // The first answer of a connection takes longer than any other: with it the node is asked for the key.
+        let step = self.known / (self.rounds + 1).min(STEP);
+        self.known = match took.cmp(&self.known) {
+            _ if self.rounds == 0 => took,
+            Ordering::Greater => self.known + step,
+            Ordering::Less => self.known - step,
+            Ordering::Equal => self.known,
         };
+        self.rounds = (self.rounds + 1).min(STEP);
     }
 }
 
@@ -65,7 +71,7 @@ impl Patience {
             TRY_EVERY
         };
         let other_way = self.rounds.is_multiple_of(every);
-        let pays = self.by_looking.0 <= self.by_sleeping.0 - self.by_sleeping.0 / WORTH;
+        let pays = self.by_looking.known <= self.by_sleeping.known - self.by_sleeping.known / WORTH;
         self.round = Some(Round {
             since: now,
             looks: pays != other_way,
@@ -84,7 +90,7 @@ impl Patience {
     }
 
     fn longest(&self) -> Duration {
-        (self.by_sleeping.0 * 2).clamp(SHORTEST, LONGEST)
+        (self.by_sleeping.known * 2).clamp(SHORTEST, LONGEST)
     }
 
     /// It came.
@@ -157,6 +163,22 @@ mod tests {
             (_, false) => 200,
         });
         assert!(looked > 90);
+    }
+
+    #[test]
+    fn a_slow_first_round_is_soon_forgotten() {
+        let looked = looked_where(|round, looks| match (round, looks) {
+            (0, _) => 5000,
+            (_, true) => 150,
+            (_, false) => 200,
+        });
+        assert!(looked > 90);
+        let looked = looked_where(|round, looks| match (round, looks) {
+            (1, _) => 5000,
+            (_, true) => 200,
+            (_, false) => 150,
+        });
+        assert!(looked < 10);
     }
 
     #[test]
