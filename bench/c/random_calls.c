@@ -3,6 +3,7 @@
  *   random_calls replay SEED [FILE]   one round, only the calls whose numbers are in FILE; tells each
  *   random_calls judge SEED [FILE]    the same, telling only what is wrong */
 #include "far.h"
+#include <dirent.h>
 #include <time.h>
 
 enum { PAGES = 40 * MIB / PAGE, CALLS = 150, CHILDREN = 3, TRIES = 3 };
@@ -400,6 +401,35 @@ static void replay(uint64_t seed, const char *kept)
 
 enum voice { SILENT, TELLS_WHY, TELLS_ALL };
 
+/* Tells what each process of a round that hangs is at: its state, its processor time in ticks, where it waits in the kernel. */
+static void tell_where(pid_t group)
+{
+	DIR *processes = opendir("/proc");
+	MUST(processes);
+	for (struct dirent *entry; (entry = readdir(processes));) {
+		char path[300], waits[64] = "";
+		int pid, in;
+		char state;
+		unsigned long user, kernel;
+		sprintf(path, "/proc/%s/stat", entry->d_name);
+		FILE *file = fopen(path, "r");
+		if (!file)
+			continue;
+		int found = fscanf(file, "%d (%*[^)]) %c %*d %d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu", &pid, &state, &in, &user, &kernel);
+		fclose(file);
+		if (found != 5 || in != group)
+			continue;
+		sprintf(path, "/proc/%d/wchan", pid);
+		if ((file = fopen(path, "r"))) {
+			if (!fgets(waits, sizeof waits, file))
+				*waits = 0;
+			fclose(file);
+		}
+		fprintf(stderr, "process %d is %c after %lu + %lu ticks, in %s\n", pid, state, user, kernel, waits);
+	}
+	closedir(processes);
+}
+
 /* Whether a round fails. */
 static int fails(const char *self, uint64_t seed, const char *kept, enum voice voice)
 {
@@ -418,6 +448,8 @@ static int fails(const char *self, uint64_t seed, const char *kept, enum voice v
 	int status;
 	while (waitpid(pid, &status, WNOHANG) == 0) {
 		if (time(NULL) > until) {
+			if (voice != SILENT)
+				tell_where(pid);
 			kill(-pid, SIGKILL);
 			kill(pid, SIGKILL);
 			MUST(waitpid(pid, &status, 0) == pid);

@@ -76,12 +76,12 @@ impl Served {
     }
 
     /// Within this machine.
-    pub(crate) fn here(options: &Options) -> Result<Self, BenchError> {
+    fn here(options: &Options) -> Result<Self, BenchError> {
         Self::start(options, ([127, 0, 0, 1], 0).into())
     }
 
     /// Where a requester finds it.
-    pub(crate) fn address(&self, options: &Options) -> String {
+    fn address(&self, options: &Options) -> String {
         match self.listens_at() {
             Some(at) => address(options, at),
             None => format!("shm:{}", self.shm),
@@ -96,6 +96,51 @@ impl Served {
             Responder::Rdma(responder) => Some(responder.local_addr()),
         }
     }
+}
+
+/// Who serves a run.
+#[derive(Debug)]
+pub(crate) struct Server {
+    /// Held until all is measured, where it is this process.
+    here: Option<Served>,
+    /// Where it listens, if that is a port.
+    at: Option<SocketAddr>,
+    /// Where a requester finds it.
+    pub(crate) address: String,
+}
+
+impl Server {
+    /// The other machine that was named, or this process.
+    pub(crate) fn of(options: &Options) -> Result<Self, BenchError> {
+        match &options.peer {
+            Some(_) if options.fabric == "shm" => Err(one_machine("--peer")),
+            Some(peer) => {
+                let at = resolve(peer)?;
+                Ok(Self {
+                    here: None,
+                    at: Some(at),
+                    address: address(options, at),
+                })
+            }
+            None => {
+                let served = Served::here(options)?;
+                Ok(Self {
+                    at: served.listens_at(),
+                    address: served.address(options),
+                    here: Some(served),
+                })
+            }
+        }
+    }
+}
+
+/// Where another machine serves `ib_read_lat` of pages, if one was named.
+#[cfg(feature = "verbs")]
+pub(crate) fn page_latency_at(options: &Options) -> Result<Option<SocketAddr>, BenchError> {
+    let Some(peer) = &options.peer else {
+        return Ok(None);
+    };
+    Ok(Beside::new(options, resolve(peer)?).perftest(Traffic::PAGE_LATENCY))
 }
 
 /// The serving sides of what ours is compared with, until they are dropped.
@@ -403,31 +448,18 @@ fn requested<T: serde::de::DeserializeOwned>(
 /// [`BenchError`] where nothing can be measured.
 pub fn run(options: &Options) -> Result<Report, BenchError> {
     let fabric = options.fabric.as_str();
-    // What is served here is held until all is measured.
-    let (served, peer, address) = match &options.peer {
-        Some(_) if fabric == "shm" => return Err(one_machine("--peer")),
-        Some(peer) => {
-            let at = resolve(peer)?;
-            (None, Some(at), address(options, at))
-        }
-        None => {
-            let served = Served::here(options)?;
-            let (at, address) = (served.listens_at(), served.address(options));
-            (Some(served), at, address)
-        }
-    };
-    #[cfg(not(feature = "verbs"))]
-    let _ = &served;
+    let server = Server::of(options)?;
     #[cfg(feature = "verbs")]
-    let _others = served
+    let _others = server
+        .here
         .as_ref()
         .map(|served| Others::start(options, served))
         .transpose()?;
-    let baselines = Baseline::all(options, peer)?;
+    let baselines = Baseline::all(options, server.at)?;
     let mut all = Vec::new();
     for traffic in Traffic::all(options) {
         let seconds = options.seconds.to_string();
-        let words = ["fabric-count", &address, &traffic.word(), &seconds];
+        let words = ["fabric-count", &server.address, &traffic.word(), &seconds];
         all.push(Runs {
             traffic,
             count: requested(options, &words)?,
@@ -438,7 +470,7 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     }
     for _ in 0..options.turns.max(1) {
         for runs in &mut all {
-            runs.turn(options, &address, &baselines)?;
+            runs.turn(options, &server.address, &baselines)?;
         }
     }
     let mut report = Report {

@@ -23,8 +23,8 @@ pub(crate) fn spawn_child(
         .map_err(BenchError::system("starting a measuring process"))
 }
 
-/// Starts a measuring process under `farpage run` with everything it needs brought up for it alone. Returns
-/// what it printed, and farpage's own account.
+/// Starts a measuring process under `farpage run`, with the agent that was named or else with everything it needs brought up
+/// for it alone. Returns what it printed, and farpage's own account.
 pub(crate) fn under_farpage<T: serde::de::DeserializeOwned>(
     options: &Options,
     local: &str,
@@ -32,9 +32,13 @@ pub(crate) fn under_farpage<T: serde::de::DeserializeOwned>(
     words: &[&str],
 ) -> Result<(T, Value), BenchError> {
     let account = std::env::temp_dir().join(format!("farpage-bench-{}.json", std::process::id()));
-    let child = Command::new(&options.farpage)
-        .args(["run", "--local", local, "--far", far, "--fabric"])
-        .arg(&options.fabric)
+    let mut command = Command::new(&options.farpage);
+    command.args(["run", "--local", local, "--far", far]);
+    match &options.agent {
+        Some(agent) => command.arg("--agent").arg(agent),
+        None => command.args(["--fabric", &options.fabric]),
+    };
+    let child = command
         .args(["--summary", "json", "--summary-file"])
         .arg(&account)
         .arg("--")

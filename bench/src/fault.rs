@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::awake::Awake;
 use crate::bare::{self, Source};
 use crate::child::{Touches, Walk};
-use crate::fabric::Served;
+use crate::fabric::Server;
 use crate::far::under_farpage;
 use crate::median::{median, quantile};
 use crate::one_cpu::OneCpu;
@@ -22,10 +22,8 @@ use crate::{BenchError, Options};
 /// What may stay local of [`RANDOM_PAGES`] or [`WALK_PAGES`]: so little that nearly everything is far.
 const LOCAL: &str = "8M";
 const FAR: &str = "1G";
-/// Pages to touch at random (256 MiB), and how many are touched by reading and by writing each: enough for the scheduler to
-/// have placed the two ends of a fault in more than one way.
+/// Pages to touch at random (256 MiB).
 const RANDOM_PAGES: &str = "65536";
-const TOUCHES: &str = "20000";
 /// Pages to walk over (128 MiB).
 const WALK_PAGES: &str = "32768";
 /// Pages that the baseline of the walk installs at each fault.
@@ -66,8 +64,11 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
         turn(options, &mut awake, true)?;
         drop(spinners);
         turn(options, &mut idle, true)?;
-        let _bound = OneCpu::keep()?;
-        turn(options, &mut one_cpu, false)?;
+        // An agent that is not of this run would not be on that CPU.
+        if options.agent.is_none() {
+            let _bound = OneCpu::keep()?;
+            turn(options, &mut one_cpu, false)?;
+        }
     }
     let mut report = Report {
         bench: "fault",
@@ -75,7 +76,9 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     };
     add(&mut report, options, &awake, "");
     add(&mut report, options, &idle, ".idle");
-    add(&mut report, options, &one_cpu, ".one_cpu");
+    if options.agent.is_none() {
+        add(&mut report, options, &one_cpu, ".one_cpu");
+    }
     report.notes.push(
         "names that end in .idle were measured on idle CPUs, those in .one_cpu with all processes on one CPU, the \
          others while a thread of the idle scheduling class kept each CPU awake; compare within one regime"
@@ -99,7 +102,8 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
 
 /// A bare loop that waits for the fabric by looking needs a CPU besides those of the others (`may_look`).
 fn turn(options: &Options, figures: &mut Figures, may_look: bool) -> Result<(), BenchError> {
-    let random = ["bare-random", RANDOM_PAGES, TOUCHES];
+    let touches = options.touches.to_string();
+    let random = ["bare-random", RANDOM_PAGES, &touches];
     let mut bare: Touches = bare::answered(options, &random, Source::AtHand(1))?;
     let one_loop = if may_look && round_trip_of(&options.fabric).is_some() {
         Some(one_loop(options, &random)?)
@@ -109,11 +113,11 @@ fn turn(options: &Options, figures: &mut Figures, may_look: bool) -> Result<(), 
     let (trip_p50, trip_p99) = match options.fabric.as_str() {
         "tcp" => bare::tcp_round_trip(options, ROUND_TRIPS)?,
         #[cfg(feature = "verbs")]
-        "rdma" => crate::perftest::round_trip(&options.device, ROUND_TRIPS)?,
+        "rdma" => crate::perftest::round_trip(options, ROUND_TRIPS)?,
         _ => (0.0, 0.0),
     };
     let (mut ours, account): (Touches, Value) =
-        under_farpage(options, LOCAL, FAR, &["random", RANDOM_PAGES, TOUCHES])?;
+        under_farpage(options, LOCAL, FAR, &["random", RANDOM_PAGES, &touches])?;
     let bare_p50 = quantile(&mut bare.read_us, 0.5);
     figures.bare.push(bare_p50);
     figures.round_trip.push(trip_p50);
@@ -149,8 +153,8 @@ fn turn(options: &Options, figures: &mut Figures, may_look: bool) -> Result<(), 
 
 /// Touches that one bare loop answers with pages that it reads over the fabric.
 fn one_loop(options: &Options, random: &[&str]) -> Result<Touches, BenchError> {
-    let served = Served::here(options)?;
-    let mut requester = Requester::connect(&served.address(options), Traffic::PAGE_LATENCY)?;
+    let server = Server::of(options)?;
+    let mut requester = Requester::connect(&server.address, Traffic::PAGE_LATENCY)?;
     bare::answered(options, random, Source::Fabric(&mut requester))
 }
 

@@ -47,6 +47,8 @@ pub struct Options {
     pub fabric: String,
     /// Where `farpage bench fabric --serve` listens on another machine.
     pub peer: Option<String>,
+    /// The agent of a cluster whose memory node is on that machine, to be measured rather than one for each run.
+    pub agent: Option<PathBuf>,
     /// Which RDMA device to use, as `device=NAME&port=N&gid=N`; empty for the best one.
     pub device: String,
     /// The program of `bench/async-rdma`, to compare with it too.
@@ -55,6 +57,8 @@ pub struct Options {
     pub sizes: Vec<usize>,
     /// Over how many queue pairs requests go.
     pub queues: Vec<usize>,
+    /// How many far pages are touched by reading, and as many by writing, in each regime of `bench fault`.
+    pub touches: u32,
     /// How many times ours and the baseline take turns.
     pub turns: u32,
     /// How long one native run of a whole program lasts, about, seconds.

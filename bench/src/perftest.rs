@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use farpage_fabric::verbs::{DeviceChoice, chosen};
 
-use crate::BenchError;
+use crate::fabric::page_latency_at;
 use crate::traffic::{Traffic, What};
+use crate::{BenchError, Options};
 
 /// How often a program's end is looked for.
 const TICK: Duration = Duration::from_millis(20);
@@ -119,14 +120,21 @@ impl Traffic {
     }
 }
 
-/// p50 and p99 of `ib_read_lat` within this machine, microseconds.
-pub(crate) fn round_trip(choice: &str, rounds: usize) -> Result<(f64, f64), BenchError> {
-    let at = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
-        .and_then(|listener| listener.local_addr())
-        .map_err(BenchError::system("looking for a free port"))?;
-    let device = device(choice, at)?;
+/// p50 and p99 of `ib_read_lat` against the other machine that was named, or within this one; microseconds.
+pub(crate) fn round_trip(options: &Options, rounds: usize) -> Result<(f64, f64), BenchError> {
     let page = Traffic::PAGE_LATENCY;
-    let _server = Servers::start(&device, &[(page, at.port())])?;
+    let elsewhere = page_latency_at(options)?;
+    let at = match elsewhere {
+        Some(at) => at,
+        None => TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .and_then(|listener| listener.local_addr())
+            .map_err(BenchError::system("looking for a free port"))?,
+    };
+    let device = device(&options.device, at)?;
+    let _server = match elsewhere {
+        Some(_) => None,
+        None => Some(Servers::start(&device, &[(page, at.port())])?),
+    };
     let [p50, p99] = page.figures(
         &device,
         at,

@@ -294,7 +294,8 @@ pub(crate) struct DoctorArgs {
                   farpage bench fits --seconds 10\n  farpage bench conformance --case forks --case anon.write\n  \
                   farpage bench conformance --long --case fork_tree --seed 7\n  \
                   farpage bench fabric --fabric rdma --serve 10.0.0.2:7700\n  \
-                  farpage bench fabric --fabric rdma --peer 10.0.0.2:7700"
+                  farpage bench fabric --fabric rdma --peer 10.0.0.2:7700
+  farpage bench fault --fabric rdma --peer 10.0.0.2:7700 --agent /run/farpage/agent.sock"
 )]
 pub(crate) struct BenchArgs {
     /// Which benchmark
@@ -309,13 +310,17 @@ pub(crate) struct BenchArgs {
     /// How pages travel
     #[arg(long, value_enum, default_value_t = Fabric::Shm)]
     pub(crate) fabric: Fabric,
-    /// The other machine, where --serve runs (bench fabric) [default: this one]
+    /// The other machine, where bench fabric --serve runs (bench fabric, bench fault --agent) [default: this one]
     #[arg(long, value_name = "ADDR:PORT", conflicts_with = "serve")]
     pub(crate) peer: Option<String>,
     /// Be the other machine, until a signal comes (bench fabric); over rdma the ports above this one serve the baselines, one
     /// for each measurement, so that --sizes and --queues have to be the same on both
     #[arg(long, value_name = "ADDR:PORT", conflicts_with = "json")]
     pub(crate) serve: Option<std::net::SocketAddr>,
+    /// Measure the agent at this socket, whose memory node is on the machine of --peer (bench fault --fabric rdma) [default:
+    /// one for each run, with a memory node on this machine]
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) agent: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) rdma: RdmaArgs,
     /// The program built from bench/async-rdma, to compare with that crate too (bench fabric --fabric rdma); for --serve as well
@@ -327,6 +332,10 @@ pub(crate) struct BenchArgs {
     /// Over how many queue pairs requests go, from 1 to 64; several with commas (bench fabric) [default: 1]
     #[arg(long, value_name = "COUNTS", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) queues: Vec<u32>,
+    /// How many far pages are touched by reading, and as many by writing (bench fault); fewer are for a slow fabric, many let
+    /// the scheduler place the two ends of a fault in more than one way
+    #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(100..=30_000))]
+    pub(crate) touches: u32,
     /// How many times ours and the baseline take turns; the median counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) turns: u32,

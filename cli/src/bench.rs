@@ -17,8 +17,12 @@ pub(crate) enum BenchError {
     Unknown(String),
     #[error("--fabric rdma: this build has no rdma transport; use tcp or shm")]
     NoRdma,
-    #[error("--peer and --serve are for bench fabric; bench {0} runs on one machine")]
+    #[error("--serve is for bench fabric, which serves bench fault as well; leave it out of bench {0}")]
+    NoServer(String),
+    #[error("--peer is for bench fabric and, with --agent, for bench fault; bench {0} runs on one machine")]
     OneMachine(String),
+    #[error("--agent is for bench fault --fabric rdma, with --peer: the machine of the agent's memory node")]
+    OtherAgent,
     #[error("--sizes and --queues are for bench fabric; leave them out of bench {0}")]
     OneTraffic(String),
     #[error("--async-rdma is for bench fabric --fabric rdma; leave it out, or choose those")]
@@ -52,8 +56,17 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
     if args.fabric == Fabric::Rdma && !cfg!(feature = "verbs") {
         return Err(BenchError::NoRdma);
     }
-    if benchmark.name != "fabric" && (args.peer.is_some() || args.serve.is_some()) {
+    let of_two = matches!((name.as_str(), &args.agent), ("fabric", _) | ("fault", Some(_)));
+    if args.serve.is_some() && name != "fabric" {
+        return Err(BenchError::NoServer(name.clone()));
+    }
+    if args.peer.is_some() && !of_two {
         return Err(BenchError::OneMachine(name.clone()));
+    }
+    if args.agent.is_some()
+        && (name != "fault" || args.fabric != Fabric::Rdma || args.peer.is_none())
+    {
+        return Err(BenchError::OtherAgent);
     }
     if benchmark.name != "fabric" && !(args.sizes.is_empty() && args.queues.is_empty()) {
         return Err(BenchError::OneTraffic(name.clone()));
@@ -65,10 +78,12 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
         farpage: std::env::current_exe().map_err(BenchError::Executable)?,
         fabric: args.fabric.name().to_owned(),
         peer: args.peer.clone(),
+        agent: args.agent.clone(),
         device: args.rdma.device.clone(),
         async_rdma: args.async_rdma.clone(),
         sizes: sizes(args)?,
         queues: queues(args),
+        touches: args.touches,
         turns: args.turns,
         seconds: f64::from(args.seconds),
     };

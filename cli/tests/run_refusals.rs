@@ -186,6 +186,8 @@ fn failures_are_1_and_say_what_to_do() {
     let benches: &[(&[&str], &str)] = &[
         (&["bench", "nonesuch"], "--list"),
         (&["bench", "fault", "--peer", "far:7700"], "bench fabric"),
+        (&["bench", "fork", "--serve", "0.0.0.0:77"], "bench fabric"),
+        (&["bench", "fault", "--agent", "a.sock"], "--peer"),
         (&["bench", "fabric", "--async-rdma", "x"], "--fabric rdma"),
         (&["bench", "fabric", "--sizes", "4K,5K"], "powers of two"),
         (&["bench", "fault", "--queues", "2"], "bench fabric"),
