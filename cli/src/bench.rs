@@ -17,11 +17,17 @@ pub(crate) enum BenchError {
     Unknown(String),
     #[error("--fabric rdma: this build has no rdma transport; use tcp or shm")]
     NoRdma,
-    #[error("--serve is for bench fabric, which serves bench fault as well; leave it out of bench {0}")]
+    #[error(
+        "--serve is for bench fabric, which serves bench fault as well; leave it out of bench {0}"
+    )]
     NoServer(String),
-    #[error("--peer is for bench fabric and, with --agent, for bench fault; bench {0} runs on one machine")]
+    #[error(
+        "--peer is for bench fabric and, with --agent, for bench fault; bench {0} runs on one machine"
+    )]
     OneMachine(String),
-    #[error("--agent is for bench fault --fabric rdma, with --peer: the machine of the agent's memory node")]
+    #[error(
+        "--agent is for bench fault --fabric rdma, with --peer: the machine of the agent's memory node"
+    )]
     OtherAgent,
     #[error("--sizes and --queues are for bench fabric; leave them out of bench {0}")]
     OneTraffic(String),
@@ -56,7 +62,10 @@ pub(crate) fn command(args: &BenchArgs) -> Result<(), BenchError> {
     if args.fabric == Fabric::Rdma && !cfg!(feature = "verbs") {
         return Err(BenchError::NoRdma);
     }
-    let of_two = matches!((name.as_str(), &args.agent), ("fabric", _) | ("fault", Some(_)));
+    let of_two = matches!(
+        (name.as_str(), &args.agent),
+        ("fabric", _) | ("fault", Some(_))
+    );
     if args.serve.is_some() && name != "fabric" {
         return Err(BenchError::NoServer(name.clone()));
     }
