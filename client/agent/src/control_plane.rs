@@ -3,6 +3,7 @@
 //! One thread with a runtime of its own. No pager waits for it: extents are asked for before they are needed,
 //! and while the coordinator is away programs run on with what is granted.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -118,8 +119,8 @@ impl ControlPlane {
     ///
     /// # Errors
     /// [`ControlError::Call`] when the coordinator refuses, or does not answer.
-    pub fn first_extents(&mut self, far: &FarMemory) -> Result<(), ControlError> {
-        match self.grant(far) {
+    pub fn first_extents(&mut self, far: &FarMemory, copies: u8) -> Result<(), ControlError> {
+        match self.grant(far, copies) {
             Err(error @ CallError::Exhausted(_)) => {
                 self.complain("no far memory yet", &error);
                 Ok(())
@@ -137,16 +138,19 @@ impl ControlPlane {
         let mut turned = Instant::now();
         while !ended() {
             let wanted = spaces.wait_for_want(TICK);
-            if (wanted || far.is_low() && far.used() > 0)
-                && let Err(error) = self.grant(far)
-            {
-                self.complain("no further extent of far memory", &error);
-                std::thread::sleep(RETRY_PAUSE);
+            for copies in spaces.copies() {
+                if far.is_low(copies)
+                    && (wanted || far.used_of(copies) > 0)
+                    && let Err(error) = self.grant(far, copies)
+                {
+                    self.complain("no further extent of far memory", &error);
+                    std::thread::sleep(RETRY_PAUSE);
+                }
             }
             if turned.elapsed() > TURN_INTERVAL.min(self.lease.ttl / 4) {
                 turned = Instant::now();
                 self.renew(far);
-                self.give_back(far);
+                self.give_back(far, &spaces.copies());
                 self.report(spaces);
             }
         }
@@ -155,15 +159,15 @@ impl ControlPlane {
             .block_on(self.coordinator.close_lease(self.lease.id));
     }
 
-    fn grant(&mut self, far: &FarMemory) -> Result<(), CallError> {
-        match self.grant_of(far, GRANT_COUNT) {
+    fn grant(&mut self, far: &FarMemory, copies: u8) -> Result<(), CallError> {
+        match self.grant_of(far, GRANT_COUNT, copies) {
             // The last extent of a cluster is as good as any other.
-            Err(CallError::Exhausted(_)) => self.grant_of(far, 1),
+            Err(CallError::Exhausted(_)) => self.grant_of(far, 1, copies),
             result => result,
         }
     }
 
-    fn grant_of(&mut self, far: &FarMemory, count: u32) -> Result<(), CallError> {
+    fn grant_of(&mut self, far: &FarMemory, count: u32, copies: u8) -> Result<(), CallError> {
         let request = GrantRequest {
             lease: self.lease.id,
             count,
@@ -177,12 +181,13 @@ impl ControlPlane {
         for grant in result? {
             let grant = Grant {
                 id: u64::from(grant.extent.0),
+                node: grant.node.to_string(),
                 address: grant.address.to_string(),
                 index: grant.index,
                 key: grant.key.get(),
                 bytes: grant.bytes.0,
             };
-            if far.add(grant.clone()).is_none() {
+            if far.add(copies, vec![grant.clone()]).is_none() {
                 tracing::error!(
                     ?grant,
                     "an extent of a size or number that this agent cannot address"
@@ -202,7 +207,7 @@ impl ControlPlane {
                 let ids = |extents: Vec<ExtentId>| -> Vec<u64> {
                     extents.into_iter().map(|id| u64::from(id.0)).collect()
                 };
-                far.heard_of_nodes(&ids(renewal.lost), &ids(renewal.unreachable));
+                far.heard_of_nodes(&ids(renewal.lost), &ids(renewal.unreachable), &[]);
             }
             Err(error @ CallError::Gone(_)) => {
                 self.complain("the lease has ended, and what lay under it is lost", &error);
@@ -219,9 +224,14 @@ impl ControlPlane {
         }
     }
 
-    fn give_back(&mut self, far: &FarMemory) {
+    fn give_back(&mut self, far: &FarMemory, in_use: &BTreeSet<u8>) {
+        far.let_go();
+        let spare = |copies: u8| match in_use.contains(&copies) {
+            true => SPARE_SLOTS,
+            false => 0,
+        };
         let extents: Vec<ExtentId> = far
-            .retire(SPARE_SLOTS)
+            .retire(spare)
             .iter()
             .filter_map(|grant| u32::try_from(grant.id).ok().map(ExtentId))
             .collect();

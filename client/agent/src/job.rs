@@ -25,6 +25,8 @@ pub struct Limits {
     pub local_pages: u64,
     /// Slots that may be used.
     pub far_pages: u64,
+    /// On how many nodes each page is to be.
+    pub copies: u8,
     /// How long a fault may wait for whatever it needs (its node, a free frame, a slot for a victim) before its thread gets
     /// SIGBUS.
     pub fault_deadline: Duration,

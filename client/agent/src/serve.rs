@@ -85,8 +85,8 @@ pub fn serve(
     // The door first: a second agent for the same socket must not take a lease.
     let (listener, _socket_file) = open_door(&config)?;
     let mut plane = ControlPlane::join(config.coordinator, config.id, config.fabric)?;
-    plane.first_extents(&far)?;
-    let spaces = Arc::new(Spaces::default());
+    plane.first_extents(&far, 1)?;
+    let spaces = Arc::new(Spaces::expecting(1));
     let door = Arc::new(Door {
         shared: Shared {
             far: Arc::clone(&far),

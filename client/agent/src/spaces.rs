@@ -1,8 +1,8 @@
 //! The address spaces and jobs of this agent, and the threads that page them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -67,11 +67,22 @@ pub struct Spaces {
     jobs: Mutex<HashMap<u64, Arc<Job>>>,
     /// Forked children that have no helper yet, with their parents' numbers.
     forked: Mutex<Vec<(u64, Arc<SpaceHandle>)>>,
+    /// How many copies the last job keeps of its pages; before one, what the agent was started for.
+    last_copies: AtomicU8,
     far_wanted: AtomicBool,
     far_signal: (Mutex<()>, Condvar),
 }
 
 impl Spaces {
+    /// Nothing yet, in an agent that expects jobs with so many copies.
+    #[must_use]
+    pub fn expecting(copies: u8) -> Self {
+        Self {
+            last_copies: AtomicU8::new(copies),
+            ..Self::default()
+        }
+    }
+
     /// A handle for a new address space.
     ///
     /// # Errors
@@ -168,6 +179,7 @@ impl Spaces {
         uid: u32,
         local_bytes: u64,
         far_bytes: u64,
+        copies: u8,
         fault_deadline: Duration,
     ) -> Result<Arc<Job>, JobError> {
         if local_bytes < LEAST_LOCAL_BYTES {
@@ -182,6 +194,7 @@ impl Spaces {
         let limits = Limits {
             local_pages: local_bytes / 4096,
             far_pages: far_bytes / 4096,
+            copies,
             fault_deadline,
         };
         let job = Arc::new(Job::new(u64::from_ne_bytes(token), uid, limits));
@@ -191,6 +204,7 @@ impl Spaces {
             return Err(JobError::TooMany);
         }
         jobs.insert(job.token, Arc::clone(&job));
+        self.last_copies.store(copies, Ordering::Relaxed);
         drop(jobs);
         ceiling::look(self);
         match job.ceiling.lowered() {
@@ -236,9 +250,24 @@ impl Spaces {
         }
     }
 
-    /// Slots run low: the control plane is to ask for another extent.
-    pub fn wanted_far_memory(&self, far: &FarMemory) {
-        if far.is_low() && !self.far_wanted.load(Ordering::Acquire) {
+    /// How many copies jobs keep of their pages, each number once. Without a job it is the last one's, so that the next finds
+    /// slots.
+    #[must_use]
+    pub fn copies(&self) -> BTreeSet<u8> {
+        let of_jobs: BTreeSet<u8> = self
+            .lock_jobs()
+            .values()
+            .map(|job| job.limits.copies)
+            .collect();
+        if of_jobs.is_empty() {
+            return BTreeSet::from([self.last_copies.load(Ordering::Relaxed)]);
+        }
+        of_jobs
+    }
+
+    /// Slots of extents with so many copies run low: the control plane is to ask for another.
+    pub fn wanted_far_memory(&self, far: &FarMemory, copies: u8) {
+        if far.is_low(copies) && !self.far_wanted.load(Ordering::Acquire) {
             self.wake_control_plane();
         }
     }

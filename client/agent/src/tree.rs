@@ -185,6 +185,7 @@ mod tests {
         let limits = crate::job::Limits {
             local_pages: 1,
             far_pages: 1,
+            copies: 1,
             fault_deadline: std::time::Duration::from_secs(1),
         };
         let job = Job::new(0xfeed_f00d_0123_4567, 0, limits);

@@ -61,7 +61,7 @@ impl Door {
                     let deadline =
                         fault_deadline_s.map_or(self.fault_deadline, Duration::from_secs);
                     let spaces = &self.shared.spawner;
-                    match spaces.open_job(pid, uid, local_bytes, far_bytes, deadline) {
+                    match spaces.open_job(pid, uid, local_bytes, far_bytes, 1, deadline) {
                         Ok(new) => {
                             let token = format!("{:x}", new.token);
                             let lowered = new.ceiling.lowered();
