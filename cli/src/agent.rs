@@ -43,10 +43,10 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
     // Held until the agent has ended: the memory goes after those who use it.
     let (_own_far_memory, coordinator) = match args.own_far_memory {
         Some(capacity) => {
-            let (helper, url) = bring_up(&socket, capacity, args.fabric)?;
-            (Some(helper), url)
+            let (helpers, url) = bring_up(&socket, capacity, args)?;
+            (helpers, url)
         }
-        None => (None, args.coordinator.clone().unwrap_or_default()),
+        None => (Vec::new(), args.coordinator.clone().unwrap_or_default()),
     };
     let config = AgentConfig {
         coordinator: EndpointUrl::parse_field("the URL", &coordinator)?,
@@ -55,6 +55,7 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
         id: args.id.clone().unwrap_or_else(daemon::default_id),
         fabric: args.fabric.map(Fabric::kind),
         fault_deadline: Duration::from_secs(args.fault_deadline),
+        replicas: args.own_replicas,
         exit_on_eof: args.lifeline.map(crate::sys::take_descriptor).transpose()?,
     };
     let stop = Arc::new(AtomicBool::new(false));
@@ -80,24 +81,31 @@ fn group(args: &AgentArgs) -> Result<Option<u32>, AgentError> {
     }
 }
 
-/// Starts the coordinator and memory node of one run, in one process beside this one.
+/// Starts the coordinator and memory node of one run, in one process beside this one, and a process for each further node. The
+/// last of them, which has the coordinator, is the last to be ended.
 fn bring_up(
     socket: &str,
     capacity: crate::size::Size,
-    fabric: Option<Fabric>,
-) -> Result<(Helper, String), HelperError> {
+    args: &AgentArgs,
+) -> Result<(Vec<Helper>, String), HelperError> {
     let name = format!("{socket}-far");
-    let fabric = fabric.unwrap_or(Fabric::Shm).name();
-    let words = [
-        "far-memory",
-        "--socket",
-        &name,
-        "--capacity",
-        &capacity.to_string(),
-        "--fabric",
-        fabric,
-    ];
-    let mut helper = Helper::start("the memory node", &words.map(Into::into))?;
-    helper.wait_ready()?;
-    Ok((helper, format!("unix:{name}")))
+    let fabric = args.fabric.unwrap_or(Fabric::Shm).name();
+    let capacity = capacity.to_string();
+    let mut helpers = Vec::new();
+    for number in 1..=args.own_replicas {
+        let socket = match number {
+            1 => name.clone(),
+            _ => format!("{name}{number}"),
+        };
+        let mut words = vec!["far-memory", "--socket", &socket];
+        words.extend(["--capacity", &capacity, "--fabric", fabric]);
+        if number > 1 {
+            words.extend(["--beside", &name]);
+        }
+        let words: Vec<_> = words.into_iter().map(Into::into).collect();
+        let mut helper = Helper::start("the memory node", &words)?;
+        helper.wait_ready()?;
+        helpers.insert(0, helper);
+    }
+    Ok((helpers, format!("unix:{name}")))
 }

@@ -2,6 +2,7 @@
 
 mod clock;
 mod dispatch;
+mod drain;
 mod error;
 mod grant;
 mod lease;
@@ -25,7 +26,7 @@ use farpage_proto::limits;
 use farpage_proto::transport::{EndpointUrl, ListenError, listen};
 use farpage_proto::v1::coordinator_server::CoordinatorServer;
 
-pub use error::{GrantError, HeartbeatError, NoLease, OpenError, RegisterError};
+pub use error::{GrantError, HeartbeatError, NoLease, NoNode, OpenError, RegisterError};
 pub use nodes::Holder;
 pub use record::Unreadable;
 pub use state::Timing;

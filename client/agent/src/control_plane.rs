@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farpage_proto::client::{CallError, Coordinator, OpenedLease};
-use farpage_proto::lease::{GrantRequest, LeaseRequest};
-use farpage_proto::report::AgentReport;
+use farpage_proto::lease::{ExtentGrant, GrantRequest, LeaseRequest};
+use farpage_proto::report::{self, AgentReport};
 use farpage_proto::transport::{ConnectError, EndpointUrl, connect};
 use farpage_proto::{
-    AgentId, ExtentId, FabricKind, FieldError, HostName, RequestId, Tenant, limits, v1,
+    AgentId, ByteCount, ExtentId, FabricKind, FieldError, HostName, NodeId, RequestId, Tenant,
+    limits, v1,
 };
 
 use crate::far::{FarMemory, Grant};
@@ -32,6 +33,8 @@ const TICK: Duration = Duration::from_millis(250);
 const SPARE_SLOTS: u64 = 16_384;
 /// Extents asked for at once.
 const GRANT_COUNT: u32 = 2;
+/// Extents that are given a further copy at one turn: more would be copied no sooner.
+const WANTED_AT_ONCE: usize = 8;
 /// The pause after a call that failed.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// The same complaint is logged again after this long.
@@ -72,6 +75,8 @@ pub struct ControlPlane {
     lease: OpenedLease,
     /// The number of the grant request under way: kept until it is answered, so that a lost answer loses no extent.
     grant_number: u64,
+    /// The request for a further copy of an extent, of this number, that no answer has come to.
+    unanswered: Option<(GrantRequest, u32)>,
     complaint: Option<(String, Instant)>,
 }
 
@@ -110,6 +115,7 @@ impl ControlPlane {
             grants: Coordinator::over(channel, GRANT_DEADLINE),
             lease,
             grant_number: 1,
+            unanswered: None,
             complaint: None,
         })
     }
@@ -150,8 +156,9 @@ impl ControlPlane {
             if turned.elapsed() > TURN_INTERVAL.min(self.lease.ttl / 4) {
                 turned = Instant::now();
                 self.renew(far);
+                self.further_copies(far);
                 self.give_back(far, &spaces.copies());
-                self.report(spaces);
+                self.report(far, spaces);
             }
         }
         let _ = self
@@ -160,41 +167,111 @@ impl ControlPlane {
     }
 
     fn grant(&mut self, far: &FarMemory, copies: u8) -> Result<(), CallError> {
-        match self.grant_of(far, GRANT_COUNT, copies) {
+        self.ask_again(far)?;
+        match self.grant_of(far, GRANT_COUNT, copies, copies) {
             // The last extent of a cluster is as good as any other.
-            Err(CallError::Exhausted(_)) => self.grant_of(far, 1, copies),
+            Err(CallError::Exhausted(_)) => self.grant_last(far, copies),
             result => result,
         }
     }
 
-    fn grant_of(&mut self, far: &FarMemory, count: u32, copies: u8) -> Result<(), CallError> {
+    /// There is room for one extent at most. Where there is none for all of its copies, and a program would have to end for want
+    /// of it, fewer are better than none: the others are made when they can be.
+    fn grant_last(&mut self, far: &FarMemory, goal: u8) -> Result<(), CallError> {
+        let mut result = self.grant_of(far, 1, goal, goal);
+        for copies in (1..goal).rev() {
+            if !matches!(result, Err(CallError::Exhausted(_))) || far.has_room(goal) {
+                break;
+            }
+            result = self.grant_of(far, 1, goal, copies);
+        }
+        result
+    }
+
+    fn grant_of(
+        &mut self,
+        far: &FarMemory,
+        count: u32,
+        goal: u8,
+        copies: u8,
+    ) -> Result<(), CallError> {
         let request = GrantRequest {
             lease: self.lease.id,
             count,
+            copies: copies.into(),
+            extent_bytes: None,
+            avoid: Vec::new(),
             fabric: self.fabric,
             request: RequestId::new(self.grant_number).ok(),
         };
-        let result = self.runtime.block_on(self.grants.grant_extents(request));
-        if !matches!(result, Err(CallError::Unavailable(_))) {
-            self.grant_number += 1;
-        }
-        for grant in result? {
-            let grant = Grant {
-                id: u64::from(grant.extent.0),
-                node: grant.node.to_string(),
-                address: grant.address.to_string(),
-                index: grant.index,
-                key: grant.key.get(),
-                bytes: grant.bytes.0,
-            };
-            if far.add(copies, vec![grant.clone()]).is_none() {
+        let grants = self.ask_for(request)?;
+        for set in grants.chunk_by(|one, next| one.set == next.set) {
+            let set: Vec<Grant> = set.iter().map(as_grant).collect();
+            if far.add(goal, set.clone()).is_none() {
                 tracing::error!(
-                    ?grant,
+                    ?set,
                     "an extent of a size or number that this agent cannot address"
                 );
             }
         }
         Ok(())
+    }
+
+    /// The number of a request is kept until it is answered, so that it must be the same one then: another has another.
+    fn ask_for(&mut self, request: GrantRequest) -> Result<Vec<ExtentGrant>, CallError> {
+        let result = self.runtime.block_on(self.grants.grant_extents(request));
+        if !matches!(result, Err(CallError::Unavailable(_))) {
+            self.grant_number += 1;
+        }
+        result
+    }
+
+    /// Asks for further copies of extents that have too few. What cannot be had now is asked for again at the next turn.
+    fn further_copies(&mut self, far: &FarMemory) {
+        if let Err(error) = self.ask_again(far) {
+            return self.complain("no further copy of an extent", &error);
+        }
+        for wanted in far.wanted_copies(WANTED_AT_ONCE) {
+            let avoid = wanted.nodes.iter();
+            let request = GrantRequest {
+                lease: self.lease.id,
+                count: 1,
+                copies: 1,
+                extent_bytes: Some(ByteCount(wanted.bytes)),
+                avoid: avoid
+                    .filter_map(|node| NodeId::new(node.clone()).ok())
+                    .collect(),
+                fabric: self.fabric,
+                request: RequestId::new(self.grant_number).ok(),
+            };
+            self.unanswered = Some((request, wanted.number));
+            if let Err(error) = self.ask_again(far) {
+                return self.complain("no further copy of an extent", &error);
+            }
+        }
+    }
+
+    /// Asks for the copy that was asked for last, if no answer has come: the answer may have been lost, and what it granted
+    /// with it.
+    fn ask_again(&mut self, far: &FarMemory) -> Result<(), CallError> {
+        let Some((request, number)) = self.unanswered.take() else {
+            return Ok(());
+        };
+        match self.ask_for(request.clone()) {
+            Ok(grants) => {
+                for grant in grants {
+                    if !far.add_copy(number, as_grant(&grant)) {
+                        self.release(vec![grant.extent]);
+                    }
+                }
+                Ok(())
+            }
+            Err(error) => {
+                let unanswered = matches!(error, CallError::Unavailable(_));
+                self.unanswered = unanswered.then_some((request, number));
+                Err(error)
+            }
+        }
     }
 
     fn renew(&mut self, far: &FarMemory) {
@@ -207,11 +284,16 @@ impl ControlPlane {
                 let ids = |extents: Vec<ExtentId>| -> Vec<u64> {
                     extents.into_iter().map(|id| u64::from(id.0)).collect()
                 };
-                far.heard_of_nodes(&ids(renewal.lost), &ids(renewal.unreachable), &[]);
+                far.heard_of_nodes(
+                    &ids(renewal.lost),
+                    &ids(renewal.unreachable),
+                    &ids(renewal.draining),
+                );
             }
             Err(error @ CallError::Gone(_)) => {
                 self.complain("the lease has ended, and what lay under it is lost", &error);
                 far.lose_all();
+                self.unanswered = None;
                 match self
                     .runtime
                     .block_on(self.coordinator.open_lease(self.request.clone()))
@@ -236,19 +318,21 @@ impl ControlPlane {
             .filter_map(|grant| u32::try_from(grant.id).ok().map(ExtentId))
             .collect();
         for batch in extents.chunks(limits::MAX_RELEASE_COUNT) {
-            let released = self
-                .coordinator
-                .release_extents(self.lease.id, batch.to_vec());
-            if let Err(error) = self.runtime.block_on(released) {
-                self.complain(
-                    "extents could not be given back; they go with the lease",
-                    &error,
-                );
-            }
+            self.release(batch.to_vec());
         }
     }
 
-    fn report(&mut self, spaces: &Spaces) {
+    fn release(&mut self, extents: Vec<ExtentId>) {
+        let released = self.coordinator.release_extents(self.lease.id, extents);
+        if let Err(error) = self.runtime.block_on(released) {
+            self.complain(
+                "extents could not be given back; they go with the lease",
+                &error,
+            );
+        }
+    }
+
+    fn report(&mut self, far: &FarMemory, spaces: &Spaces) {
         let processes = figures(spaces)
             .into_iter()
             // A forked child that has not shown itself yet has no pid to report.
@@ -269,9 +353,16 @@ impl ControlPlane {
                 local_limit_bytes: figures.local_limit_bytes,
             })
             .collect();
+        let copies = spaces.copies();
+        let below: u32 = copies.iter().map(|copies| far.below_goal(*copies)).sum();
+        let most = copies.last().copied().unwrap_or(1);
+        let totals = [
+            (report::REPLICAS, u64::from(most)),
+            (report::EXTENTS_BELOW_REPLICAS, u64::from(below)),
+        ];
         let report = v1::AgentReport {
             processes,
-            totals: std::collections::HashMap::new(),
+            totals: totals.map(|(name, total)| (name.to_owned(), total)).into(),
         };
         let taken = match AgentReport::try_from(report) {
             Ok(report) => self
@@ -295,6 +386,17 @@ impl ControlPlane {
             tracing::warn!("{complaint}");
             self.complaint = Some((complaint, Instant::now()));
         }
+    }
+}
+
+fn as_grant(grant: &ExtentGrant) -> Grant {
+    Grant {
+        id: u64::from(grant.extent.0),
+        node: grant.node.to_string(),
+        address: grant.address.to_string(),
+        index: grant.index,
+        key: grant.key.get(),
+        bytes: grant.bytes.0,
     }
 }
 

@@ -375,6 +375,8 @@ impl Job {
             processes_left: self.spaces().len() as u64,
             process_peaks: self.peaks(),
             fabric: fabric.to_owned(),
+            replicas: self.limits.copies.into(),
+            extents_below_replicas: 0,
         }
     }
 

@@ -116,6 +116,12 @@ pub struct Account {
     pub process_peaks: Vec<ProcessPeaks>,
     /// The fabric in use.
     pub fabric: String,
+    /// On how many nodes each page was to be.
+    #[serde(default)]
+    pub replicas: u32,
+    /// Extents of the agent's, of so many copies, that had fewer at the end.
+    #[serde(default)]
+    pub extents_below_replicas: u32,
 }
 
 /// The most pages that one process had, each count at its own worst moment, as far as it was sampled.

@@ -34,6 +34,8 @@ pub struct AgentConfig {
     pub fabric: Option<FabricKind>,
     /// How long a fault may wait for its page, in jobs that do not say.
     pub fault_deadline: Duration,
+    /// On how many nodes jobs are likely to want each page: the first extents are asked for so.
+    pub replicas: u8,
     /// End when this reports end-of-file and the last program has ended: its other end is the launcher's.
     pub exit_on_eof: Option<OwnedFd>,
 }
@@ -85,8 +87,8 @@ pub fn serve(
     // The door first: a second agent for the same socket must not take a lease.
     let (listener, _socket_file) = open_door(&config)?;
     let mut plane = ControlPlane::join(config.coordinator, config.id, config.fabric)?;
-    plane.first_extents(&far, 1)?;
-    let spaces = Arc::new(Spaces::expecting(1));
+    plane.first_extents(&far, config.replicas)?;
+    let spaces = Arc::new(Spaces::expecting(config.replicas));
     let door = Arc::new(Door {
         shared: Shared {
             far: Arc::clone(&far),
@@ -115,6 +117,10 @@ pub fn serve(
     spawn("ceilings", {
         let (spaces, ended) = (Arc::clone(&spaces), Arc::clone(&ended));
         move || crate::ceiling::run(&spaces, &|| ended.load(Ordering::Acquire))
+    })?;
+    spawn("mover", {
+        let (far, ended) = (Arc::clone(&far), Arc::clone(&ended));
+        move || crate::mover::run(&far, &|| ended.load(Ordering::Acquire))
     })?;
     spawn("door", {
         let ended = Arc::clone(&ended);

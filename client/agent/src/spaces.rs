@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use farpage_proto::limits::MAX_REPLICAS;
+
 use crate::ceiling;
 use crate::far::FarMemory;
 use crate::job::{Job, Limits};
@@ -33,6 +35,12 @@ pub enum JobError {
     /// None, or beyond [`MAX_FAULT_DEADLINE`].
     #[error("--fault-deadline is not between 1 second and a day")]
     Deadline,
+    /// No copy at all, or more than [`MAX_REPLICAS`].
+    #[error(
+        "--replicas is not between 1 and {MAX_REPLICAS}: each copy of a page is sent and kept, and more would outlive no more \
+         failures than nodes have at a time"
+    )]
+    Copies,
     /// As many jobs as there may be.
     #[error(
         "this agent serves as many jobs as it can ({MAX_JOBS}); try again when some have ended"
@@ -184,6 +192,9 @@ impl Spaces {
     ) -> Result<Arc<Job>, JobError> {
         if local_bytes < LEAST_LOCAL_BYTES {
             return Err(JobError::TooLittle);
+        }
+        if !(1..=MAX_REPLICAS).contains(&copies) {
+            return Err(JobError::Copies);
         }
         if fault_deadline < Duration::from_secs(1) || fault_deadline > MAX_FAULT_DEADLINE {
             return Err(JobError::Deadline);

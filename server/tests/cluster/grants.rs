@@ -167,10 +167,11 @@ async fn a_repeated_request_is_not_granted_twice() {
         count: 2,
         fabric: 0,
         request_id: 99,
+        ..Default::default()
     };
     let first = agent
         .client
-        .grant_extents(message)
+        .grant_extents(message.clone())
         .await
         .unwrap()
         .into_inner();

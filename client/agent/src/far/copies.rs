@@ -6,7 +6,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::extent::{Condition, Copy, CopyId, Extent, Grant, MAX_PINNED, Parts, Pinned, Place};
+use super::extent::{
+    Condition, Copy, CopyId, Extent, Grant, MAX_TRANSFER_SLOTS, Parts, Pinned, Place,
+};
 use super::{FarMemory, MAX_COPIES, lock};
 use crate::entry::Slot;
 
@@ -113,11 +115,12 @@ impl FarMemory {
         doubted.unwrap_or(false)
     }
 
-    /// Extents in use that have fewer whole copies than they should.
+    /// Extents in use that should have so many copies and have fewer whole ones.
     #[must_use]
-    pub fn below_goal(&self) -> u32 {
+    pub fn below_goal(&self, goal: u8) -> u32 {
         let extents = self.all();
-        let below = extents.iter().flatten().filter(|extent| {
+        let of_goal = extents.iter().flatten().filter(|it| it.goal == goal);
+        let below = of_goal.filter(|extent| {
             let parts = extent.lock();
             is_in_use(extent, &parts) && whole(&parts, None) < usize::from(extent.goal)
         });
@@ -307,7 +310,7 @@ fn missing(extent: &Extent, parts: &Parts) -> Option<(std::ops::Range<usize>, us
                     .zip(parts.copies[to].holds.words())
                     .position(|(from, to)| from & !to != 0)?;
                 let start = (word * 64..slots).find(lacks)?;
-                let len = (start..slots.min(start + MAX_PINNED))
+                let len = (start..slots.min(start + MAX_TRANSFER_SLOTS))
                     .take_while(lacks)
                     .count();
                 Some((start..start + len, from, to))

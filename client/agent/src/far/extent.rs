@@ -17,7 +17,7 @@ use super::slots::{FreeSlots, SlotBits, SlotRecord};
 pub const MAX_COPIES: usize = MAX_REPLICAS as usize + 1;
 
 /// Most slots of an extent that are being copied at once: what one request of the mover's moves.
-pub(super) const MAX_PINNED: usize = 64;
+pub const MAX_TRANSFER_SLOTS: usize = 64;
 
 /// A copy of an extent, as the coordinator granted it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -128,7 +128,7 @@ pub(super) struct Parts {
     pub(super) free: FreeSlots,
     pub(super) copies: SmallVec<[Copy; 2]>,
     /// Slots that are being copied: one that is given up meanwhile is not given out again before that is over.
-    pub(super) pinned: SmallVec<[Pinned; MAX_PINNED]>,
+    pub(super) pinned: SmallVec<[Pinned; MAX_TRANSFER_SLOTS]>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

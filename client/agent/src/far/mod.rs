@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use farpage_proto::limits::MAX_REPLICAS;
 
 pub use copies::{Transfer, Wanted};
-pub use extent::{CopyId, Extent, Grant, MAX_COPIES, Place, Places};
+pub use extent::{CopyId, Extent, Grant, MAX_COPIES, MAX_TRANSFER_SLOTS, Place, Places};
 
 use crate::entry::{EXTENT_BITS, PAGE_IN_EXTENT_BITS, Slot};
 use extent::{Condition, Copy, Parts};
@@ -321,6 +321,21 @@ impl FarMemory {
     #[must_use]
     pub fn is_low(&self, goal: u8) -> bool {
         self.free_of(goal) < LOW_WATER_SLOTS
+    }
+
+    /// Whether slots can be had in extents that should have so many copies, whether they have them or not.
+    #[must_use]
+    pub fn has_room(&self, goal: u8) -> bool {
+        let extents = self.all();
+        let of_goal = extents.iter().flatten().filter(|it| it.goal == goal);
+        let free = of_goal.map(|extent| {
+            let parts = extent.lock();
+            match parts.copies.iter().any(Copy::is_usable) {
+                true => parts.free.count,
+                false => 0,
+            }
+        });
+        free.sum::<u64>() >= LOW_WATER_SLOTS
     }
 
     /// Slots in use in extents of so many copies.

@@ -11,7 +11,7 @@
 //! (victims, helper) → [`write_back`] (hash, slot, write); [`shortage`] is of slots. [`event`] and [`fork`] follow the
 //! program; [`register`] finds what to manage; [`soft_dirty`] says what was written.
 
-mod dial;
+pub(crate) mod dial;
 mod event;
 mod failure;
 mod fault;
