@@ -3,7 +3,7 @@
 //! One thread with a runtime of its own. No pager waits for it: extents are asked for before they are needed,
 //! and while the coordinator is away programs run on with what is granted.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -77,7 +77,8 @@ pub struct ControlPlane {
     grant_number: u64,
     /// The request for a further copy of an extent, of this number, that no answer has come to.
     unanswered: Option<(GrantRequest, u32)>,
-    complaint: Option<(String, Instant)>,
+    /// The last complaint of each kind.
+    complaints: HashMap<&'static str, (String, Instant)>,
 }
 
 impl ControlPlane {
@@ -116,7 +117,7 @@ impl ControlPlane {
             lease,
             grant_number: 1,
             unanswered: None,
-            complaint: None,
+            complaints: HashMap::new(),
         })
     }
 
@@ -376,15 +377,14 @@ impl ControlPlane {
     }
 
     /// Logs a failure, and the same one again only after a while.
-    fn complain(&mut self, what: &str, error: &CallError) {
-        let complaint = format!("{what}: {error}");
-        let again = self
-            .complaint
-            .as_ref()
-            .is_some_and(|(last, at)| *last == complaint && at.elapsed() < COMPLAINT_INTERVAL);
+    fn complain(&mut self, what: &'static str, error: &CallError) {
+        let error = error.to_string();
+        let last = self.complaints.get(what);
+        let again =
+            last.is_some_and(|(last, at)| *last == error && at.elapsed() < COMPLAINT_INTERVAL);
         if !again {
-            tracing::warn!("{complaint}");
-            self.complaint = Some((complaint, Instant::now()));
+            tracing::warn!("{what}: {error}");
+            self.complaints.insert(what, (error, Instant::now()));
         }
     }
 }
