@@ -123,6 +123,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::far::Grant;
     use crate::mailbox::SpaceHandle;
 
     fn open(spaces: &Spaces) -> Arc<Job> {
@@ -150,6 +151,35 @@ mod tests {
         }
         let buckets = observer.figures().counted.latencies.histogram().buckets;
         assert_eq!(buckets.iter().map(|(_, count)| count).sum::<u64>(), 1);
+    }
+
+    #[test]
+    fn extents_are_told_by_what_was_heard_of_them() {
+        let far = Arc::new(FarMemory::default());
+        let observer = Observer::new(Arc::default(), Arc::clone(&far));
+        let counts = |held, unreachable, lost| ExtentCounts {
+            held,
+            unreachable,
+            lost,
+        };
+        for id in 0..3 {
+            let grant = Grant {
+                id,
+                address: String::new(),
+                index: id as u32,
+                key: id,
+                bytes: 1 << 20,
+            };
+            far.add(grant).unwrap();
+        }
+        assert_eq!(observer.figures().extents, counts(3, 0, 0));
+        far.heard_of_nodes(&[0], &[1]);
+        assert_eq!(observer.figures().extents, counts(3, 1, 1));
+        assert_eq!(observer.figures().slots_free, 256);
+        far.lose_all();
+        assert_eq!(observer.figures().extents, counts(3, 0, 3));
+        far.retire(0);
+        assert_eq!(observer.figures().extents, counts(0, 0, 0));
     }
 
     #[test]
