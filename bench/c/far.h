@@ -202,6 +202,14 @@ __attribute__((unused)) static int touch_raises(volatile char *at, int write)
 	return raised;
 }
 
+/* `usual` seconds, or what the outside says on emulated machines. */
+__attribute__((unused)) static int patience(int usual)
+{
+	const char *said = getenv("FARPAGE_TEST_PATIENCE");
+	int seconds = said ? atoi(said) : 0;
+	return seconds > usual ? seconds : usual;
+}
+
 struct test_case {
 	const char *name;
 	void (*run)(void);

@@ -106,3 +106,33 @@ fn trees_verify_every_page() {
 fn trees_with_processes_killed() {
     run_registered("fork_tree", "kill");
 }
+
+#[test]
+fn daemons() {
+    run_registered("births", "daemon");
+}
+
+#[test]
+fn children_by_the_bare_system_call() {
+    run_registered("births", "raw_clone");
+}
+
+#[test]
+fn children_that_borrow_memory() {
+    run_registered("births", "vfork");
+}
+
+#[test]
+fn programs_spawned() {
+    run_registered("births", "posix_spawn");
+}
+
+#[test]
+fn children_that_become_other_programs() {
+    run_registered("births", "fork_exec");
+}
+
+#[test]
+fn threads_that_fork_while_others_fault() {
+    run_registered("births", "threads_fork");
+}

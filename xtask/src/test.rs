@@ -28,7 +28,7 @@ pub(crate) fn run() -> Result<(), String> {
         &mut tally,
         Step::cargo(&["test", "--release", "-p", "farpage-cli"]).args(show),
     );
-    lab::test(&mut tally, None, None);
+    lab::test(&mut tally, &lab::Choice::default());
     for (name, _) in crates_with_models() {
         // A target folder of its own: the flag rebuilds everything.
         let step = Step::cargo(&["test", "--release", "-p", &name, "--lib", "loom"]).args(show);
