@@ -82,7 +82,7 @@ fn siblings_share_what_is_far() {
     for outcome in run_registered("forks", "siblings") {
         let summary = outcome.summary.unwrap();
         let peak = summary["far_peak_bytes"].as_u64().unwrap();
-        // 48 MiB of data, and 40 that push them out; nine times the data is 432.
+        // 48 MiB of data, and 24 that push them out; nine times the data is 432.
         assert!(peak < 128 << 20, "{summary}");
     }
 }

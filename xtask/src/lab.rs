@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::step::{Step, StepError, build_programs, release_folder, root};
 use crate::tally::Tally;
+use crate::test::CHECKED;
 
 /// Debian's kernels that farpage is tried on: the newest that backports offer, and the stable release's own.
 pub(crate) const KERNELS: [&str; 2] = ["6.12", "6.1"];
@@ -303,14 +304,14 @@ struct Programs {
 fn build() -> Result<Programs, String> {
     // The shim is loaded from beside the executable.
     build_programs().map_err(|error| error.to_string())?;
-    let fabric = built(&["-p", "farpage-fabric"])?;
+    let checked = built(&CHECKED)?;
     let cli = built(&["--release", "-p", "farpage-cli", "--test", TEST_OF_TWO])?;
     Ok(Programs {
         alone: TESTS
             .iter()
-            .map(|(name, _)| program(&fabric, name))
+            .map(|(name, _)| program(&checked, name))
             .collect::<Result<_, _>>()?,
-        of_two: program(&fabric, TEST_OF_TWO)?,
+        of_two: program(&checked, TEST_OF_TWO)?,
         whole: program(&cli, TEST_OF_TWO)?,
     })
 }
