@@ -244,10 +244,6 @@ fn on(kernel: &str, choice: &Choice, programs: &Programs) -> Run {
             let program = program.display();
             format!("'{program}' --test-threads 1 --show-output {filter} || failed=1; ")
         });
-    let on_one = format!(
-        "export FARPAGE_TEST_PATIENCE={PATIENCE_SECONDS}; failed=0; {}exit $failed",
-        tests.collect::<String>()
-    );
     let of_two = |program: &Path| {
         let (program, patience) = (program.display(), PATIENCE_SECONDS);
         let serve = format!("FARPAGE_TEST_PATIENCE={patience} FARPAGE_LAB=serve '{program}'");
@@ -261,26 +257,35 @@ fn on(kernel: &str, choice: &Choice, programs: &Programs) -> Run {
     let cases = CASES
         .iter()
         .fold(bench.clone(), |words, case| words + " --case " + case);
-    let semantics = format!(
-        "export FARPAGE_TEST_PATIENCE={PATIENCE_SECONDS}; failed=0; {cases} || failed=1; \
-         {bench} --fabric rdma --case {CASE_OVER_RDMA} || failed=1; exit $failed"
-    );
-    let steps = [
-        (Part::One, step().args(["--", "bash", "-c", &on_one])),
-        (
-            Part::Semantics,
-            step().args(["--", "bash", "-c", &semantics]),
-        ),
-        (Part::Two, of_two(&programs.of_two)),
-        (Part::Programs, of_two(&programs.whole)),
-    ];
-    let (mut all_well, mut all_printed) = (true, String::new());
+    let semantics =
+        format!("{cases} || failed=1; {bench} --fabric rdma --case {CASE_OVER_RDMA} || failed=1; ");
     let wanted = |its: Part| match choice.part {
         Some(part) => part == its,
         // Minutes each: on one kernel, unless asked for.
         None => its != Part::Programs || kernel == KERNELS[0],
     };
-    for (_, step) in steps.into_iter().filter(|(its, _)| wanted(*its)) {
+    // What wants one machine shares it: each start of one takes as long as a case.
+    let on_one: String = [
+        (Part::One, tests.collect::<String>()),
+        (Part::Semantics, semantics),
+    ]
+    .into_iter()
+    .filter_map(|(its, commands)| wanted(its).then_some(commands))
+    .collect();
+    let of_one = (!on_one.is_empty()).then(|| {
+        let all = format!(
+            "export FARPAGE_TEST_PATIENCE={PATIENCE_SECONDS}; failed=0; {on_one}exit $failed"
+        );
+        step().args(["--", "bash", "-c", &all])
+    });
+    let of_two = [
+        (Part::Two, of_two(&programs.of_two)),
+        (Part::Programs, of_two(&programs.whole)),
+    ]
+    .into_iter()
+    .filter_map(|(its, step)| wanted(its).then_some(step));
+    let (mut all_well, mut all_printed) = (true, String::new());
+    for step in of_one.into_iter().chain(of_two) {
         let (well, printed) = step.quietly().unwrap_or_default();
         all_well &= well;
         all_printed += &printed;
