@@ -244,6 +244,8 @@ static void guard_raw(void) { MUST(guard_by(by_the_kernel) > DATA / 2 / PAGE / 2
 static void dump(void)
 {
 	char *at = far_map(DATA, 1);
+	/* So that some is here. */
+	check(at, DATA / 16, 1, "brought home");
 	fprintf(stderr, "DATA %lx %lx\n", (unsigned long)(uintptr_t)at, (unsigned long)DATA);
 	struct rlimit all = {RLIM_INFINITY, RLIM_INFINITY};
 	setrlimit(RLIMIT_CORE, &all);
