@@ -363,6 +363,9 @@ pub(crate) struct BenchArgs {
     /// The long forms, which take minutes each, instead of the short ones (bench conformance)
     #[arg(long)]
     pub(crate) long: bool,
+    /// Each case once, as this kernel does it, not also as older ones would (bench conformance)
+    #[arg(long)]
+    pub(crate) plain: bool,
     /// What the cases that draw lots begin with (bench conformance)
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,
