@@ -275,7 +275,11 @@ mod tests {
     fn garbage_costs_its_own_connection() {
         let (at, endpoint) = started();
         endpoint.open(Counting::default());
-        let endless = [b"GET /metrics HTTP/1.1\r\nX: ".as_slice(), &[b'x'; 1 << 20]].concat();
+        let endless = [
+            b"GET /metrics HTTP/1.1\r\nX: ".as_slice(),
+            &vec![b'x'; 1 << 20],
+        ]
+        .concat();
         let many = b"X: y\r\n".repeat(2 * MAX_HEADERS);
         let many = [b"GET /metrics HTTP/1.1\r\n".as_slice(), &many, b"\r\n"].concat();
         let mut seed = 7u32;
