@@ -159,6 +159,15 @@ pub(crate) struct RdmaArgs {
     pub(crate) device: String,
 }
 
+/// What a daemon tells of itself.
+#[derive(Debug, Args)]
+pub(crate) struct MetricsArgs {
+    /// Serve metrics for Prometheus at http://ADDR:PORT/metrics, to everybody who can connect: give it the loopback's address
+    /// or that of a network for management. Port 0 takes any; the start line says which [default: none are served]
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) metrics: Option<std::net::SocketAddr>,
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
@@ -191,6 +200,8 @@ pub(crate) struct NodeArgs {
     /// A label for placement; may be repeated
     #[arg(long = "label", value_name = "K=V", value_parser = parse_label)]
     pub(crate) labels: Vec<Label>,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
 }
 
 /// A node's label, for placement.
@@ -225,6 +236,8 @@ pub(crate) struct CoordinatorArgs {
     /// from both this and the nodes
     #[arg(long, value_name = "SECONDS", default_value_t = 15, value_parser = clap::value_parser!(u64).range(5..=86400))]
     pub(crate) lease_time: u64,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
 }
 
 /// Where a coordinator keeps its state.
@@ -274,6 +287,8 @@ pub(crate) struct AgentArgs {
     /// do not say
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = fault_deadline())]
     pub(crate) fault_deadline: u64,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
     /// Bring up a coordinator and a memory node of this capacity for this agent alone
     #[arg(long, value_name = "SIZE", hide = true)]
     pub(crate) own_far_memory: Option<Size>,
@@ -387,6 +402,9 @@ pub(crate) struct BenchArgs {
     /// The long forms, which take minutes each, instead of the short ones (bench conformance)
     #[arg(long)]
     pub(crate) long: bool,
+    /// Each case once, as this kernel does it, not also as older ones would (bench conformance)
+    #[arg(long)]
+    pub(crate) plain: bool,
     /// What the cases that draw lots begin with (bench conformance)
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,

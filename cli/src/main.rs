@@ -10,6 +10,7 @@ mod daemon;
 mod doctor;
 mod drain;
 mod far_memory;
+mod metrics;
 mod node;
 mod run;
 mod size;

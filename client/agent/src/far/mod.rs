@@ -40,11 +40,29 @@ pub struct SlotRun {
     pub len: u16,
 }
 
+/// How many extents an agent holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExtentCounts {
+    /// In all.
+    pub held: u64,
+    /// Those of them of which no copy can be had now, since their nodes are silent.
+    pub unreachable: u64,
+    /// Those of them of which no copy is left.
+    pub lost: u64,
+}
+
 /// A count for each number of copies that a job may ask for.
 type ByGoal = [AtomicU64; MAX_REPLICAS as usize + 1];
 
 fn of(counts: &ByGoal, goal: u8) -> &AtomicU64 {
     &counts[usize::from(goal.min(MAX_REPLICAS))]
+}
+
+fn sum(counts: &ByGoal) -> u64 {
+    counts
+        .iter()
+        .map(|count| count.load(Ordering::Relaxed))
+        .sum()
 }
 
 /// The extents of this agent and the slots in them. Shared by all pagers.
@@ -336,6 +354,34 @@ impl FarMemory {
             }
         });
         free.sum::<u64>() >= LOW_WATER_SLOTS
+    }
+
+    /// How many extents there are, and in which condition they were when the coordinator last told.
+    #[must_use]
+    pub fn extents(&self) -> ExtentCounts {
+        let mut counts = ExtentCounts::default();
+        for extent in self.all().iter().flatten() {
+            let parts = extent.lock();
+            counts.held += 1;
+            if parts.copies.iter().all(|copy| copy.condition.is_lost()) {
+                counts.lost += 1;
+            } else if !parts.copies.iter().any(Copy::is_usable) {
+                counts.unreachable += 1;
+            }
+        }
+        counts
+    }
+
+    /// Slots in use.
+    #[must_use]
+    pub fn used(&self) -> u64 {
+        sum(&self.used)
+    }
+
+    /// Slots free where nodes answer and extents have all of their copies.
+    #[must_use]
+    pub fn free(&self) -> u64 {
+        sum(&self.free)
     }
 
     /// Slots in use in extents of so many copies.
