@@ -68,7 +68,7 @@ impl FarMemory {
     fn change_copies(&self, mut change: impl FnMut(&mut Copy)) {
         for extent in self.all().iter().flatten() {
             self.update(extent, |parts| {
-                parts.copies.iter_mut().for_each(&mut change)
+                parts.copies.iter_mut().for_each(&mut change);
             });
         }
     }

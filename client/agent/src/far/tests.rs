@@ -278,7 +278,7 @@ fn doubted_bytes_are_copied_anew_where_another_has_them() {
     assert_eq!(nodes_of(&far, slot), [1, 2]);
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 enum Op {
     /// Writes a run; which of its targets confirm it, by bits.
     Write(u16, u8),
