@@ -9,6 +9,7 @@ use farpage_proto::transport::EndpointUrl;
 
 use crate::args::{AgentArgs, Fabric};
 use crate::daemon;
+use crate::metrics::{Endpoint, MetricsError};
 use crate::run::{Helper, HelperError, READY};
 
 /// Why programs are not served.
@@ -27,6 +28,8 @@ pub(crate) enum AgentError {
     #[error(transparent)]
     Helper(#[from] HelperError),
     #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    #[error(transparent)]
     Agent(#[from] farpage_agent::AgentError),
     #[error("cannot wait for signals: {0}")]
     Signals(#[from] std::io::Error),
@@ -40,6 +43,7 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
         return Err(AgentError::NoRdma);
     }
     let socket = args.socket.to_str().ok_or(AgentError::Socket)?.to_owned();
+    let metrics = Endpoint::start(args.metrics.metrics)?;
     // Held until the agent has ended: the memory goes after those who use it.
     let (_own_far_memory, coordinator) = match args.own_far_memory {
         Some(capacity) => {
@@ -59,7 +63,11 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
     };
     let stop = Arc::new(AtomicBool::new(false));
     daemon::stop_on_signals(&stop)?;
-    Ok(serve(config, &stop, || daemon::say(READY))?)
+    let ready = |observer| match metrics {
+        Some(metrics) => daemon::say(&format!("ready, {}\n", metrics.open(observer))),
+        None => daemon::say(READY),
+    };
+    Ok(serve(config, &stop, ready)?)
 }
 
 /// The group that may come in: none where the agent is one run's own. A missing default group is no error, since

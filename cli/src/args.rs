@@ -146,6 +146,15 @@ pub(crate) struct RdmaArgs {
     pub(crate) device: String,
 }
 
+/// What a daemon tells of itself.
+#[derive(Debug, Args)]
+pub(crate) struct MetricsArgs {
+    /// Serve metrics for Prometheus at http://ADDR:PORT/metrics, to everybody who can connect: give it the loopback's address
+    /// or that of a network for management. Port 0 takes any; the start line says which [default: none are served]
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) metrics: Option<std::net::SocketAddr>,
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
@@ -178,6 +187,8 @@ pub(crate) struct NodeArgs {
     /// A label for placement; may be repeated
     #[arg(long = "label", value_name = "K=V", value_parser = parse_label)]
     pub(crate) labels: Vec<Label>,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
 }
 
 /// A node's label, for placement.
@@ -212,6 +223,8 @@ pub(crate) struct CoordinatorArgs {
     /// from both this and the nodes
     #[arg(long, value_name = "SECONDS", default_value_t = 15, value_parser = clap::value_parser!(u64).range(5..=86400))]
     pub(crate) lease_time: u64,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
 }
 
 /// Where a coordinator keeps its state.
@@ -261,6 +274,8 @@ pub(crate) struct AgentArgs {
     /// do not say
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = fault_deadline())]
     pub(crate) fault_deadline: u64,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
     /// Bring up a coordinator and a memory node of this capacity for this agent alone
     #[arg(long, value_name = "SIZE", hide = true)]
     pub(crate) own_far_memory: Option<Size>,

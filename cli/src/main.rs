@@ -9,6 +9,7 @@ mod coordinator;
 mod daemon;
 mod doctor;
 mod far_memory;
+mod metrics;
 mod node;
 mod run;
 mod size;

@@ -7,6 +7,7 @@ mod grant;
 mod lease;
 mod node_client;
 mod nodes;
+mod observer;
 mod owner;
 mod placement;
 mod record;
@@ -27,6 +28,7 @@ use farpage_proto::v1::coordinator_server::CoordinatorServer;
 
 pub use error::{GrantError, HeartbeatError, NoLease, OpenError, RegisterError};
 pub use nodes::Holder;
+pub use observer::{ClusterFigures, CoordinatorObserver};
 pub use record::Unreadable;
 pub use state::Timing;
 pub use store::{StoreError, StoreUrl, StoreUrlError};
@@ -55,6 +57,8 @@ pub struct CoordinatorConfig {
 pub struct CoordinatorReady {
     /// Where, with the port that it got.
     pub url: EndpointUrl,
+    /// Whom to ask for figures while it does.
+    pub observer: CoordinatorObserver,
 }
 
 /// Why a coordinator ended.
@@ -102,7 +106,8 @@ where
     let mut ended = ended;
 
     tracing::info!(%url, store = %config.store, "the coordinator serves");
-    ready(CoordinatorReady { url });
+    let observer = CoordinatorObserver(dispatch.owner.clone());
+    ready(CoordinatorReady { url, observer });
     let mut store_failure = None;
     let stop = async {
         tokio::select! {

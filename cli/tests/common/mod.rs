@@ -12,6 +12,7 @@
 
 pub mod cgroup;
 pub mod cluster;
+pub mod held;
 pub mod lab;
 pub mod programs_in_c;
 pub mod pty;

@@ -300,31 +300,11 @@ fn host_name() -> HostName {
 /// last count, and asked to be counted anew.
 #[must_use]
 pub fn figures(spaces: &Spaces) -> Vec<ProcessFigures> {
-    use std::sync::atomic::Ordering::Relaxed;
     let of_job = |job: Arc<crate::job::Job>| {
         let limit = job.local_pages() * 4096;
         job.spaces().into_iter().map(move |handle| {
-            let pid = handle.pid().unwrap_or(0);
-            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            let now = &handle.figures;
             handle.ask_to_count_shared();
-            let (managed_pages, far_pages) = (now.local.load(Relaxed), now.far.load(Relaxed));
-            ProcessFigures {
-                pid,
-                name: name.trim_end().to_owned(),
-                // Before the first sample what the table says is the best there is.
-                local_pages: match now.anonymous.load(Relaxed) {
-                    0 => managed_pages,
-                    sampled => sampled,
-                },
-                managed_pages,
-                far_pages,
-                // Counted at another moment than the whole.
-                shared_far_pages: now.shared_far.load(Relaxed).min(far_pages),
-                zero_pages: now.zero.load(Relaxed).min(far_pages),
-                faults: now.faults.load(Relaxed),
-                local_limit_bytes: limit,
-            }
+            ProcessFigures::of(&handle, limit)
         })
     };
     spaces.jobs().into_iter().flat_map(of_job).collect()

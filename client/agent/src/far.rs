@@ -146,6 +146,20 @@ pub struct FarMemory {
     /// Free slots of usable extents. Changes under the lock of the extent that it changes for.
     free: AtomicU64,
     used: AtomicU64,
+    /// Extents whose node is silent, and those that are lost, when last heard of.
+    unreachable: AtomicU64,
+    lost: AtomicU64,
+}
+
+/// How many extents an agent holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExtentCounts {
+    /// In all.
+    pub held: u64,
+    /// Those of them whose node is silent.
+    pub unreachable: u64,
+    /// Those of them whose contents are gone.
+    pub lost: u64,
 }
 
 impl FarMemory {
@@ -232,10 +246,13 @@ impl FarMemory {
 
     fn set_conditions(&self, decide: impl Fn(u64, Condition) -> Condition) {
         let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
+        let (mut unreachable, mut lost) = (0, 0);
         for extent in extents.iter().flatten() {
             let mut free = lock(&extent.free);
             let (before, now) = (free.condition, decide(extent.grant.id, free.condition));
             free.condition = now;
+            unreachable += u64::from(now == Condition::Unreachable);
+            lost += u64::from(now.is_lost());
             match (before == Condition::Usable, now == Condition::Usable) {
                 (true, false) => {
                     self.free.fetch_sub(free.count, Ordering::Relaxed);
@@ -245,6 +262,22 @@ impl FarMemory {
                 }
                 _ => {}
             }
+        }
+        self.unreachable.store(unreachable, Ordering::Relaxed);
+        self.lost.store(lost, Ordering::Relaxed);
+    }
+
+    /// How many extents there are, and in which condition they were when the coordinator last told.
+    #[must_use]
+    pub fn extents(&self) -> ExtentCounts {
+        let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
+        let held = extents.iter().flatten().count() as u64;
+        let lost = self.lost.load(Ordering::Relaxed).min(held);
+        let unreachable = self.unreachable.load(Ordering::Relaxed);
+        ExtentCounts {
+            held,
+            unreachable: unreachable.min(held - lost),
+            lost,
         }
     }
 

@@ -16,6 +16,7 @@ pub mod client;
 pub mod control_plane;
 pub mod door;
 pub mod far;
+pub mod figures;
 mod injection;
 pub mod job;
 pub mod kernel;
@@ -31,5 +32,6 @@ pub mod sys;
 pub mod tree;
 
 pub use farpage_core::{entry, gate, page_cell, prefetch, residents, table};
+pub use figures::{AgentFigures, Observer};
 pub use serve::{AgentConfig, AgentError, serve};
 pub use spaces::MAX_FAULT_DEADLINE;

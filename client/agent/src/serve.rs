@@ -12,6 +12,7 @@ use farpage_proto::transport::EndpointUrl;
 use crate::control_plane::{ControlError, ControlPlane};
 use crate::door::{Admission, Door};
 use crate::far::FarMemory;
+use crate::figures::Observer;
 use crate::kernel::{Kernel, KernelError};
 use crate::pager::Shared;
 use crate::spaces::Spaces;
@@ -67,14 +68,14 @@ pub enum AgentError {
 }
 
 /// Runs an agent in this process until `stop` is set, or its launcher is gone. Calls `ready` once programs may
-/// come.
+/// come, with somebody to ask for figures.
 ///
 /// # Errors
 /// [`AgentError`] at the start.
 pub fn serve(
     config: AgentConfig,
     stop: &Arc<AtomicBool>,
-    ready: impl FnOnce(),
+    ready: impl FnOnce(Observer),
 ) -> Result<(), AgentError> {
     let (kernel, device) = Kernel::probe()?;
     crate::sys::process::raise_session_priority(
@@ -120,11 +121,12 @@ pub fn serve(
         let ended = Arc::clone(&ended);
         move || door.serve(&listener, &|| ended.load(Ordering::Acquire))
     })?;
+    let observer = Observer::new(Arc::clone(&spaces), Arc::clone(&far));
     let control = spawn("control-plane", {
         let (spaces, ended) = (Arc::clone(&spaces), Arc::clone(&ended));
         move || plane.run(&far, &spaces, &|| ended.load(Ordering::Acquire))
     })?;
-    ready();
+    ready(observer);
     wait_for_end(stop, config.exit_on_eof.as_ref(), &spaces);
     let _ = control.join();
     Ok(())

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::ceiling;
 use crate::far::FarMemory;
+use crate::figures::Counted;
 use crate::job::{Job, Limits};
 use crate::mailbox::{Request, SpaceHandle};
 use crate::pager::Pager;
@@ -65,6 +66,8 @@ pub struct Spaces {
     next: AtomicU64,
     live: AtomicU64,
     jobs: Mutex<HashMap<u64, Arc<Job>>>,
+    /// What was counted for jobs that are no more. Changes under the lock of `jobs`.
+    ended: Counted,
     /// Forked children that have no helper yet, with their parents' numbers.
     forked: Mutex<Vec<(u64, Arc<SpaceHandle>)>>,
     far_wanted: AtomicBool,
@@ -216,7 +219,19 @@ impl Spaces {
         while !job.spaces().is_empty() {
             std::thread::sleep(LAST_PROCESS_POLL);
         }
-        self.lock_jobs().remove(&job.token);
+        let mut jobs = self.lock_jobs();
+        if jobs.remove(&job.token).is_some() {
+            self.ended.add(&job.counters, &job.latencies);
+        }
+    }
+
+    /// All jobs, and what was counted for those that are no more.
+    #[must_use]
+    pub fn jobs_and_ended(&self) -> (Vec<Arc<Job>>, Counted) {
+        let jobs = self.lock_jobs();
+        let ended = Counted::default();
+        ended.add(&self.ended.counters, &self.ended.latencies);
+        (jobs.values().cloned().collect(), ended)
     }
 
     /// All jobs.
