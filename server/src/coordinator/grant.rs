@@ -221,8 +221,9 @@ impl State {
         Ok(held
             .extents
             .iter()
+            .filter_map(|&id| self.grant_of(id, fabric, 0))
             .zip(0..)
-            .filter_map(|(&id, set)| self.grant_of(id, fabric, set))
+            .map(|(grant, set)| ExtentGrant { set, ..grant })
             .collect())
     }
 
