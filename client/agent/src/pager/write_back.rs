@@ -125,9 +125,9 @@ pub(crate) struct Staging {
     shared: VecDeque<Page>,
     /// Pages of mappings that are not plain read-write any more, to be dropped rather than moved.
     unmovable: VecDeque<Page>,
-    /// Pages that the program has locked, and when they were last tried.
+    /// Pages that the program has locked, and when one was last found to be.
     stuck: Vec<Page>,
-    stuck_tried: Option<Instant>,
+    stuck_found: Option<Instant>,
     /// What runs kept their pages in that are over, for the next ones.
     spare: Vec<Vec<Staged>>,
 }
@@ -166,17 +166,18 @@ impl Staging {
 
     pub(super) fn stuck_page(&mut self, page: Page) {
         self.stuck.push(page);
+        self.stuck_found = Some(Instant::now());
     }
 
-    /// The locked pages, to be tried again; none where that was done a moment ago.
+    /// The locked pages, to be tried again; none while others are being found to be locked. Trying all of them may take longer
+    /// than any pause between two tries, and that nothing is left which could go is only seen once all have been tried.
     pub(super) fn take_stuck(&mut self) -> Vec<Page> {
         if self
-            .stuck_tried
+            .stuck_found
             .is_some_and(|at| at.elapsed() < STUCK_RETRY)
         {
             return Vec::new();
         }
-        self.stuck_tried = Some(Instant::now());
         std::mem::take(&mut self.stuck)
     }
 
@@ -547,3 +548,22 @@ const STUCK_RETRY: Duration = Duration::from_secs(1);
 const FULL_REST: Duration = Duration::from_millis(5);
 /// How long the end of an address space waits for its last transfers.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// They were tried again by the clock alone. With thousands of them that was before all had been tried once, so that it was never
+    /// seen that nothing could go, and who locked all of its memory waited for room until the fault's deadline.
+    #[test]
+    fn locked_pages_rest_while_more_are_found() {
+        let mut staging = Staging::default();
+        let long_ago = Instant::now().checked_sub(2 * STUCK_RETRY);
+        staging.stuck_page(Page(1));
+        staging.stuck_found = long_ago;
+        staging.stuck_page(Page(2));
+        assert!(staging.take_stuck().is_empty());
+        staging.stuck_found = long_ago;
+        assert_eq!(staging.take_stuck(), [Page(1), Page(2)]);
+    }
+}
