@@ -93,7 +93,7 @@ async fn a_full_cluster_says_so_with_totals() {
         .grant_over(1, Some(FabricKind::Rdma))
         .await
         .unwrap_err();
-    assert!(error.message().contains("that serve rdma"), "{error:?}");
+    assert!(error.message().contains("serve rdma"), "{error:?}");
     node.stop().await;
     coordinator.stop().await;
 }
