@@ -83,8 +83,10 @@ impl Run {
         self.targets.iter().all(|target| target.write.is_over())
     }
 
+    /// Whether something is to be posted. Where all copies fell silent just when its slots were taken that is nothing, and
+    /// posting it ends it.
     fn is_unsent(&self) -> bool {
-        self.has(Write::Unsent)
+        self.targets.is_empty() || self.has(Write::Unsent)
     }
 
     fn slots(&self) -> impl Iterator<Item = Slot> + use<> {
@@ -552,6 +554,14 @@ const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Its staging area stayed taken for good.
+    #[test]
+    fn a_run_without_targets_is_posted_and_so_ended() {
+        let first = Slot::new(0, 0).unwrap();
+        let run = Run::new(0, Vec::new(), SlotRun { first, len: 1 }, Places::new());
+        assert!(run.is_unsent() && run.is_over());
+    }
 
     /// They were tried again by the clock alone. With thousands of them that was before all had been tried once, so that it was never
     /// seen that nothing could go, and who locked all of its memory waited for room until the fault's deadline.
