@@ -64,7 +64,7 @@ enum Task {
         /// Only cases with this in their name, for --part conformance; may be given again
         #[arg(long = "case", value_name = "NAME", requires = "part")]
         cases: Vec<String>,
-        /// End a machine after this time [default: 900; for --part conformance, 8 hours]
+        /// End a machine after this time [default: 1800; for --part conformance, 8 hours]
         #[arg(long, value_name = "SECONDS", conflicts_with = "command")]
         timeout: Option<u32>,
         /// What to run
