@@ -55,6 +55,11 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
         id: args.id.clone().unwrap_or_else(daemon::default_id),
         fabric: args.fabric.map(Fabric::kind),
         fault_deadline: Duration::from_secs(args.fault_deadline),
+        // An agent of one run's own has no successor: the run ends with it.
+        takeover_deadline: args
+            .own_far_memory
+            .is_none()
+            .then(|| Duration::from_secs(args.takeover_deadline)),
         exit_on_eof: args.lifeline.map(crate::sys::take_descriptor).transpose()?,
     };
     let stop = Arc::new(AtomicBool::new(false));

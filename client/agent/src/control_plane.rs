@@ -4,19 +4,21 @@
 //! and while the coordinator is away programs run on with what is granted.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use farpage_proto::client::{CallError, Coordinator, OpenedLease};
-use farpage_proto::lease::{GrantRequest, LeaseRequest};
+use farpage_proto::lease::{ExtentGrant, GrantRequest, LeaseRequest};
 use farpage_proto::report::AgentReport;
 use farpage_proto::transport::{ConnectError, EndpointUrl, connect};
 use farpage_proto::{
-    AgentId, ExtentId, FabricKind, FieldError, HostName, RequestId, Tenant, limits, v1,
+    AgentId, ExtentId, FabricKind, FieldError, HostName, LeaseId, RequestId, Tenant, limits, v1,
 };
 
 use crate::far::{FarMemory, Grant};
 use crate::protocol::ProcessFigures;
 use crate::spaces::Spaces;
+use crate::state::State;
 
 /// How long any one call may take, except a grant.
 const CALL_DEADLINE: Duration = Duration::from_secs(5);
@@ -69,8 +71,9 @@ pub struct ControlPlane {
     /// The same connection with the longer deadline.
     grants: Coordinator,
     lease: OpenedLease,
-    /// The number of the grant request under way: kept until it is answered, so that a lost answer loses no extent.
-    grant_number: u64,
+    /// Where the lease is kept, and the number of the grant request under way: the same until what was granted is kept too, so
+    /// that neither a lost answer nor the agent's end loses an extent.
+    state: Arc<State>,
     complaint: Option<(String, Instant)>,
 }
 
@@ -83,6 +86,58 @@ impl ControlPlane {
         url: EndpointUrl,
         agent_id: String,
         fabric: Option<FabricKind>,
+        state: Arc<State>,
+    ) -> Result<Self, ControlError> {
+        let mut plane = Self::connect(url, agent_id, fabric, state)?;
+        plane.state.header().grant_number.store(1, Relaxed);
+        plane.open_lease().map_err(|error| ControlError::Call {
+            url: plane.url.clone(),
+            error,
+        })?;
+        Ok(plane)
+    }
+
+    /// Connects and goes on with the lease of an agent that died, and with what it held. Where the lease has ended meanwhile,
+    /// what lay under it is lost.
+    ///
+    /// # Errors
+    /// [`ControlError`], with what to do.
+    pub fn resume(
+        url: EndpointUrl,
+        agent_id: String,
+        fabric: Option<FabricKind>,
+        state: Arc<State>,
+        far: &FarMemory,
+    ) -> Result<Self, ControlError> {
+        let mut plane = Self::connect(url, agent_id, fabric, state)?;
+        let call = |error, url: &EndpointUrl| ControlError::Call {
+            url: url.clone(),
+            error,
+        };
+        match plane.renew_lease(far) {
+            Ok(()) => {}
+            Err(CallError::Gone(_)) => {
+                tracing::warn!("the lease has ended, and what lay under it is lost");
+                far.lose_all();
+                plane.open_lease().map_err(|error| call(error, &plane.url))?;
+            }
+            Err(error) => return Err(call(error, &plane.url)),
+        }
+        let lists = plane.coordinator.list_grants(plane.lease.id, fabric);
+        let grants = plane
+            .runtime
+            .block_on(lists)
+            .map_err(|error| call(error, &plane.url))?;
+        // Some may have been granted, or given back, without the state saying so yet.
+        plane.keep(far, grants);
+        Ok(plane)
+    }
+
+    fn connect(
+        url: EndpointUrl,
+        agent_id: String,
+        fabric: Option<FabricKind>,
+        state: Arc<State>,
     ) -> Result<Self, ControlError> {
         let request = LeaseRequest {
             agent: AgentId::new(agent_id).map_err(ControlError::Name)?,
@@ -94,12 +149,12 @@ impl ControlPlane {
             .build()?;
         let channel = runtime.block_on(connect(&url, CALL_DEADLINE))?;
         let coordinator = Coordinator::over(channel.clone(), CALL_DEADLINE);
-        let lease = runtime
-            .block_on(coordinator.open_lease(request.clone()))
-            .map_err(|error| ControlError::Call {
-                url: url.clone(),
-                error,
-            })?;
+        let header = state.header();
+        let lease = OpenedLease {
+            // None yet reads as one that nobody has.
+            id: LeaseId::from_random(header.lease.load(Relaxed)),
+            ttl: Duration::from_millis(header.lease_ttl_ms.load(Relaxed)),
+        };
         Ok(Self {
             runtime,
             url,
@@ -108,7 +163,7 @@ impl ControlPlane {
             coordinator,
             grants: Coordinator::over(channel, GRANT_DEADLINE),
             lease,
-            grant_number: 1,
+            state,
             complaint: None,
         })
     }
@@ -146,6 +201,7 @@ impl ControlPlane {
             if turned.elapsed() > TURN_INTERVAL.min(self.lease.ttl / 4) {
                 turned = Instant::now();
                 self.renew(far);
+                far.end_rests();
                 self.give_back(far);
                 self.report(spaces);
             }
@@ -168,13 +224,23 @@ impl ControlPlane {
             lease: self.lease.id,
             count,
             fabric: self.fabric,
-            request: RequestId::new(self.grant_number).ok(),
+            request: RequestId::new(self.state.header().grant_number.load(Relaxed)).ok(),
         };
         let result = self.runtime.block_on(self.grants.grant_extents(request));
-        if !matches!(result, Err(CallError::Unavailable(_))) {
-            self.grant_number += 1;
+        let answered = !matches!(result, Err(CallError::Unavailable(_)));
+        let result = result.map(|grants| self.keep(far, grants));
+        if answered {
+            self.state.header().grant_number.fetch_add(1, Relaxed);
         }
-        for grant in result? {
+        result
+    }
+
+    /// Takes what was granted into use, unless it is already.
+    fn keep(&self, far: &FarMemory, grants: Vec<ExtentGrant>) {
+        for grant in grants {
+            if far.holds(u64::from(grant.extent.0)) {
+                continue;
+            }
             let grant = Grant {
                 id: u64::from(grant.extent.0),
                 address: grant.address.to_string(),
@@ -189,30 +255,42 @@ impl ControlPlane {
                 );
             }
         }
+    }
+
+    fn open_lease(&mut self) -> Result<(), CallError> {
+        let opening = self.coordinator.open_lease(self.request.clone());
+        self.lease = self.runtime.block_on(opening)?;
+        self.note_lease();
+        Ok(())
+    }
+
+    fn note_lease(&self) {
+        let header = self.state.header();
+        let ttl = u64::try_from(self.lease.ttl.as_millis()).unwrap_or(u64::MAX);
+        header.lease_ttl_ms.store(ttl, Relaxed);
+        header.lease.store(self.lease.id.get(), Relaxed);
+    }
+
+    fn renew_lease(&mut self, far: &FarMemory) -> Result<(), CallError> {
+        let renewing = self.coordinator.renew_lease(self.lease.id);
+        let renewal = self.runtime.block_on(renewing)?;
+        self.lease.ttl = renewal.ttl;
+        self.note_lease();
+        let ids = |extents: Vec<ExtentId>| -> Vec<u64> {
+            extents.into_iter().map(|id| u64::from(id.0)).collect()
+        };
+        far.heard_of_nodes(&ids(renewal.lost), &ids(renewal.unreachable));
         Ok(())
     }
 
     fn renew(&mut self, far: &FarMemory) {
-        match self
-            .runtime
-            .block_on(self.coordinator.renew_lease(self.lease.id))
-        {
-            Ok(renewal) => {
-                self.lease.ttl = renewal.ttl;
-                let ids = |extents: Vec<ExtentId>| -> Vec<u64> {
-                    extents.into_iter().map(|id| u64::from(id.0)).collect()
-                };
-                far.heard_of_nodes(&ids(renewal.lost), &ids(renewal.unreachable));
-            }
+        match self.renew_lease(far) {
+            Ok(()) => {}
             Err(error @ CallError::Gone(_)) => {
                 self.complain("the lease has ended, and what lay under it is lost", &error);
                 far.lose_all();
-                match self
-                    .runtime
-                    .block_on(self.coordinator.open_lease(self.request.clone()))
-                {
-                    Ok(lease) => self.lease = lease,
-                    Err(error) => self.complain("no new lease", &error),
+                if let Err(error) = self.open_lease() {
+                    self.complain("no new lease", &error);
                 }
             }
             Err(error) => self.complain("programs run on with what is granted", &error),
@@ -300,7 +378,6 @@ fn host_name() -> HostName {
 /// last count, and asked to be counted anew.
 #[must_use]
 pub fn figures(spaces: &Spaces) -> Vec<ProcessFigures> {
-    use std::sync::atomic::Ordering::Relaxed;
     let of_job = |job: Arc<crate::job::Job>| {
         let limit = job.local_pages() * 4096;
         job.spaces().into_iter().map(move |handle| {

@@ -6,16 +6,23 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use farpage_fabric::RemoteSlice;
 
 use crate::entry::{EXTENT_BITS, PAGE_IN_EXTENT_BITS, Slot};
+use crate::state::State;
+use crate::state::records::{HashRecord, extent};
 
 const PAGE: u64 = 4096;
 
 /// Free slots below which the control plane is asked for another extent: what a pager can fill (at 1 GB/s)
 /// while the coordinator answers (some milliseconds).
 const LOW_WATER_SLOTS: u64 = 4096;
+
+/// How long nothing is put where a dead agent's request may still write: longer than a connection that was broken off takes
+/// to come to its end at a node that runs.
+const REST: Duration = Duration::from_secs(120);
 
 /// An extent as the coordinator granted it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,15 +39,14 @@ pub struct Grant {
     pub bytes: u64,
 }
 
-/// What is kept of each slot: 24 bytes, beside 8 for an entry, 32 per far page.
+/// What is kept of each slot besides its hash, which is in the state: 16 bytes there, 4 here and 8 for an entry.
 #[derive(Debug, Default)]
 struct SlotRecord {
     references: AtomicU32,
-    hash: [AtomicU64; 2],
 }
 
 const _: () = assert!(
-    size_of::<SlotRecord>() + size_of::<u64>() <= 32,
+    size_of::<SlotRecord>() + size_of::<HashRecord>() + size_of::<u64>() <= 32,
     "metadata per far page"
 );
 
@@ -124,6 +130,16 @@ impl FreeSlots {
         Some((start, len))
     }
 
+    /// Takes one slot, if it is free.
+    fn take_this(&mut self, slot: usize) -> bool {
+        let is_free = self.is_free(slot);
+        if is_free {
+            self.bits[slot / 64] &= !(1 << (slot % 64));
+            self.count -= 1;
+        }
+        is_free
+    }
+
     fn give_back(&mut self, slot: usize) {
         self.bits[slot / 64] |= 1 << (slot % 64);
         self.count += 1;
@@ -140,15 +156,138 @@ pub struct SlotRun {
 }
 
 /// The extents of this agent and the slots in them. Shared by all pagers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FarMemory {
+    state: Arc<State>,
     extents: RwLock<Vec<Option<Arc<Extent>>>>,
     /// Free slots of usable extents. Changes under the lock of the extent that it changes for.
     free: AtomicU64,
     used: AtomicU64,
+    /// Slots that nobody names, but that a request of a dead agent's may still write to; and until when that is thought so.
+    resting: Mutex<Vec<(Instant, Slot)>>,
 }
 
 impl FarMemory {
+    /// None yet; what is of use to the next agent will lie in this state.
+    #[must_use]
+    pub fn new(state: Arc<State>) -> Self {
+        Self {
+            state,
+            extents: RwLock::default(),
+            free: AtomicU64::new(0),
+            used: AtomicU64::new(0),
+            resting: Mutex::default(),
+        }
+    }
+
+    /// What another agent held. All of its slots are free until [`Self::is_named`] says otherwise.
+    #[must_use]
+    pub fn left(state: Arc<State>) -> Self {
+        let far = Self::new(state);
+        for number in 0..far.state.header().extents.load(Ordering::Acquire) {
+            let Some(record) = far.state.extent(number) else {
+                break;
+            };
+            let condition = match record.state.load(Ordering::Acquire) {
+                extent::HELD => Condition::Usable,
+                extent::REVOKED => Condition::Revoked,
+                _ => continue,
+            };
+            let grant = Grant {
+                id: record.id.load(Ordering::Relaxed),
+                address: record.address(),
+                index: record.index.load(Ordering::Relaxed),
+                key: record.key.load(Ordering::Relaxed),
+                bytes: record.bytes.load(Ordering::Relaxed),
+            };
+            far.put(number, grant, condition);
+        }
+        far
+    }
+
+    /// An entry that another agent left names this slot. Returns whether it is the first.
+    pub fn is_named(&self, slot: Slot) -> bool {
+        let named = self.record(slot, |extent, record| {
+            let first = record.references.fetch_add(1, Ordering::Relaxed) == 0;
+            if first {
+                self.take(extent, usize::from(slot.page()));
+            }
+            first
+        });
+        let first = named == Some(true);
+        if first {
+            self.used.fetch_add(1, Ordering::Relaxed);
+        }
+        first
+    }
+
+    /// What a dead agent sent may still arrive: nothing is to be put there for a while, unless somebody names it already.
+    pub fn lay_to_rest(&self, slot: Slot) {
+        let rests = self.record(slot, |extent, record| {
+            record.references.load(Ordering::Relaxed) == 0
+                && self.take(extent, usize::from(slot.page()))
+        });
+        if rests == Some(true) {
+            lock(&self.resting).push((Instant::now() + REST, slot));
+        }
+    }
+
+    /// Slots that have rested long enough are free.
+    pub fn end_rests(&self) {
+        let now = Instant::now();
+        let mut resting = lock(&self.resting);
+        for (_, slot) in resting.extract_if(.., |(until, _)| *until <= now) {
+            self.record(slot, |extent, _| {
+                let mut free = lock(&extent.free);
+                free.give_back(usize::from(slot.page()));
+                if free.condition == Condition::Usable {
+                    self.free.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+    }
+
+    /// Takes one slot out of the free ones, if it is among them.
+    fn take(&self, extent: &Extent, page: usize) -> bool {
+        let mut free = lock(&extent.free);
+        let taken = free.take_this(page);
+        if taken && free.condition == Condition::Usable {
+            self.free.fetch_sub(1, Ordering::Relaxed);
+        }
+        taken
+    }
+
+    /// Whether an extent of this id is held under the lease there is.
+    #[must_use]
+    pub fn holds(&self, id: u64) -> bool {
+        let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
+        let mut extents = extents.iter().flatten();
+        extents.any(|extent| {
+            extent.grant.id == id && lock(&extent.free).condition != Condition::Revoked
+        })
+    }
+
+    fn put(&self, number: u32, grant: Grant, condition: Condition) {
+        let slots = grant.bytes / PAGE;
+        let mut free = FreeSlots::new(slots as usize);
+        free.condition = condition;
+        let extent = Arc::new(Extent {
+            number,
+            grant,
+            slots: (0..slots).map(|_| SlotRecord::default()).collect(),
+            free: Mutex::new(free),
+        });
+        let mut extents = self.extents.write().unwrap_or_else(PoisonError::into_inner);
+        let place = number as usize;
+        if place >= extents.len() {
+            extents.resize(place + 1, None);
+        }
+        extents[place] = Some(extent);
+        if condition == Condition::Usable {
+            self.free.fetch_add(slots, Ordering::Relaxed);
+        }
+    }
+
     /// Takes an extent into use. `None` where the agent's numbers for extents have run out, or where the grant's
     /// size does not fit the entry word.
     pub fn add(&self, grant: Grant) -> Option<u32> {
@@ -156,27 +295,26 @@ impl FarMemory {
         if slots == 0 || slots > 1 << PAGE_IN_EXTENT_BITS {
             return None;
         }
-        let mut extents = self.extents.write().unwrap_or_else(PoisonError::into_inner);
+        let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
         let number = extents
             .iter()
             .position(Option::is_none)
             .unwrap_or(extents.len());
-        let number32 = u32::try_from(number)
+        drop(extents);
+        let number = u32::try_from(number)
             .ok()
             .filter(|number| *number < 1 << EXTENT_BITS)?;
-        let extent = Arc::new(Extent {
-            number: number32,
-            grant,
-            slots: (0..slots).map(|_| SlotRecord::default()).collect(),
-            free: Mutex::new(FreeSlots::new(slots as usize)),
-        });
-        if number == extents.len() {
-            extents.push(Some(extent));
-        } else {
-            extents[number] = Some(extent);
+        let record = self.state.extent(number)?;
+        if !record.set_address(&grant.address) {
+            return None;
         }
-        self.free.fetch_add(slots, Ordering::Relaxed);
-        Some(number32)
+        record.id.store(grant.id, Ordering::Relaxed);
+        record.index.store(grant.index, Ordering::Relaxed);
+        record.key.store(grant.key, Ordering::Relaxed);
+        record.bytes.store(grant.bytes, Ordering::Relaxed);
+        record.state.store(extent::HELD, Ordering::Release);
+        self.put(number, grant, Condition::Usable);
+        Some(number)
     }
 
     /// Gives up extents of which no slot is in use, keeping `spare_slots` free ones. Returns the grants that the
@@ -202,6 +340,9 @@ impl FarMemory {
                 retired.push(extent.grant.clone());
             }
             drop(free);
+            if let Some(record) = self.state.extent(extent.number) {
+                record.state.store(extent::FREE, Ordering::Release);
+            }
             *place = None;
         }
         retired
@@ -236,6 +377,11 @@ impl FarMemory {
             let mut free = lock(&extent.free);
             let (before, now) = (free.condition, decide(extent.grant.id, free.condition));
             free.condition = now;
+            if now == Condition::Revoked
+                && let Some(record) = self.state.extent(extent.number)
+            {
+                record.state.store(extent::REVOKED, Ordering::Release);
+            }
             match (before == Condition::Usable, now == Condition::Usable) {
                 (true, false) => {
                     self.free.fetch_sub(free.count, Ordering::Relaxed);
@@ -355,19 +501,18 @@ impl FarMemory {
 
     /// Notes what a slot now holds.
     pub fn set_hash(&self, slot: Slot, hash: u128) {
-        self.record(slot, |_, record| {
-            record.hash[0].store(hash as u64, Ordering::Relaxed);
-            record.hash[1].store((hash >> 64) as u64, Ordering::Release);
-        });
+        if let Some([low, high]) = self.state.hash(slot) {
+            low.store(hash as u64, Ordering::Relaxed);
+            high.store((hash >> 64) as u64, Ordering::Release);
+        }
     }
 
     /// What a slot should hold.
     #[must_use]
     pub fn hash(&self, slot: Slot) -> Option<u128> {
-        self.record(slot, |_, record| {
-            let high = record.hash[1].load(Ordering::Acquire);
-            (u128::from(high) << 64) | u128::from(record.hash[0].load(Ordering::Relaxed))
-        })
+        let [low, high] = self.state.hash(slot)?;
+        let high = high.load(Ordering::Acquire);
+        Some((u128::from(high) << 64) | u128::from(low.load(Ordering::Relaxed)))
     }
 
     /// Where a slot is on the fabric: its node's address and the slice.
@@ -412,7 +557,7 @@ mod tests {
     use super::*;
 
     fn far(extents: u64, slots: u64) -> FarMemory {
-        let far = FarMemory::default();
+        let far = FarMemory::new(State::create().unwrap());
         for id in 0..extents {
             far.add(Grant {
                 id,

@@ -9,14 +9,15 @@ const BUCKETS: usize = 40 * SUB;
 
 /// Counts of durations by their logarithm.
 #[derive(Debug)]
+#[repr(C)]
 pub struct Latencies {
-    counts: Box<[AtomicU64; BUCKETS]>,
+    counts: [AtomicU64; BUCKETS],
 }
 
 impl Default for Latencies {
     fn default() -> Self {
         Self {
-            counts: Box::new(std::array::from_fn(|_| AtomicU64::new(0))),
+            counts: std::array::from_fn(|_| AtomicU64::new(0)),
         }
     }
 }

@@ -18,15 +18,18 @@ pub mod door;
 pub mod far;
 mod injection;
 pub mod job;
+mod keeper;
 pub mod kernel;
 pub mod latency;
 pub mod mailbox;
 pub mod pager;
 pub mod protocol;
+mod recovery;
 pub mod sampler;
 pub mod serve;
 pub mod sharing;
 pub mod spaces;
+pub mod state;
 pub mod sys;
 pub mod tree;
 

@@ -6,12 +6,14 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use super::{Pager, Registered};
+use super::{Pager, Registered, Table};
 use crate::entry::State;
 use crate::sys::process::{Process, ranges_not_inherited};
 use crate::sys::uffd::Uffd;
-use crate::table::{Page, PageTable, pages_of};
+use crate::state::SpacePlace;
+use crate::table::{Page, pages_of};
 
 /// What is known of what a forked child did not inherit although its table says so.
 #[derive(Debug)]
@@ -69,7 +71,15 @@ impl Pager {
                 self.discard_pages(page..page.plus(1));
             }
         }
+        self.inheritance_is_known();
+    }
+
+    /// Nothing is to be guessed any more.
+    pub(super) fn inheritance_is_known(&mut self) {
         self.inheritance = Inheritance::Known;
+        self.place
+            .inheritance_unknown
+            .store(false, Ordering::Release);
     }
 
     /// The program has forked; reading the event has let the parent go on, and the child may run. Neither can
@@ -79,16 +89,15 @@ impl Pager {
         let kept = self.settle(super::SETTLE_DEADLINE);
         self.handle.forked();
         self.settle_for_the_guess();
-        let table = self.clone_table();
         let registered = self.registered.clone();
-        if let Err(error) = self.start_child(uffd, table, registered) {
+        if let Err(error) = self.start_child(uffd, registered) {
             tracing::error!(%error, pid = self.pid(), "a forked child cannot be served");
         }
         self.keep_messages(kept);
     }
 
-    fn clone_table(&mut self) -> PageTable {
-        let mut child = PageTable::default();
+    fn clone_table(&mut self, place: &SpacePlace) -> Table {
+        let mut child = Table::new(place.chunks());
         let everything = Page(0)..Page(u64::MAX >> 12);
         for (page, entry) in self.table.touched(everything).collect::<Vec<_>>() {
             let Some((ours, theirs)) = entry.forked() else {
@@ -103,20 +112,26 @@ impl Pager {
         child
     }
 
-    fn start_child(
-        &self,
-        uffd: Uffd,
-        table: PageTable,
-        registered: Registered,
-    ) -> std::io::Result<()> {
+    fn start_child(&mut self, uffd: Uffd, registered: Registered) -> std::io::Result<()> {
         let handle = self.shared.spawner.new_handle(0)?;
         handle.forked();
+        let place = self.shared.spawner.new_place(&handle, &self.job)?;
+        let parent = self.process.as_ref().map(Process::pid);
+        place.parent.store(self.handle.id, Ordering::Relaxed);
+        place
+            .parent_pid
+            .store(parent.unwrap_or(0), Ordering::Relaxed);
+        place.inheritance_unknown.store(true, Ordering::Relaxed);
+        let soft_dirty = self.place.soft_dirty.load(Ordering::Relaxed);
+        place.soft_dirty.store(soft_dirty, Ordering::Relaxed);
+        let table = self.clone_table(&place);
         let mut child = Pager::new(
             self.shared.clone(),
             Arc::clone(&self.job),
             Arc::clone(&handle),
             None,
             uffd,
+            place,
         )?;
         for (page, entry) in table.touched(Page(0)..Page(u64::MAX >> 12)) {
             if entry.state() == State::Local {
@@ -128,8 +143,9 @@ impl Pager {
         child.registered = registered;
         child.soft_dirty = self.soft_dirty.inherited();
         child.inheritance = Inheritance::Unknown {
-            parent: self.process.as_ref().map(Process::pid),
+            parent,
         };
+        child.is_recovered = self.is_recovered;
         self.shared
             .spawner
             .start_forked(self.handle.id, child, handle)

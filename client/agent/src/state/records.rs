@@ -1,0 +1,249 @@
+//! What the state consists of. Every field is an atomic and zero is a value of each, so that a record is whole after every
+//! store and fresh memory is an unused one.
+
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
+
+use farpage_attach::control::{BATCH_PAGES, STAGING_AREAS};
+
+use crate::job::Counters;
+use crate::latency::Latencies;
+
+/// Events of one address space that may be noted and not followed yet.
+pub const JOURNAL_SLOTS: usize = 64;
+/// Bytes of a node's address that are kept.
+pub const ADDRESS_BYTES: usize = 256;
+
+/// What there is one of.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Header {
+    /// Says that this is a state, and of which layout.
+    pub magic: AtomicU64,
+    /// The keeper that holds it once the agent has died: one store hands everything from one to the next.
+    pub keeper: AtomicI32,
+    /// Since when (milliseconds since boot) no agent has served; 0 while one does.
+    pub alone_since_ms: AtomicU64,
+    /// The lease, and how long it lives without a renewal.
+    pub lease: AtomicU64,
+    /// See [`Self::lease`].
+    pub lease_ttl_ms: AtomicU64,
+    /// The number of the grant request under way.
+    pub grant_number: AtomicU64,
+    /// The last address space's number.
+    pub last_space: AtomicU64,
+    /// How many records of each kind were ever in use.
+    pub jobs: AtomicU32,
+    /// See [`Self::jobs`].
+    pub spaces: AtomicU32,
+    /// See [`Self::jobs`].
+    pub extents: AtomicU32,
+    /// See [`Self::jobs`].
+    pub chunks: AtomicU32,
+}
+
+/// A job.
+#[repr(C)]
+#[derive(Debug)]
+pub struct JobRecord {
+    /// Whether it is in use.
+    pub live: AtomicBool,
+    /// As in [`crate::job::Job`].
+    pub armed: AtomicBool,
+    /// As in [`crate::job::Job`].
+    pub regions_only: AtomicBool,
+    /// Whether its launcher has asked for the account.
+    pub finished: AtomicBool,
+    /// Its user.
+    pub uid: AtomicU32,
+    /// Its token.
+    pub token: AtomicU64,
+    /// Its limits.
+    pub local_pages: AtomicU64,
+    /// See [`Self::local_pages`].
+    pub far_pages: AtomicU64,
+    /// See [`Self::local_pages`].
+    pub fault_deadline_ms: AtomicU64,
+    /// Who opened it, and when that process began.
+    pub launcher: AtomicI32,
+    /// Its first program.
+    pub root: AtomicI32,
+    /// See [`Self::launcher`].
+    pub launcher_start: AtomicU64,
+    /// Peaks, as in [`crate::job::Job`].
+    pub far_peak: AtomicU64,
+    /// See [`Self::far_peak`].
+    pub local_peak: AtomicU64,
+    /// See [`Self::far_peak`].
+    pub unmanaged_peak: AtomicU64,
+    /// What was counted.
+    pub counters: Counters,
+    /// How long faults took.
+    pub latencies: Latencies,
+}
+
+/// A staging area: which page lies where.
+#[repr(C)]
+#[derive(Debug)]
+pub struct AreaRecord {
+    /// One bit for each page whose bytes are here, or with the helper, and decide what it is.
+    pub live: AtomicU64,
+    /// The pages.
+    pub pages: [AtomicU64; BATCH_PAGES],
+    /// The slots that they are being written to: extent and page, and a bit that says so; 0 for none.
+    pub slots: [AtomicU64; BATCH_PAGES],
+}
+
+/// An event as the kernel wrote it: `struct uffd_msg`.
+pub type JournalSlot = [AtomicU64; 4];
+
+/// The state of an address space's record.
+pub mod space {
+    /// Not in use.
+    pub const FREE: u32 = 0;
+    /// In use: its table and descriptors are whole.
+    pub const LIVE: u32 = 1;
+}
+
+/// Why an address space cannot be taken over.
+pub mod undecided {
+    /// Which events are the program's own, or what of them has been followed, is not in the state.
+    pub const EVENTS: u32 = 1;
+    /// A part of the table is not.
+    pub const TABLE: u32 = 2;
+}
+
+/// An address space.
+#[repr(C)]
+#[derive(Debug)]
+pub struct SpaceRecord {
+    /// One of [`space`].
+    pub state: AtomicU32,
+    /// Its pid, 0 while it is not known.
+    pub pid: AtomicI32,
+    /// When that process began.
+    pub pid_start: AtomicU64,
+    /// Its helper, 0 while it has not reported itself.
+    pub helper: AtomicI32,
+    /// A descriptor's number, 0 where there is none; the same for those below.
+    pub uffd: AtomicI32,
+    /// When the helper's process began.
+    pub helper_start: AtomicU64,
+    /// See [`Self::uffd`].
+    pub drain_uffd: AtomicI32,
+    /// See [`Self::uffd`].
+    pub control: AtomicI32,
+    /// See [`Self::uffd`].
+    pub event: AtomicI32,
+    /// See [`Self::uffd`].
+    pub lifeline: AtomicI32,
+    /// Its number.
+    pub id: AtomicU64,
+    /// Its job's token.
+    pub job: AtomicU64,
+    /// Whose fork it is, 0 for nobody's.
+    pub parent: AtomicU64,
+    /// The parent's pid.
+    pub parent_pid: AtomicI32,
+    /// Whether nothing is known of what it did not inherit.
+    pub inheritance_unknown: AtomicBool,
+    /// Whether only named regions are managed.
+    pub regions_only: AtomicBool,
+    /// Whether soft-dirty bits were ever cleared.
+    pub soft_dirty: AtomicBool,
+    /// Why it cannot be taken over now, of [`undecided`]: if the agent dies, the program is ended.
+    pub undecided: AtomicU32,
+    /// Where its helper's ranges are.
+    pub holding: AtomicU64,
+    /// See [`Self::holding`].
+    pub drain: AtomicU64,
+    /// The batch with the helper: whether there is one, and which.
+    pub batch: AtomicBool,
+    /// See [`Self::batch`].
+    pub command: AtomicU32,
+    /// See [`Self::batch`].
+    pub method: AtomicU32,
+    /// See [`Self::batch`].
+    pub area: AtomicU32,
+    /// How many pages it has.
+    pub batch_pages: AtomicU32,
+    /// The oldest event that may not have been followed.
+    pub journal_head: AtomicU32,
+    /// Events read and not followed yet; a ring.
+    pub journal: [JournalSlot; JOURNAL_SLOTS],
+    /// Where pages on their way out are.
+    pub areas: [AreaRecord; STAGING_AREAS],
+}
+
+/// The state of an extent's record.
+pub mod extent {
+    /// Not held.
+    pub const FREE: u32 = 0;
+    /// Held.
+    pub const HELD: u32 = 1;
+    /// Its lease has ended; entries may name it yet.
+    pub const REVOKED: u32 = 2;
+}
+
+/// An extent.
+#[repr(C)]
+#[derive(Debug)]
+pub struct ExtentRecord {
+    /// One of [`extent`].
+    pub state: AtomicU32,
+    /// As in [`crate::far::Grant`].
+    pub index: AtomicU32,
+    /// As in [`crate::far::Grant`].
+    pub id: AtomicU64,
+    /// As in [`crate::far::Grant`].
+    pub key: AtomicU64,
+    /// As in [`crate::far::Grant`].
+    pub bytes: AtomicU64,
+    /// Bytes of the address.
+    pub address_len: AtomicU32,
+    /// The address.
+    pub address: [AtomicU64; ADDRESS_BYTES / 8],
+}
+
+impl ExtentRecord {
+    /// Notes an address; false where it is longer than what is kept.
+    pub fn set_address(&self, address: &str) -> bool {
+        let bytes = address.as_bytes();
+        if bytes.len() > ADDRESS_BYTES {
+            return false;
+        }
+        for (word, chunk) in self.address.iter().zip(bytes.chunks(8)) {
+            let mut eight = [0; 8];
+            eight[..chunk.len()].copy_from_slice(chunk);
+            word.store(u64::from_ne_bytes(eight), Ordering::Relaxed);
+        }
+        self.address_len
+            .store(bytes.len() as u32, Ordering::Relaxed);
+        true
+    }
+
+    /// The address noted.
+    #[must_use]
+    pub fn address(&self) -> String {
+        let bytes: Vec<u8> = self
+            .address
+            .iter()
+            .flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes())
+            .take(self.address_len.load(Ordering::Relaxed) as usize)
+            .collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+/// Whose a chunk of a page table is.
+#[repr(C)]
+#[derive(Debug)]
+pub struct ChunkRecord {
+    /// The address space's number, 0 for nobody's.
+    pub owner: AtomicU64,
+    /// Which part of its address space.
+    pub number: AtomicU64,
+}
+
+/// What a slot holds: its hash, low half first.
+pub type HashRecord = [AtomicU64; 2];
+
