@@ -13,6 +13,7 @@ mod embedded;
 mod failures;
 mod output;
 mod pool;
+mod restart;
 mod strangers;
 
 use common::cluster::{Cluster, PYTHON};

@@ -119,7 +119,9 @@ impl ControlPlane {
             Err(CallError::Gone(_)) => {
                 tracing::warn!("the lease has ended, and what lay under it is lost");
                 far.lose_all();
-                plane.open_lease().map_err(|error| call(error, &plane.url))?;
+                plane
+                    .open_lease()
+                    .map_err(|error| call(error, &plane.url))?;
             }
             Err(error) => return Err(call(error, &plane.url)),
         }

@@ -125,6 +125,10 @@ impl Job {
             far_pages: load(&record.far_pages),
             fault_deadline: Duration::from_millis(load(&record.fault_deadline_ms)),
         };
+        let armed_at = OnceLock::new();
+        if record.armed.load(Ordering::Acquire) {
+            let _ = armed_at.set(Instant::now());
+        }
         let counters = record.part(|record| &record.counters);
         let latencies = record.part(|record| &record.latencies);
         Self {
@@ -138,7 +142,7 @@ impl Job {
             managed: AtomicI64::new(0),
             unmanaged: AtomicU64::new(0),
             far_used: AtomicI64::new(0),
-            armed_at: OnceLock::new(),
+            armed_at,
             is_held: AtomicBool::new(false),
             failure: OnceLock::new(),
             loss: OnceLock::new(),
@@ -297,8 +301,7 @@ impl Job {
     pub fn has_launcher(&self) -> bool {
         let pid = self.place.launcher.load(Ordering::Relaxed);
         let start = self.place.launcher_start.load(Ordering::Relaxed);
-        crate::sys::process::is_running(pid)
-            && crate::sys::process::start_time(pid) == Some(start)
+        crate::sys::process::is_running(pid) && crate::sys::process::start_time(pid) == Some(start)
     }
 
     /// Its launcher has come back to it: returns whether it was this process that opened it, and nobody has it.

@@ -40,6 +40,8 @@ pub(crate) struct Keeper {
     pid: i32,
     word: SharedWord,
     socket: String,
+    /// To the keeper of the agent before, if one waits.
+    before: Option<OwnedFd>,
     /// Shared with the keeper, which waits for it: closed with the agent.
     _agent: OwnedFd,
 }
@@ -51,9 +53,12 @@ impl Keeper {
     /// The kernel's errno.
     pub(crate) fn start(socket: &str, deadline: Duration) -> io::Result<Self> {
         let agent = sys::this_process()?;
+        let address = address(socket)?;
+        // Before low numbers are taken: what it hands over must find its numbers free.
+        let before = new_socket()?;
+        let before = connect(&before, &address).is_ok().then_some(before);
         descriptors::occupy_low_numbers(agent.as_fd())?;
         let word = SharedWord::new()?;
-        let address = address(socket)?;
         let deadline = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
         let path = path(socket);
         let pid = sys::start(|| {
@@ -64,6 +69,7 @@ impl Keeper {
             pid,
             word,
             socket: socket.to_owned(),
+            before,
             _agent: agent,
         })
     }
@@ -79,11 +85,10 @@ impl Keeper {
     ///
     /// # Errors
     /// The kernel's errno, or `PermissionDenied` where another user listens there.
-    pub(crate) fn take_over(&self) -> io::Result<Option<Arc<State>>> {
-        let peer = new_socket()?;
-        if connect(&peer, &address(&self.socket)?).is_err() {
+    pub(crate) fn take_over(&mut self) -> io::Result<Option<Arc<State>>> {
+        let Some(peer) = self.before.take() else {
             return Ok(None);
-        }
+        };
         let (_, uid, _) = crate::sys::socket::peer(peer.as_fd())?;
         if uid != rustix::process::geteuid().as_raw() {
             return Err(io::ErrorKind::PermissionDenied.into());
@@ -99,18 +104,17 @@ impl Keeper {
         rustix::net::shutdown(&peer, rustix::net::Shutdown::Write)?;
         let _ = rustix::net::recv(&peer, &mut number, rustix::net::RecvFlags::empty());
         if let Some(path) = path(&self.socket) {
-            let _ = std::fs::remove_file(path);
+            let _ = rustix::fs::unlink(path);
         }
         Ok(Some(state))
     }
 
     /// The agent ends by itself: nothing is kept. An agent that fails does not say so, and what it has taken over is kept.
-    pub(crate) fn end(self) {
+    pub(crate) fn end(&self) {
         self.word.get().ended.store(true, Ordering::Release);
         sys::end(self.pid);
     }
 }
-
 
 /// Where the keeper of the agent on this socket listens.
 fn address(socket: &str) -> io::Result<SocketAddrUnix> {
@@ -156,7 +160,8 @@ fn keep(
     let header = state.borrow_header();
     let is_mine = || header.keeper.load(Ordering::Acquire) == sys::own_pid();
     let mut kept = named(&state);
-    if !is_mine() || kept.iter().next().is_none() {
+    let nothing = kept.iter().next().is_none() && !has_jobs(&state);
+    if !is_mine() || nothing {
         return;
     }
     kept.add(number);
@@ -221,6 +226,12 @@ fn named(state: &StateMemory) -> Numbers {
     kept
 }
 
+/// Whether somebody will ask for a job's account.
+fn has_jobs(state: &StateMemory) -> bool {
+    let jobs = state.borrow_header().jobs.load(Ordering::Acquire);
+    (0..jobs).any(|number| state.borrow_job(number).live.load(Ordering::Acquire))
+}
+
 /// Opens the keeper's socket. A file of that name is another keeper's that has handed over, or was killed.
 fn open(address: &SocketAddrUnix, path: Option<&std::ffi::CStr>) -> rustix::io::Result<OwnedFd> {
     let listener = new_socket()?;
@@ -243,11 +254,7 @@ fn hand_over(peer: &OwnedFd, state: i32, kept: &Numbers) -> io::Result<()> {
         return Ok(());
     }
     crate::sys::socket::set_deadline(peer.as_fd(), STEP_DEADLINE)?;
-    rustix::net::send(
-        peer,
-        &state.to_ne_bytes(),
-        rustix::net::SendFlags::NOSIGNAL,
-    )?;
+    rustix::net::send(peer, &state.to_ne_bytes(), rustix::net::SendFlags::NOSIGNAL)?;
     descriptors::send_all(peer.as_fd(), kept)?;
     rustix::net::recv(peer, &mut [0u8; 4], rustix::net::RecvFlags::empty())?;
     Ok(())

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 
 use crate::pager::Question;
-use crate::sys::control::SharedBlock;
 use crate::state::records::SpaceRecord;
+use crate::sys::control::SharedBlock;
 use crate::sys::process::Process;
 use crate::sys::state::Ref;
 use crate::sys::uffd::Uffd;

@@ -1,6 +1,7 @@
 //! The agent's life: probe the kernel, join the cluster, open the door, serve until told to end.
 
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -73,7 +74,9 @@ pub enum AgentError {
     )]
     TakeOver(io::Error),
     /// No memory or process for what is to outlive the agent.
-    #[error("cannot keep what is to outlive this agent: {0}; check the limits on memory and processes")]
+    #[error(
+        "cannot keep what is to outlive this agent: {0}; check the limits on memory and processes"
+    )]
     State(io::Error),
     /// A thread cannot be started.
     #[error("cannot start a thread: {0}; check the limits on processes")]
@@ -97,7 +100,8 @@ pub fn serve(
     );
     // The door first: a second agent for the same socket must not take a lease.
     let (listener, _socket_file) = open_door(&config)?;
-    let kept = Kept::open(&config)?;
+    // Never dropped: when this agent fails, its keeper needs what it has for the next one.
+    let kept = ManuallyDrop::new(Kept::open(&config)?);
     let (far, plane) = join(&config, &kept)?;
     let spaces = Arc::new(Spaces::new(Arc::clone(&kept.state)));
     let shared = Shared {
@@ -146,7 +150,7 @@ pub fn serve(
     ready();
     wait_for_end(stop, config.exit_on_eof.as_ref(), &spaces);
     let _ = control.join();
-    if let Some(keeper) = kept.keeper {
+    if let Some(keeper) = &kept.keeper {
         keeper.end();
     }
     Ok(())
@@ -171,7 +175,7 @@ impl Kept {
             });
         };
         crate::sys::descriptors::raise_limit();
-        let keeper = Keeper::start(&config.socket, deadline).map_err(AgentError::State)?;
+        let mut keeper = Keeper::start(&config.socket, deadline).map_err(AgentError::State)?;
         let left = keeper.take_over().map_err(AgentError::TakeOver)?;
         let is_left = left.is_some();
         let state = match left {

@@ -11,8 +11,8 @@ use crate::far::FarMemory;
 use crate::job::{Job, Limits};
 use crate::mailbox::{Request, SpaceHandle};
 use crate::pager::Pager;
-use crate::state::{SpacePlace, State};
 use crate::state::records::space;
+use crate::state::{SpacePlace, State};
 
 /// Most jobs at once.
 const MAX_JOBS: usize = 1024;
@@ -109,9 +109,10 @@ impl Spaces {
     /// # Errors
     /// When there are too many.
     pub fn new_place(&self, handle: &SpaceHandle, job: &Job) -> io::Result<SpacePlace> {
-        let place = self.state.new_space().ok_or_else(|| {
-            io::Error::other("this agent serves as many processes as it can")
-        })?;
+        let place = self
+            .state
+            .new_space()
+            .ok_or_else(|| io::Error::other("this agent serves as many processes as it can"))?;
         place.id.store(handle.id, Ordering::Relaxed);
         place.job.store(job.token, Ordering::Relaxed);
         place

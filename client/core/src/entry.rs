@@ -235,9 +235,7 @@ impl Entry {
     #[must_use]
     pub fn found_present(self) -> Option<Self> {
         match self.state() {
-            State::FarRead | State::FarWrite => {
-                Some(self.with_state(State::Local).soft_dirtied())
-            }
+            State::FarRead | State::FarWrite => Some(self.with_state(State::Local).soft_dirtied()),
             _ => self.filled_with_zeros().map(Self::soft_dirtied),
         }
     }

@@ -155,8 +155,7 @@ impl Door {
         let joins = matches!(
             hello.kind,
             kind::START | kind::FORK | kind::PAGES | kind::CONFIRM
-        )
-            && self.shared.spawner.job(hello.job).is_some();
+        ) && self.shared.spawner.job(hello.job).is_some();
         if !joins && !self.admission.admits(peer, uid, gid) {
             return refuse(
                 peer,

@@ -15,7 +15,7 @@ impl Pager {
         tracing::debug!(space = self.handle.id, event = ?message, "event");
         match message {
             Message::Fault { .. } => {}
-            Message::Fork(uffd) => self.forked(uffd),
+            Message::Fork(uffd) => self.forked(uffd, at),
             Message::Remap { from, to, len } => self.remapped(from, to, len, at),
             Message::Remove(range) => self.discard_to_zeros(pages_of(range)),
             Message::Unmap(range) => self.unmapped(&range),

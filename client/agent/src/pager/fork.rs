@@ -10,9 +10,10 @@ use std::sync::atomic::Ordering;
 
 use super::{Pager, Registered, Table};
 use crate::entry::State;
+use crate::state::SpacePlace;
+use crate::state::records::space;
 use crate::sys::process::{Process, ranges_not_inherited};
 use crate::sys::uffd::Uffd;
-use crate::state::SpacePlace;
 use crate::table::{Page, pages_of};
 
 /// What is known of what a forked child did not inherit although its table says so.
@@ -85,12 +86,12 @@ impl Pager {
     /// The program has forked; reading the event has let the parent go on, and the child may run. Neither can
     /// get at a far page but through us, so the clone below is as if made at that moment: pages on their way
     /// out are settled first, pages on their way in are found far by the child.
-    pub(super) fn forked(&mut self, uffd: Uffd) {
+    pub(super) fn forked(&mut self, uffd: Uffd, at: Option<u32>) {
         let kept = self.settle(super::SETTLE_DEADLINE);
         self.handle.forked();
         self.settle_for_the_guess();
         let registered = self.registered.clone();
-        if let Err(error) = self.start_child(uffd, registered) {
+        if let Err(error) = self.start_child(uffd, registered, at) {
             tracing::error!(%error, pid = self.pid(), "a forked child cannot be served");
         }
         self.keep_messages(kept);
@@ -112,7 +113,12 @@ impl Pager {
         child
     }
 
-    fn start_child(&mut self, uffd: Uffd, registered: Registered) -> std::io::Result<()> {
+    fn start_child(
+        &mut self,
+        uffd: Uffd,
+        registered: Registered,
+        at: Option<u32>,
+    ) -> std::io::Result<()> {
         let handle = self.shared.spawner.new_handle(0)?;
         handle.forked();
         let place = self.shared.spawner.new_place(&handle, &self.job)?;
@@ -142,10 +148,11 @@ impl Pager {
         child.table = table;
         child.registered = registered;
         child.soft_dirty = self.soft_dirty.inherited();
-        child.inheritance = Inheritance::Unknown {
-            parent,
-        };
+        child.inheritance = Inheritance::Unknown { parent };
         child.is_recovered = self.is_recovered;
+        // It is whole. From here on the event says nothing that is not in the state: its descriptor may be closed at any time.
+        child.place.state.store(space::LIVE, Ordering::Release);
+        self.journal.done(at);
         self.shared
             .spawner
             .start_forked(self.handle.id, child, handle)

@@ -79,7 +79,11 @@ impl Journal {
                 .fetch_or(undecided::EVENTS, Ordering::AcqRel);
             let mut messages = Vec::new();
             let read = uffd.read(&mut messages)?;
-            out.extend(messages.into_iter().map(|message| Noted { message, at: None }));
+            out.extend(
+                messages
+                    .into_iter()
+                    .map(|message| Noted { message, at: None }),
+            );
             return Ok(read);
         }
         let slots = &self.record.journal[from as usize..(from + most) as usize];
@@ -157,9 +161,7 @@ mod tests {
     #[test]
     fn what_was_not_followed_is_found_in_its_order() {
         let place = State::create().unwrap().new_space().unwrap();
-        place
-            .journal_head
-            .store(SLOTS - 2, Ordering::Relaxed);
+        place.journal_head.store(SLOTS - 2, Ordering::Relaxed);
         // A ring: the older ones are at its end.
         for (at, page) in [(JOURNAL_SLOTS - 1, 1), (0, 2), (1, 3)] {
             write(&place, at, [UNMAP, page * 4096, page * 4096 + 4096, 0]);
@@ -184,6 +186,11 @@ mod tests {
             journal.done(noted.at);
         }
         assert!(journal.is_empty());
-        assert_eq!(Journal::new(place.record().clone()).left(&HashSet::new()).len(), 0);
+        assert_eq!(
+            Journal::new(place.record().clone())
+                .left(&HashSet::new())
+                .len(),
+            0
+        );
     }
 }

@@ -46,9 +46,9 @@ use crate::job::Job;
 use crate::mailbox::{Request, SpaceHandle};
 use crate::prefetch::Prefetcher;
 use crate::residents::Residents;
-use crate::sys::process::Process;
-use crate::state::records::undecided;
+use crate::state::records::{space, undecided};
 use crate::state::{SpaceChunks, SpacePlace};
+use crate::sys::process::Process;
 use crate::sys::uffd::{MAX_MESSAGES, Message, Uffd};
 use farpage_fabric::Completion;
 
@@ -489,6 +489,8 @@ impl Pager {
 
     /// The process is gone: every slot it named is given back, the helper ended.
     fn close(mut self) {
+        // Before its descriptors are closed, whose numbers may be others' then.
+        self.place.state.store(space::FREE, Ordering::Release);
         self.handle.close();
         self.charge_inherited();
         if let Some(helper) = &self.helper {

@@ -19,18 +19,22 @@ use crate::entry::{Entry, Slot, State};
 use crate::gate::Gate;
 use crate::job::Job;
 use crate::mailbox::{HelperOffer, SpaceHandle};
-use crate::state::records::SpaceRecord;
+use crate::state::records::{SpaceRecord, space};
 use crate::state::{Chunk, SpacePlace};
 use crate::sys::control::SharedBlock;
 use crate::sys::pagemap::Pagemap;
 use crate::sys::process::{self, Process};
+use crate::sys::state::Ref;
 use crate::sys::uffd::Uffd;
 use crate::table::Page;
 
 /// What an address space's record names.
 #[derive(Debug)]
-pub(crate) struct Descriptors {
-    uffd: Uffd,
+struct Descriptors {
+    record: Ref<SpaceRecord>,
+    /// Whether the address space goes on.
+    are_used: bool,
+    uffd: Option<Uffd>,
     drain_uffd: Option<Uffd>,
     control: Option<OwnedFd>,
     event: Option<OwnedFd>,
@@ -38,18 +42,27 @@ pub(crate) struct Descriptors {
 }
 
 impl Descriptors {
-    /// Takes them; ask once. None where there is no uffd, without which nothing is to be done.
-    pub(crate) fn of(record: &SpaceRecord) -> Option<Self> {
+    /// Takes them; ask once.
+    fn of(record: &Ref<SpaceRecord>) -> Self {
         let number = |field: &std::sync::atomic::AtomicI32| field.load(Ordering::Acquire);
-        let uffd = Uffd::left_at(number(&record.uffd));
-        let left = Self {
+        Self {
+            record: record.clone(),
+            are_used: false,
+            uffd: Uffd::left_at(number(&record.uffd)),
             drain_uffd: Uffd::left_at(number(&record.drain_uffd)),
             control: crate::sys::left_at(number(&record.control)),
             event: crate::sys::left_at(number(&record.event)),
             lifeline: crate::sys::left_at(number(&record.lifeline)),
-            uffd: uffd?,
-        };
-        Some(left)
+        }
+    }
+}
+
+impl Drop for Descriptors {
+    /// Those that nobody took are closed. Before that no record may name them: their numbers may be others' then.
+    fn drop(&mut self) {
+        if !self.are_used {
+            self.record.state.store(space::FREE, Ordering::Release);
+        }
     }
 }
 
@@ -85,16 +98,18 @@ impl Pager {
         chunks: Vec<(u64, Chunk)>,
         live: &HashSet<i32>,
     ) -> Result<Self, NotRecovered> {
-        let mut descriptors = Descriptors::of(&place).ok_or(NotRecovered::Gone)?;
+        let mut descriptors = Descriptors::of(place.record());
         let program = Process::reopen(
             place.pid.load(Ordering::Acquire),
             place.pid_start.load(Ordering::Relaxed),
         );
         // Before the uffd is closed: without it what is far would read as zeros.
+        let record = place.record().clone();
         let end = |why: NotRecovered| {
             if let (Some(program), false) = (&program, matches!(why, NotRecovered::Gone)) {
                 program.signal(libc::SIGKILL);
             }
+            record.state.store(space::FREE, Ordering::Release);
             why
         };
         if place.undecided.load(Ordering::Acquire) != 0 {
@@ -119,15 +134,16 @@ impl Pager {
             0 => return Err(NotRecovered::Gone),
             _ => Some(offer_left(&place, &mut descriptors).map_err(end)?),
         };
-        if !descriptors.uffd.is_alive() {
+        if !descriptors.uffd.as_ref().is_some_and(Uffd::is_alive) {
             return Err(NotRecovered::Gone);
         }
+        let uffd = descriptors.uffd.take().ok_or(NotRecovered::Gone)?;
         let registered = match &offer {
             Some((offer, _)) => ranges_left(offer).map_err(|error| end(error.into()))?,
             None => Registered::default(),
         };
-        let mut pager = Self::new(shared, job, handle, None, descriptors.uffd, place)
-            .map_err(|error| end(error.into()))?;
+        let mut pager =
+            Self::new(shared, job, handle, None, uffd, place).map_err(|error| end(error.into()))?;
         for (number, chunk) in chunks {
             pager.table.adopt(number, chunk);
         }
@@ -144,6 +160,7 @@ impl Pager {
             pager.place.helper_start.store(start, Ordering::Relaxed);
             pager.helper_up(helper);
         }
+        descriptors.are_used = true;
         pager.settle_what_was_left(soft_dirty);
         Ok(pager)
     }
@@ -315,7 +332,11 @@ impl Pager {
             }
         }
         self.job.charge(found);
-        tracing::debug!(space = self.handle.id, found, "compared with what is present");
+        tracing::debug!(
+            space = self.handle.id,
+            found,
+            "compared with what is present"
+        );
         true
     }
 }

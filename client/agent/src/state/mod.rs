@@ -153,7 +153,7 @@ impl State {
     fn job_place(self: &Arc<Self>, number: u32) -> JobPlace {
         JobPlace {
             record: self.memory.job(number),
-            state: Arc::clone(self),
+            whole: Arc::clone(self),
             number,
         }
     }
@@ -161,7 +161,7 @@ impl State {
     fn space_place(self: &Arc<Self>, number: u32) -> SpacePlace {
         SpacePlace {
             record: self.memory.space(number),
-            state: Arc::clone(self),
+            whole: Arc::clone(self),
             number,
         }
     }
@@ -190,7 +190,7 @@ pub struct Left {
 #[derive(Debug)]
 pub struct JobPlace {
     record: Ref<JobRecord>,
-    state: Arc<State>,
+    whole: Arc<State>,
     number: u32,
 }
 
@@ -213,8 +213,8 @@ impl Deref for JobPlace {
 impl Drop for JobPlace {
     fn drop(&mut self) {
         self.record.live.store(false, Ordering::Release);
-        self.state.memory.clear_job(self.number);
-        lock(&self.state.jobs).free.push(self.number);
+        self.whole.memory.clear_job(self.number);
+        lock(&self.whole.jobs).free.push(self.number);
     }
 }
 
@@ -222,7 +222,7 @@ impl Drop for JobPlace {
 #[derive(Debug)]
 pub struct SpacePlace {
     record: Ref<SpaceRecord>,
-    state: Arc<State>,
+    whole: Arc<State>,
     number: u32,
 }
 
@@ -237,7 +237,7 @@ impl SpacePlace {
     #[must_use]
     pub fn chunks(&self) -> SpaceChunks {
         SpaceChunks {
-            state: Arc::clone(&self.state),
+            state: Arc::clone(&self.whole),
             record: self.record.clone(),
         }
     }
@@ -254,8 +254,8 @@ impl Deref for SpacePlace {
 impl Drop for SpacePlace {
     fn drop(&mut self) {
         self.record.state.store(space::FREE, Ordering::Release);
-        self.state.memory.clear_space(self.number);
-        lock(&self.state.spaces).free.push(self.number);
+        self.whole.memory.clear_space(self.number);
+        lock(&self.whole.spaces).free.push(self.number);
     }
 }
 

@@ -246,4 +246,3 @@ pub struct ChunkRecord {
 
 /// What a slot holds: its hash, low half first.
 pub type HashRecord = [AtomicU64; 2];
-

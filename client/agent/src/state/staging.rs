@@ -30,7 +30,8 @@ impl SpacePlace {
         self.command.store(command, Ordering::Relaxed);
         self.method.store(method, Ordering::Relaxed);
         self.area.store(area as u32, Ordering::Relaxed);
-        self.batch_pages.store(pages.len() as u32, Ordering::Relaxed);
+        self.batch_pages
+            .store(pages.len() as u32, Ordering::Relaxed);
         let bits = match pages.len() {
             BATCH_PAGES.. => u64::MAX,
             less => (1 << less) - 1,

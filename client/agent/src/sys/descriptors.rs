@@ -1,7 +1,7 @@
 //! Descriptors by their numbers: kept ones have the same number in every agent that has them, so that the state can name them.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use super::check;
 
@@ -216,7 +216,12 @@ fn receive(socket: BorrowedFd<'_>, received: &mut Vec<(OwnedFd, i32)>) -> io::Re
     let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
     let got = check(got as i64)? as usize;
     let arrived = if message.msg_controllen >= size_of::<libc::cmsghdr>() {
-        (rights.header.cmsg_len.saturating_sub(size_of::<libc::cmsghdr>()) / WORD).min(PER_PACKET)
+        (rights
+            .header
+            .cmsg_len
+            .saturating_sub(size_of::<libc::cmsghdr>())
+            / WORD)
+            .min(PER_PACKET)
     } else {
         0
     };
@@ -236,6 +241,7 @@ fn receive(socket: BorrowedFd<'_>, received: &mut Vec<(OwnedFd, i32)>) -> io::Re
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
+    use std::os::fd::AsFd;
 
     use super::*;
 

@@ -74,7 +74,16 @@ pub fn this_process() -> io::Result<OwnedFd> {
 pub fn start(body: impl FnOnce()) -> io::Result<i32> {
     // SAFETY: a fork in all but the descriptors. The child goes on with this thread's stack, copied, and runs `body` alone, which
     // by its contract takes no lock and allocates nothing, so that it does not matter what other threads were doing.
-    let pid = check(unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES as usize, 0usize, 0usize, 0usize, 0usize) })?;
+    let pid = check(unsafe {
+        libc::syscall(
+            libc::SYS_clone,
+            libc::CLONE_FILES as usize,
+            0usize,
+            0usize,
+            0usize,
+            0usize,
+        )
+    })?;
     if pid == 0 {
         body();
         exit();

@@ -61,7 +61,8 @@ impl Process {
         start_time(self.pid)
     }
 
-    /// Sends it a signal.&self, signal: i32) {
+    /// Sends it a signal.
+    pub fn signal(&self, signal: i32) {
         // SAFETY: integers and a null pointer, which means default info.
         unsafe {
             libc::syscall(

@@ -136,6 +136,14 @@ impl StateMemory {
         unsafe { self.base.add(at).cast::<SpaceRecord>().as_ref() }
     }
 
+    /// A job's record, likewise.
+    #[must_use]
+    pub fn borrow_job(&self, number: u32) -> &JobRecord {
+        let at = JOBS_AT + (number as usize).min(MAX_JOBS - 1) * JOB_BYTES;
+        // SAFETY: as above.
+        unsafe { self.base.add(at).cast::<JobRecord>().as_ref() }
+    }
+
     /// A job's record; of a number beyond the last, the last.
     #[must_use]
     pub fn job(self: &Arc<Self>, number: u32) -> Ref<JobRecord> {

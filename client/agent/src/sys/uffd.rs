@@ -277,11 +277,7 @@ impl Uffd {
         };
         match check(got as i64) {
             Ok(got) => Ok(got as usize / size_of::<JournalSlot>()),
-            Err(error)
-                if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) =>
-            {
-                Ok(0)
-            }
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => Ok(0),
             Err(error) => Err(error),
         }
     }
@@ -291,7 +287,11 @@ impl Uffd {
     pub fn message_in(slot: &JournalSlot) -> Option<Message> {
         let mut raw = [0u8; 32];
         for (bytes, word) in raw.chunks_exact_mut(8).zip(slot) {
-            bytes.copy_from_slice(&word.load(std::sync::atomic::Ordering::Acquire).to_ne_bytes());
+            bytes.copy_from_slice(
+                &word
+                    .load(std::sync::atomic::Ordering::Acquire)
+                    .to_ne_bytes(),
+            );
         }
         parse(&raw)
     }
