@@ -269,15 +269,15 @@ fn is_readable(fd: BorrowedFd<'_>, within_ms: Option<u64>) -> bool {
     poll(&mut fds, timeout.as_ref()).is_ok_and(|ready| ready > 0)
 }
 
-/// Whether who listens on a socket does not live any more: its keeper is about to close it.
-pub(crate) fn is_of_a_dead_agent(socket: &str) -> bool {
+/// Whether an agent that lives listens on a socket. Where one has died, its keeper is about to close it.
+pub(crate) fn is_of_a_living_agent(socket: &str) -> bool {
     let address = match socket.strip_prefix('@') {
         Some(name) => SocketAddrUnix::new_abstract_name(name.as_bytes()),
         None => SocketAddrUnix::new(socket),
     };
-    let Ok(peer) = new_socket() else { return false };
+    let Ok(peer) = new_socket() else { return true };
     let connected = address.and_then(|address| connect(&peer, &address));
     connected.is_ok()
         && crate::sys::socket::peer(peer.as_fd())
-            .is_ok_and(|(pid, _, _)| !crate::sys::process::is_running(pid))
+            .is_ok_and(|(pid, _, _)| crate::sys::process::is_running(pid))
 }

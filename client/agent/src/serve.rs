@@ -19,6 +19,8 @@ use crate::pager::Shared;
 use crate::spaces::Spaces;
 use crate::state::State;
 
+/// How long an agent that was killed may seem to live: until the kernel has taken it apart.
+const DYING_DEADLINE: Duration = Duration::from_millis(500);
 /// How long the socket of an agent that was killed may be open yet.
 const DEAD_DOOR_DEADLINE: Duration = Duration::from_secs(5);
 /// How often the end is looked for.
@@ -224,11 +226,18 @@ fn open_door(config: &AgentConfig) -> Result<(OwnedFd, SocketFile), AgentError> 
     let socket = config.socket.clone();
     let began = Instant::now();
     let mut opened = crate::door::open(&socket, config.group);
-    // One that was killed just now: its keeper closes what is not needed any more.
-    while opened.is_err()
-        && crate::keeper::is_of_a_dead_agent(&socket)
-        && began.elapsed() < DEAD_DOOR_DEADLINE
+    while opened
+        .as_ref()
+        .is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse)
     {
+        // One that was killed just now: its keeper closes what is not needed any more.
+        let deadline = match crate::keeper::is_of_a_living_agent(&socket) {
+            true => DYING_DEADLINE,
+            false => DEAD_DOOR_DEADLINE,
+        };
+        if began.elapsed() > deadline {
+            break;
+        }
         std::thread::sleep(END_POLL);
         opened = crate::door::open(&socket, config.group);
     }
