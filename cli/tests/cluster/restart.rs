@@ -83,37 +83,40 @@ fn descriptors(cluster: &Cluster) -> usize {
 
 #[test]
 fn programs_outlive_agents_that_are_killed() {
-    if cannot_run("programs_outlive_agents_that_are_killed")
-        || without_program("programs_outlive_agents_that_are_killed", "cc")
-    {
+    if cannot_run("programs_outlive_agents_that_are_killed") {
         return;
     }
     let _alone = alone();
     let mut lot = Lot::new("programs_outlive_agents_that_are_killed");
     let mut cluster = Cluster::start("tcp", &["256M", "256M"]);
     let at_first = descriptors(&cluster);
-    let native = cluster.run_native(PIECES).complete(1);
-    let mut reader = cluster.run_program(LOCAL, PIECES, "reader");
-    reader.built();
-    assert_eq!(reader.check(), native[0]);
-    let calls = program(&cluster, "random_calls").display().to_string();
-    let seed = lot.below(1000).to_string();
-    let judged = start(&cluster, "16M", "calls", &[&calls, "run", "30", &seed]);
-    for round in 0..3 {
-        if round > 0 {
-            assert_eq!(reader.check(), native[0]);
-        }
-        reader.ask();
-        kill_and_restart(&mut cluster, &mut lot);
-        assert_eq!(
-            reader.line_within(patience(PATIENCE)).as_ref(),
-            Some(&native[0])
-        );
+    let sizes = [PIECES, PIECES / 2];
+    let native = sizes.map(|pieces| cluster.run_native(pieces).complete(1));
+    let names = ["first", "second"];
+    let mut programs: Vec<_> = sizes
+        .iter()
+        .zip(names)
+        .map(|(pieces, name)| cluster.run_program(LOCAL, *pieces, name))
+        .collect();
+    for program in &mut programs {
+        program.built();
     }
-    ended_well(&cluster, judged, "calls");
-    let (status, errors) = reader.end();
-    assert!(status.success(), "{status}: {errors}");
-    assert_eq!(cluster.summary("reader")["far_slots_in_use_at_exit"], 0);
+    for _ in 0..2 {
+        for program in &mut programs {
+            program.ask();
+        }
+        kill_and_restart(&mut cluster, &mut lot);
+        for (program, native) in programs.iter_mut().zip(&native) {
+            let hash = program.line_within(patience(PATIENCE));
+            assert_eq!(hash.as_ref(), Some(&native[0]));
+            assert_eq!(program.check(), native[0]);
+        }
+    }
+    for (program, name) in programs.into_iter().zip(names) {
+        let (status, errors) = program.end();
+        assert!(status.success(), "{status}: {errors}");
+        assert_eq!(cluster.summary(name)["far_slots_in_use_at_exit"], 0);
+    }
     eventually("no descriptor of a program's is left", || {
         descriptors(&cluster) <= at_first + 8
     });

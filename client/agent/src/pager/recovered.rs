@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use farpage_attach::control::{BATCH_PAGES, STAGING_AREAS, method, staging_offset};
 
 use super::take_out::{Batch, TakeOut};
-use super::{Inheritance, Pager, Registered, Shared, SoftDirty};
+use super::{Inheritance, Journal, Pager, Registered, Shared, SoftDirty};
 use crate::entry::{Entry, Slot, State};
 use crate::gate::Gate;
 use crate::job::Job;
@@ -25,7 +25,7 @@ use crate::sys::control::SharedBlock;
 use crate::sys::pagemap::Pagemap;
 use crate::sys::process::{self, Process};
 use crate::sys::state::Ref;
-use crate::sys::uffd::Uffd;
+use crate::sys::uffd::{Message, Uffd};
 use crate::table::Page;
 
 /// What an address space's record names.
@@ -99,17 +99,15 @@ impl Pager {
         live: &HashSet<i32>,
     ) -> Result<Self, NotRecovered> {
         let mut descriptors = Descriptors::of(place.record());
-        let program = Process::reopen(
-            place.pid.load(Ordering::Acquire),
-            place.pid_start.load(Ordering::Relaxed),
-        );
-        // Before the uffd is closed: without it what is far would read as zeros.
+        let mut journal = Journal::new(place.record().clone());
+        let left = journal.left(live);
+        let has_forked = left
+            .iter()
+            .any(|noted| matches!(noted.message, Message::Fork(_)));
         let record = place.record().clone();
+        // Before any uffd is closed: without it what is far would read as zeros.
         let end = |why: NotRecovered| {
-            if let (Some(program), false) = (&program, matches!(why, NotRecovered::Gone)) {
-                program.signal(libc::SIGKILL);
-            }
-            record.state.store(space::FREE, Ordering::Release);
+            end_program(&record, &why, has_forked.then_some(&*job));
             why
         };
         if place.undecided.load(Ordering::Acquire) != 0 {
@@ -131,26 +129,34 @@ impl Pager {
                 forget_helper(&place);
                 None
             }
-            0 => return Err(NotRecovered::Gone),
-            _ => Some(offer_left(&place, &mut descriptors).map_err(end)?),
+            0 => return Err(end(NotRecovered::Gone)),
+            _ => match offer_left(&place, &mut descriptors) {
+                Ok(offer) => Some(offer),
+                // Its children are not: they get what it had when they began.
+                Err(NotRecovered::Gone) if has_forked => {
+                    forget_helper(&place);
+                    None
+                }
+                Err(why) => return Err(end(why)),
+            },
         };
-        if !descriptors.uffd.as_ref().is_some_and(Uffd::is_alive) {
-            return Err(NotRecovered::Gone);
+        if !has_forked && !descriptors.uffd.as_ref().is_some_and(Uffd::is_alive) {
+            return Err(end(NotRecovered::Gone));
         }
         let uffd = descriptors.uffd.take().ok_or(NotRecovered::Gone)?;
         let registered = match &offer {
             Some((offer, _)) => ranges_left(offer).map_err(|error| end(error.into()))?,
             None => Registered::default(),
         };
-        let mut pager =
-            Self::new(shared, job, handle, None, uffd, place).map_err(|error| end(error.into()))?;
+        let mut pager = Self::new(shared, Arc::clone(&job), handle, None, uffd, place)
+            .map_err(|error| end(error.into()))?;
         for (number, chunk) in chunks {
             pager.table.adopt(number, chunk);
         }
         pager.is_recovered = true;
         pager.inheritance = inheritance;
         pager.soft_dirty = SoftDirty::recovered(soft_dirty);
-        pager.left = pager.journal.left(live);
+        (pager.journal, pager.left) = (journal, left);
         if let Some((offer, helper)) = offer {
             pager.registered = registered;
             pager
@@ -176,6 +182,10 @@ impl Pager {
             match entry.state() {
                 State::Fetching => {
                     self.table.change(page, Entry::fetch_dropped);
+                }
+                // Of a program that has ended: what was on its way out then its children cannot have, unless it was here yet.
+                State::Evicting if self.helper.is_none() => {
+                    self.table.change(page, |entry| Some(entry.poisoned()));
                 }
                 // Chosen, and no more.
                 State::Evicting if !on_their_way.contains(&page) => {
@@ -387,6 +397,27 @@ fn ranges_left(offer: &HelperOffer) -> io::Result<Registered> {
         }
     }
     Ok(registered)
+}
+
+/// What is not taken over ends, if it has not yet: the program, or all of the job where it has children that nobody knows yet;
+/// and its helper, which may wait for what nobody will read.
+fn end_program(record: &SpaceRecord, why: &NotRecovered, job_of_children: Option<&Job>) {
+    if !matches!(why, NotRecovered::Gone) {
+        if let Some(job) = job_of_children {
+            job.fail(why.to_string());
+        }
+        let pid = record.pid.load(Ordering::Acquire);
+        let program = Process::reopen(pid, record.pid_start.load(Ordering::Relaxed));
+        if let Some(program) = program {
+            program.signal(libc::SIGKILL);
+        }
+    }
+    let helper = record.helper.load(Ordering::Acquire);
+    let helper = Process::reopen(helper, record.helper_start.load(Ordering::Relaxed));
+    if let Some(helper) = helper {
+        helper.signal(libc::SIGKILL);
+    }
+    record.state.store(space::FREE, Ordering::Release);
 }
 
 /// A forked child's handshake was broken off: it is as it was before it came to the door.
