@@ -29,8 +29,12 @@ use crate::sys::keeper::{self as sys, SharedWord};
 use crate::sys::state::StateMemory;
 use crate::sys::uffd::Uffd;
 
-/// How long the next agent may take over any step of the handover.
-const STEP_DEADLINE: Duration = Duration::from_secs(2);
+/// How long the next agent may take over any step of the handover, and how long it waits for the keeper: that has to close what
+/// the dead agent had, and both may be starved on a loaded machine.
+const STEP_DEADLINE: Duration = Duration::from_secs(5);
+const KEEPER_DEADLINE: Duration = Duration::from_secs(20);
+/// How often the keeper looks whether the state is still its.
+const LOOK_MS: u64 = 200;
 /// The most of a lease's time that may pass without an agent: the rest is for the next one to renew it in.
 const LEASE_SHARE: (u64, u64) = (4, 5);
 
@@ -93,7 +97,7 @@ impl Keeper {
         if uid != rustix::process::geteuid().as_raw() {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
-        crate::sys::socket::set_deadline(peer.as_fd(), STEP_DEADLINE)?;
+        crate::sys::socket::set_deadline(peer.as_fd(), KEEPER_DEADLINE)?;
         let mut number = [0u8; 4];
         rustix::net::recv(&peer, &mut number, rustix::net::RecvFlags::empty())?;
         descriptors::receive_all(peer.as_fd())?;
@@ -182,16 +186,16 @@ fn keep(
     descriptors::close_all_but(&open);
     loop {
         let left = until.saturating_sub(sys::now_ms());
+        if !is_mine() {
+            return;
+        }
         if left == 0 {
             break;
         }
-        if is_readable(listener.as_fd(), Some(left))
+        if is_readable(listener.as_fd(), Some(left.min(LOOK_MS)))
             && let Ok(peer) = accept_with(&listener, SocketFlags::CLOEXEC)
         {
             let _ = hand_over(&peer, number, &kept);
-            if !is_mine() {
-                return;
-            }
         }
     }
     if let Some(path) = path {
