@@ -550,22 +550,4 @@ static const struct test_case cases[] = {
 	{"discard_fetch", discard_fetch},
 };
 
-int main(int argc, char **argv)
-{
-	for (size_t i = 0; argc > 1 && i < sizeof cases / sizeof *cases; i++) {
-		if (strcmp(cases[i].name, argv[1]))
-			continue;
-		for (int each = LOCAL; each < STATES; each++) {
-			if (argc > 2 && strcmp(names[each], argv[2]))
-				continue;
-			state = each;
-			context = names[each];
-			bytes = each == LOCAL ? 4 * MIB : 24 * MIB;
-			cases[i].run();
-			leave();
-		}
-		return 0;
-	}
-	fprintf(stderr, "no such case\n");
-	return 2;
-}
+STATES_MAIN(cases)

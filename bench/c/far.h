@@ -30,8 +30,8 @@
 
 /* Twice and more what the tests allow to stay here. */
 #define DATA (48 * MIB)
-/* What is written to push everything else out. */
-#define PRESSURE (40 * MIB)
+/* What is written to push everything else out: more than may stay here. Where it is not enough, it is written again. */
+#define PRESSURE (24 * MIB)
 
 /* What is being done, for a case that does it several times. */
 __attribute__((unused)) static const char *context = "";
@@ -200,6 +200,14 @@ __attribute__((unused)) static int touch_raises(volatile char *at, int write)
 	sigaction(SIGSEGV, &segv, NULL);
 	sigaction(SIGBUS, &bus, NULL);
 	return raised;
+}
+
+/* `usual` seconds, or what the outside says on emulated machines. */
+__attribute__((unused)) static int patience(int usual)
+{
+	const char *said = getenv("FARPAGE_TEST_PATIENCE");
+	int seconds = said ? atoi(said) : 0;
+	return seconds > usual ? seconds : usual;
 }
 
 struct test_case {

@@ -126,6 +126,54 @@ static void read_into_pinned(int children)
 	check_from(at + bytes, DATA - bytes, bytes / PAGE, 1, "beside it");
 }
 
+static struct {
+	int fd;
+	char *at;
+	volatile int reads, stop;
+} device;
+
+/* Reads the file over and over, past the page cache, into a buffer that nobody else touches while a read is under way. */
+static void *read_directly(void *unused)
+{
+	(void)unused;
+	const size_t step = MIB;
+	for (; !device.stop; device.reads++)
+		for (size_t from = 0; from < 8 * MIB; from += step) {
+			MUST(pread(device.fd, device.at + from, step, (off_t)from) == (ssize_t)step);
+			check_from(device.at + from, step, from / PAGE, 7, "read directly, while others fork");
+			memset(device.at + from, 0, step);
+		}
+	return NULL;
+}
+
+/* Forks while a device may be writing into pages: what it brings arrives in the parent. What a child has of these pages is of
+ * no one moment; everything else is. */
+static void direct_fork(void)
+{
+	const size_t buffer = 8 * MIB;
+	device.fd = scratch(O_DIRECT);
+	device.at = far_map(buffer, 7);
+	char *at = far_map(DATA / 2, 1);
+	MUST(pwrite(device.fd, device.at, buffer, 0) == (ssize_t)buffer);
+	pthread_t reader;
+	MUST(pthread_create(&reader, NULL, read_directly, NULL) == 0);
+	for (int turn = 0; turn < 8 || device.reads < 2; turn++) {
+		pid_t child = fork();
+		MUST(child >= 0);
+		if (!child) {
+			check(at, DATA / 2, 1, "in a child, forked while a device writes");
+			fill(device.at, buffer, 9);
+			push_far(at, DATA / 2);
+			check(device.at, buffer, 9, "written by a child over what a device wrote to");
+			_exit(0);
+		}
+		wait_for(child, "a child");
+	}
+	device.stop = 1;
+	MUST(pthread_join(reader, NULL) == 0);
+	check(at, DATA / 2, 1, "beside what a device wrote to");
+}
+
 static void pinned(void) { read_into_pinned(0); }
 static void pinned_fork(void) { read_into_pinned(4); }
 
@@ -196,6 +244,8 @@ static void guard_raw(void) { MUST(guard_by(by_the_kernel) > DATA / 2 / PAGE / 2
 static void dump(void)
 {
 	char *at = far_map(DATA, 1);
+	/* So that some is here. */
+	check(at, DATA / 16, 1, "brought home");
 	fprintf(stderr, "DATA %lx %lx\n", (unsigned long)(uintptr_t)at, (unsigned long)DATA);
 	struct rlimit all = {RLIM_INFINITY, RLIM_INFINITY};
 	setrlimit(RLIMIT_CORE, &all);
@@ -204,7 +254,7 @@ static void dump(void)
 
 static const struct test_case cases[] = {
 	{"plain", plain}, {"direct", direct}, {"vectors", vectors}, {"from_outside", from_outside}, {"pinned", pinned},
-	{"pinned_fork", pinned_fork},
+	{"pinned_fork", pinned_fork}, {"direct_fork", direct_fork},
 	{"proc_mem", proc_mem}, {"guard", guard}, {"guard_raw", guard_raw}, {"dump", dump},
 };
 MAIN(cases)

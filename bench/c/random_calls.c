@@ -444,7 +444,7 @@ static int fails(const char *self, uint64_t seed, const char *kept, enum voice v
 		execl(self, self, voice == TELLS_ALL ? "replay" : "judge", number, kept, NULL);
 		_exit(2);
 	}
-	time_t until = time(NULL) + ROUND_DEADLINE;
+	time_t until = time(NULL) + patience(ROUND_DEADLINE);
 	int status;
 	while (waitpid(pid, &status, WNOHANG) == 0) {
 		if (time(NULL) > until) {
@@ -479,7 +479,7 @@ static void shrink(const char *self, uint64_t seed)
 	char keep[CALLS], path[64];
 	memset(keep, 1, sizeof keep);
 	sprintf(path, "random_calls.%lu", seed);
-	time_t until = time(NULL) + SHRINKING;
+	time_t until = time(NULL) + patience(SHRINKING);
 	for (int size = CALLS / 2; size > 0 && time(NULL) < until; size /= 2)
 		for (int from = 0; from < CALLS && time(NULL) < until; from += size) {
 			char fewer[CALLS];

@@ -98,3 +98,25 @@ __attribute__((unused)) static void rewrite(char *at, const char *when)
 	push(at);
 	check(at, bytes, 2, when);
 }
+
+/* Runs a case in each of the states, or in the one that the second argument picks. */
+#define STATES_MAIN(cases) \
+	int main(int argc, char **argv) \
+	{ \
+		for (size_t i = 0; argc > 1 && i < sizeof cases / sizeof *cases; i++) { \
+			if (strcmp(cases[i].name, argv[1])) \
+				continue; \
+			for (int each = LOCAL; each < STATES; each++) { \
+				if (argc > 2 && strcmp(names[each], argv[2])) \
+					continue; \
+				state = each; \
+				context = names[each]; \
+				bytes = each == LOCAL ? 4 * MIB : 24 * MIB; \
+				cases[i].run(); \
+				leave(); \
+			} \
+			return 0; \
+		} \
+		fprintf(stderr, "no such case\n"); \
+		return 2; \
+	}

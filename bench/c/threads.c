@@ -172,8 +172,47 @@ static void robust_mutex(void)
 	}
 }
 
+static int steps[2][2];
+
+static void *hold_until_told(void *unused)
+{
+	(void)unused;
+	char byte;
+	MUST(pthread_mutex_lock(robust) == 0);
+	MUST(write(steps[0][1], "h", 1) == 1 && read(steps[1][0], &byte, 1) == 1);
+	return NULL;
+}
+
+/* The kernel's limit, pinned: it walks a thread's list of robust mutexes at its end without raising faults. One that is far by
+ * then is not handed on, and stays locked; it says so to who tries it, and harms nothing. */
+static void robust_far(void)
+{
+	pthread_mutexattr_t attributes;
+	pthread_mutexattr_init(&attributes);
+	pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
+	MUST(pipe(steps[0]) == 0 && pipe(steps[1]) == 0);
+	/* Something beside it, so that the mutex's page is looked at by nobody. */
+	char *memory = far_map(DATA, 1), byte;
+	robust = (pthread_mutex_t *)(memory + DATA / 2);
+	pthread_mutex_init(robust, &attributes);
+	pthread_t holder;
+	MUST(pthread_create(&holder, NULL, hold_until_told, NULL) == 0);
+	MUST(read(steps[0][0], &byte, 1) == 1);
+	const int managed = getenv("FARPAGE_JOB") != NULL;
+	for (int turn = 0; managed && present(robust, PAGE); turn++) {
+		MUST(turn < 20);
+		push_far(memory, DATA);
+	}
+	MUST(write(steps[1][1], "e", 1) == 1 && pthread_join(holder, NULL) == 0);
+	int result = pthread_mutex_trylock(robust);
+	if (result != (managed ? EBUSY : EOWNERDEAD))
+		fail("trylock says %d", result);
+	check(memory, DATA / 2, 1, "before the mutex");
+}
+
 static const struct test_case cases[] = {
 	{"same_pages", same_pages}, {"different_pages", different_pages}, {"sums", sums},
 	{"discard_race", discard_race}, {"thousands", thousands}, {"robust_mutex", robust_mutex},
+	{"robust_far", robust_far},
 };
 MAIN(cases)

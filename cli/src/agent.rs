@@ -9,6 +9,7 @@ use farpage_proto::transport::EndpointUrl;
 
 use crate::args::{AgentArgs, Fabric};
 use crate::daemon;
+use crate::metrics::{Endpoint, MetricsError};
 use crate::run::{Helper, HelperError, READY};
 
 /// Why programs are not served.
@@ -27,6 +28,8 @@ pub(crate) enum AgentError {
     #[error(transparent)]
     Helper(#[from] HelperError),
     #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    #[error(transparent)]
     Agent(#[from] farpage_agent::AgentError),
     #[error("cannot wait for signals: {0}")]
     Signals(#[from] std::io::Error),
@@ -40,13 +43,14 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
         return Err(AgentError::NoRdma);
     }
     let socket = args.socket.to_str().ok_or(AgentError::Socket)?.to_owned();
+    let metrics = Endpoint::start(args.metrics.metrics)?;
     // Held until the agent has ended: the memory goes after those who use it.
     let (_own_far_memory, coordinator) = match args.own_far_memory {
         Some(capacity) => {
-            let (helper, url) = bring_up(&socket, capacity, args.fabric)?;
-            (Some(helper), url)
+            let (helpers, url) = bring_up(&socket, capacity, args)?;
+            (helpers, url)
         }
-        None => (None, args.coordinator.clone().unwrap_or_default()),
+        None => (Vec::new(), args.coordinator.clone().unwrap_or_default()),
     };
     let config = AgentConfig {
         coordinator: EndpointUrl::parse_field("the URL", &coordinator)?,
@@ -60,11 +64,16 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
             .own_far_memory
             .is_none()
             .then(|| Duration::from_secs(args.takeover_deadline)),
+        replicas: args.own_replicas,
         exit_on_eof: args.lifeline.map(crate::sys::take_descriptor).transpose()?,
     };
     let stop = Arc::new(AtomicBool::new(false));
     daemon::stop_on_signals(&stop)?;
-    Ok(serve(config, &stop, || daemon::say(READY))?)
+    let ready = |observer| match metrics {
+        Some(metrics) => daemon::say(&format!("ready, {}\n", metrics.open(observer))),
+        None => daemon::say(READY),
+    };
+    Ok(serve(config, &stop, ready)?)
 }
 
 /// The group that may come in: none where the agent is one run's own. A missing default group is no error, since
@@ -85,24 +94,31 @@ fn group(args: &AgentArgs) -> Result<Option<u32>, AgentError> {
     }
 }
 
-/// Starts the coordinator and memory node of one run, in one process beside this one.
+/// Starts the coordinator and memory node of one run, in one process beside this one, and a process for each further node. The
+/// last of them, which has the coordinator, is the last to be ended.
 fn bring_up(
     socket: &str,
     capacity: crate::size::Size,
-    fabric: Option<Fabric>,
-) -> Result<(Helper, String), HelperError> {
+    args: &AgentArgs,
+) -> Result<(Vec<Helper>, String), HelperError> {
     let name = format!("{socket}-far");
-    let fabric = fabric.unwrap_or(Fabric::Shm).name();
-    let words = [
-        "far-memory",
-        "--socket",
-        &name,
-        "--capacity",
-        &capacity.to_string(),
-        "--fabric",
-        fabric,
-    ];
-    let mut helper = Helper::start("the memory node", &words.map(Into::into))?;
-    helper.wait_ready()?;
-    Ok((helper, format!("unix:{name}")))
+    let fabric = args.fabric.unwrap_or(Fabric::Shm).name();
+    let capacity = capacity.to_string();
+    let mut helpers = Vec::new();
+    for number in 1..=args.own_replicas {
+        let socket = match number {
+            1 => name.clone(),
+            _ => format!("{name}{number}"),
+        };
+        let mut words = vec!["far-memory", "--socket", &socket];
+        words.extend(["--capacity", &capacity, "--fabric", fabric]);
+        if number > 1 {
+            words.extend(["--beside", &name]);
+        }
+        let words: Vec<_> = words.into_iter().map(Into::into).collect();
+        let mut helper = Helper::start("the memory node", &words)?;
+        helper.wait_ready()?;
+        helpers.insert(0, helper);
+    }
+    Ok((helpers, format!("unix:{name}")))
 }

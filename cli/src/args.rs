@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use farpage_proto::limits::MAX_REPLICAS;
+
 use crate::size::Size;
 
 /// Runs programs with part of their memory on other machines.
@@ -34,6 +36,8 @@ pub(crate) enum Command {
     Agent(AgentArgs),
     /// Show nodes, capacity, agents and processes
     Status(StatusArgs),
+    /// Have what a memory node holds moved to others, so that it can be stopped
+    Drain(DrainArgs),
     /// Show what this machine offers, what each thing is for, and how to get what is missing
     Doctor(DoctorArgs),
     /// Run a benchmark
@@ -111,8 +115,8 @@ pub(crate) struct RunArgs {
     /// How pages travel
     #[arg(long, value_enum, default_value_t = Fabric::Shm)]
     pub(crate) fabric: Fabric,
-    /// On how many memory nodes each page is kept
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    /// On how many memory nodes each page is kept, up to 4; so many times --far is taken there
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_replicas)]
     pub(crate) replicas: u8,
     /// How long a touch of a page may wait for a memory node that does not answer, before it ends in SIGBUS [default: the
     /// agent's, 60]
@@ -127,6 +131,15 @@ pub(crate) struct RunArgs {
     /// The program and its arguments
     #[arg(value_name = "CMD", required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = false)]
     pub(crate) program: Vec<OsString>,
+}
+
+fn parse_replicas(text: &str) -> Result<u8, String> {
+    match text.parse() {
+        Ok(copies) if (1..=MAX_REPLICAS).contains(&copies) => Ok(copies),
+        _ => Err(format!(
+            "each copy of a page is sent and kept: give a number from 1 to {MAX_REPLICAS}"
+        )),
+    }
 }
 
 fn fault_deadline() -> clap::builder::RangedU64ValueParser {
@@ -144,6 +157,15 @@ pub(crate) struct RdmaArgs {
         hide_default_value = true
     )]
     pub(crate) device: String,
+}
+
+/// What a daemon tells of itself.
+#[derive(Debug, Args)]
+pub(crate) struct MetricsArgs {
+    /// Serve metrics for Prometheus at http://ADDR:PORT/metrics, to everybody who can connect: give it the loopback's address
+    /// or that of a network for management. Port 0 takes any; the start line says which [default: none are served]
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) metrics: Option<std::net::SocketAddr>,
 }
 
 #[derive(Debug, Args)]
@@ -178,6 +200,8 @@ pub(crate) struct NodeArgs {
     /// A label for placement; may be repeated
     #[arg(long = "label", value_name = "K=V", value_parser = parse_label)]
     pub(crate) labels: Vec<Label>,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
 }
 
 /// A node's label, for placement.
@@ -212,6 +236,8 @@ pub(crate) struct CoordinatorArgs {
     /// from both this and the nodes
     #[arg(long, value_name = "SECONDS", default_value_t = 15, value_parser = clap::value_parser!(u64).range(5..=86400))]
     pub(crate) lease_time: u64,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
 }
 
 /// Where a coordinator keeps its state.
@@ -265,9 +291,14 @@ pub(crate) struct AgentArgs {
     /// four fifths of the lease's time
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=3600))]
     pub(crate) takeover_deadline: u64,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
     /// Bring up a coordinator and a memory node of this capacity for this agent alone
     #[arg(long, value_name = "SIZE", hide = true)]
     pub(crate) own_far_memory: Option<Size>,
+    /// So many memory nodes, each of that capacity
+    #[arg(long, value_name = "N", default_value_t = 1, hide = true, value_parser = parse_replicas)]
+    pub(crate) own_replicas: u8,
     /// End when this inherited descriptor reads end-of-file
     #[arg(long, value_name = "FD", hide = true)]
     pub(crate) lifeline: Option<i32>,
@@ -282,6 +313,29 @@ pub(crate) struct StatusArgs {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Waits until the node holds nothing, and tells how far it has come. Programs run on meanwhile. Exit status 1: it holds \
+something still, and why; nothing is lost then.
+
+Examples:
+  farpage drain rack1-a --coordinator http://10.0.0.1:7400
+  farpage drain rack1-a --undo")]
+pub(crate) struct DrainArgs {
+    /// The node's name
+    #[arg(value_name = "NODE", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) node: String,
+    /// Where the coordinator is
+    #[arg(long, value_name = "URL", env = "FARPAGE_COORDINATOR", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) coordinator: String,
+    /// How long to wait; 0 has it begin, and waits for nothing
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub(crate) timeout: u64,
+    /// Lend its memory again
+    #[arg(long)]
+    pub(crate) undo: bool,
 }
 
 #[derive(Debug, Args)]
@@ -352,6 +406,9 @@ pub(crate) struct BenchArgs {
     /// The long forms, which take minutes each, instead of the short ones (bench conformance)
     #[arg(long)]
     pub(crate) long: bool,
+    /// Each case once, as this kernel does it, not also as older ones would (bench conformance)
+    #[arg(long)]
+    pub(crate) plain: bool,
     /// What the cases that draw lots begin with (bench conformance)
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,
@@ -375,6 +432,9 @@ pub(crate) struct FarMemoryArgs {
     /// How pages travel
     #[arg(long, value_enum, default_value_t = Fabric::Shm)]
     pub(crate) fabric: Fabric,
+    /// Be a further node, of the coordinator of this socket
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) beside: Option<String>,
     /// End when this inherited descriptor reads end-of-file
     #[arg(long, value_name = "FD")]
     pub(crate) lifeline: Option<i32>,

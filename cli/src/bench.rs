@@ -157,6 +157,7 @@ fn judged(options: &Options, args: &BenchArgs) -> Result<Verdicts, BenchError> {
     let choice = Choice {
         names: args.cases.clone(),
         long: args.long,
+        plain: args.plain,
         seed: args.seed,
     };
     let verdicts = conformance::run(options, &choice, &mut |verdict| {

@@ -9,6 +9,7 @@ use farpage_server::{CoordinatorConfig, run_coordinator};
 
 use crate::args::{CoordinatorArgs, StateStore};
 use crate::daemon;
+use crate::metrics::{Endpoint, MetricsError};
 
 /// Why the control plane is not served.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +20,8 @@ pub(crate) enum CoordinatorError {
     NoEtcd,
     #[error("cannot start: {0}")]
     Runtime(#[from] std::io::Error),
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     #[error(transparent)]
     Coordinator(#[from] farpage_server::CoordinatorError),
 }
@@ -37,11 +40,14 @@ pub(crate) fn command(args: &CoordinatorArgs) -> Result<(), CoordinatorError> {
             ..Timing::default()
         },
     };
+    let metrics = Endpoint::start(args.metrics.metrics)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
     let ready = |ready: farpage_server::CoordinatorReady| {
-        daemon::say(&format!("coordinator serves at {}\n", ready.url));
+        let metrics = metrics.map(|metrics| metrics.open(ready.observer));
+        let metrics = metrics.map_or_else(String::new, |metrics| format!(", {metrics}"));
+        daemon::say(&format!("coordinator serves at {}{metrics}\n", ready.url));
     };
     Ok(runtime.block_on(run_coordinator(config, ready, daemon::told_to_stop()))?)
 }

@@ -31,6 +31,10 @@ pub(crate) fn command(args: &FarMemoryArgs) -> Result<(), FarMemoryError> {
     let capacity = args.capacity.bytes().next_multiple_of(extent);
     let mut config = EmbeddedConfig::new(ByteCount(capacity), name);
     config.fabric = args.fabric.kind();
+    config.beside = args
+        .beside
+        .as_ref()
+        .map(|socket| socket.trim_start_matches('@').to_owned());
     config.exit_on_eof = args.lifeline.map(crate::sys::take_descriptor).transpose()?;
     Ok(embedded(
         config,

@@ -8,7 +8,9 @@ mod bench;
 mod coordinator;
 mod daemon;
 mod doctor;
+mod drain;
 mod far_memory;
+mod metrics;
 mod node;
 mod run;
 mod size;
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
         Command::Coordinator(args) => ended(coordinator::command(&args)),
         Command::Agent(args) => ended(agent::command(&args)),
         Command::Status(args) => ended(status::command(&args)),
+        Command::Drain(args) => ended(drain::command(&args)),
         Command::Doctor(args) => ended(doctor::command(&args)),
         Command::Bench(args) => ended(bench::command(&args)),
         Command::BenchTouch(args) => ended(farpage_bench::child::command(&args.words)),

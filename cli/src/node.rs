@@ -8,6 +8,7 @@ use farpage_server::{NodeConfig, run_node};
 
 use crate::args::{Fabric, Label, NodeArgs};
 use crate::daemon;
+use crate::metrics::{Endpoint, MetricsError};
 
 /// A node's parameters, judged and with their defaults filled in.
 #[derive(Debug)]
@@ -28,6 +29,8 @@ pub(crate) enum NodeError {
     NoListen,
     #[error("cannot start: {0}")]
     Runtime(#[from] std::io::Error),
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     #[error(transparent)]
     Node(#[from] farpage_server::NodeError),
 }
@@ -97,6 +100,7 @@ fn serve(options: &NodeOptions<'_>) -> Result<(), NodeError> {
         .iter()
         .map(|label| (label.key.clone(), label.value.clone()))
         .collect();
+    let metrics = Endpoint::start(args.metrics.metrics)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
@@ -107,9 +111,14 @@ fn serve(options: &NodeOptions<'_>) -> Result<(), NodeError> {
             .iter()
             .map(ToString::to_string)
             .collect();
+        let metrics = metrics.map(|metrics| metrics.open(ready.observer));
         daemon::say(&format!(
             "node {id} lends memory at {}\n",
-            addresses.join(", ")
+            addresses
+                .into_iter()
+                .chain(metrics)
+                .collect::<Vec<_>>()
+                .join(", ")
         ));
     };
     Ok(runtime.block_on(run_node(config, ready, daemon::told_to_stop()))?)

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use farpage_proto::client::{CallError, Coordinator};
 use farpage_proto::transport::{ConnectError, EndpointUrl};
-use farpage_proto::{FieldError, v1};
+use farpage_proto::{FieldError, report, v1};
 use serde::Serialize;
 
 use crate::args::StatusArgs;
@@ -13,9 +13,6 @@ use crate::size::readable;
 
 /// How long connecting, and then the answer, may take.
 const DEADLINE: Duration = Duration::from_secs(5);
-
-/// On how many memory nodes each page is kept, in this version.
-const REPLICAS: u32 = 1;
 
 const PAGE_BYTES: u64 = 4096;
 
@@ -62,7 +59,10 @@ struct Cluster {
     capacity_bytes: u64,
     used_bytes: u64,
     pending_bytes: u64,
-    replicas: u32,
+    /// On how many memory nodes pages are to be, the most of any agent's jobs.
+    replicas: u64,
+    /// Extents that have fewer copies than they should, over all agents.
+    extents_below_replicas: u64,
     nodes: Vec<Node>,
     agents: Vec<Agent>,
 }
@@ -72,6 +72,8 @@ struct Node {
     id: String,
     /// `live` or `unreachable`.
     health: &'static str,
+    /// Nothing new is placed there, and what it holds is being moved.
+    draining: bool,
     capacity_bytes: u64,
     /// Granted to agents.
     used_bytes: u64,
@@ -90,6 +92,10 @@ struct Agent {
     granted_bytes: u64,
     extents: u32,
     lost_extents: u32,
+    /// On how many nodes its jobs want each page, the most of them.
+    replicas: u64,
+    /// Extents that have fewer copies than they should.
+    extents_below_replicas: u64,
     lease_expires_in_ms: u64,
     processes: Vec<Process>,
 }
@@ -117,13 +123,16 @@ struct Process {
 
 impl From<v1::GetStatusResponse> for Cluster {
     fn from(answer: v1::GetStatusResponse) -> Self {
+        let agents: Vec<Agent> = answer.agents.into_iter().map(Agent::from).collect();
+        let below = agents.iter().map(|agent| agent.extents_below_replicas);
         Self {
             capacity_bytes: answer.capacity_bytes,
             used_bytes: answer.used_bytes,
             pending_bytes: answer.pending_bytes,
-            replicas: REPLICAS,
+            replicas: agents.iter().map(|agent| agent.replicas).max().unwrap_or(1),
+            extents_below_replicas: below.sum(),
             nodes: answer.nodes.into_iter().map(Node::from).collect(),
-            agents: answer.agents.into_iter().map(Agent::from).collect(),
+            agents,
         }
     }
 }
@@ -136,6 +145,7 @@ impl From<v1::NodeStatus> for Node {
                 v1::NodeHealth::Unreachable => "unreachable",
                 v1::NodeHealth::Unspecified => "unknown",
             },
+            draining: node.draining,
             id: node.node_id,
             capacity_bytes: node.capacity_bytes,
             used_bytes: node.used_bytes,
@@ -150,8 +160,11 @@ impl From<v1::NodeStatus> for Node {
 
 impl From<v1::AgentStatus> for Agent {
     fn from(agent: v1::AgentStatus) -> Self {
-        let processes = agent.report.unwrap_or_default().processes;
+        let v1::AgentReport { processes, totals } = agent.report.unwrap_or_default();
+        let total = |name: &str| totals.get(name).copied();
         Self {
+            replicas: total(report::REPLICAS).unwrap_or(1),
+            extents_below_replicas: total(report::EXTENTS_BELOW_REPLICAS).unwrap_or(0),
             id: agent.agent_id,
             host: agent.host,
             granted_bytes: agent.granted_bytes,
@@ -186,14 +199,26 @@ impl Cluster {
         for node in &self.nodes {
             nodes.row([
                 node.id.clone(),
-                node.health.to_owned(),
+                match node.draining {
+                    true => format!("{}, draining", node.health),
+                    false => node.health.to_owned(),
+                },
                 readable(node.capacity_bytes),
                 readable(node.used_bytes),
                 readable(node.pending_bytes),
                 node.data_addresses.join(" "),
             ]);
         }
-        let mut agents = Table::new(&["AGENT", "HOST", "GRANTED", "EXTENTS", "LOST", "PROCESSES"]);
+        let mut agents = Table::new(&[
+            "AGENT",
+            "HOST",
+            "GRANTED",
+            "EXTENTS",
+            "LOST",
+            "REPLICAS",
+            "BELOW",
+            "PROCESSES",
+        ]);
         let mut processes = Table::new(&[
             "PROCESS",
             "NAME",
@@ -212,6 +237,8 @@ impl Cluster {
                 readable(agent.granted_bytes),
                 agent.extents.to_string(),
                 agent.lost_extents.to_string(),
+                agent.replicas.to_string(),
+                agent.extents_below_replicas.to_string(),
                 agent.processes.len().to_string(),
             ]);
             for process in &agent.processes {

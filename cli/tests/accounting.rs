@@ -8,12 +8,10 @@
 
 mod common;
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
+use common::held::{Proc, Program, kernels_slack, proc};
 use common::programs_in_c::{LOCAL, compiled};
 use common::{Part, alone, eventually, farpage, without_far_memory, without_program};
 use farpage_agent::client;
@@ -21,11 +19,6 @@ use farpage_agent::protocol::ProcessFigures;
 
 /// Of our own in a managed program beside what it has natively: the shim's and the helper's few pages.
 const OURS: u64 = 64;
-
-/// The kernel keeps resident sizes per CPU and adds them up now and then: so many pages they may be off.
-fn kernels_slack() -> u64 {
-    64 * std::thread::available_parallelism().unwrap().get() as u64
-}
 
 /// An agent with memory of its own, ended with the test.
 struct Agent {
@@ -48,76 +41,6 @@ impl Agent {
         let found = all.into_iter().find(|figures| figures.pid == pid);
         found.unwrap_or_default()
     }
-}
-
-/// The program, which says who holds still with how many pages touched.
-struct Program(Child, BufReader<std::process::ChildStdout>);
-
-impl Program {
-    fn start(mut command: Command) -> Self {
-        let mut child = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let out = BufReader::new(child.stdout.take().unwrap());
-        Self(child, out)
-    }
-
-    /// Waits until it holds still as `who`; its pid, and the pages it has touched.
-    fn holds(&mut self, who: &str) -> (i32, u64) {
-        let mut line = String::new();
-        self.1.read_line(&mut line).unwrap();
-        let words: Vec<_> = line.split_ascii_whitespace().collect();
-        assert_eq!(words.first(), Some(&who), "{line:?}");
-        (words[1].parse().unwrap(), words[2].parse().unwrap())
-    }
-
-    fn goes_on(&mut self) {
-        self.0.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
-    }
-}
-
-/// What `/proc` says of a process, in pages.
-#[derive(Debug, Default)]
-struct Proc {
-    /// Resident and anonymous.
-    anonymous: u64,
-    /// Present in mappings that a uffd manages.
-    managed: u64,
-}
-
-fn proc(pid: i32) -> Proc {
-    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
-    let pagemap = File::open(format!("/proc/{pid}/pagemap")).unwrap();
-    let mut found = Proc::default();
-    let mut range = 0..0;
-    for line in smaps.lines() {
-        let first = line.split_ascii_whitespace().next().unwrap();
-        if let Some(size) = line.strip_prefix("Anonymous:") {
-            let kib: u64 = size.trim().trim_end_matches(" kB").parse().unwrap();
-            found.anonymous += kib / 4;
-        } else if let Some(flags) = line.strip_prefix("VmFlags:") {
-            if flags.split_ascii_whitespace().any(|flag| flag == "um") {
-                found.managed += present(&pagemap, &range);
-            }
-        } else if let Some((start, end)) = first.split_once('-') {
-            let parse = |word| u64::from_str_radix(word, 16).unwrap();
-            range = parse(start)..parse(end);
-        }
-    }
-    found
-}
-
-fn present(pagemap: &File, range: &std::ops::Range<u64>) -> u64 {
-    let mut words = vec![0; ((range.end - range.start) / 4096 * 8) as usize];
-    pagemap
-        .read_exact_at(&mut words, range.start / 512)
-        .unwrap();
-    words
-        .chunks_exact(8)
-        .filter(|word| word[7] & 0x80 != 0)
-        .count() as u64
 }
 
 /// Waits until the agent's figures are those of the kernel and of the program; every one of them must be.
@@ -153,7 +76,7 @@ fn natively(program: &Path) -> Vec<u64> {
         resident.push(proc(pid).anonymous);
         program.goes_on();
     }
-    assert!(program.0.wait().unwrap().success());
+    program.end();
     resident
 }
 
@@ -219,7 +142,7 @@ fn local_far_and_total_agree_with_proc_and_with_the_program() {
     let (_, pages) = program.holds("discarded");
     let discarded = agree(&agent, parent, pages);
     program.goes_on();
-    assert!(program.0.wait().unwrap().success());
+    program.end();
 
     // What would have been resident without far memory is what is resident natively. The page of zeros that all share
     // is not resident, but what was filled with zeros is.

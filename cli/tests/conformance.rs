@@ -83,8 +83,48 @@ fn the_bench_tells_and_counts() {
     let reason = entry()["cases"][0]["reason"].to_string();
     assert!(reason.contains("no C compiler"), "{reason}");
 
+    let out = Command::new(common::farpage())
+        .args(["bench", "conformance", "--plain"])
+        .args(["--case", "memory_calls.exit"])
+        .output()
+        .unwrap();
+    assert!(
+        told(&out).ends_with("\n1 passed, 0 failed, 0 skipped\n"),
+        "{out:?}"
+    );
+
     let out = bench("no_such_case", "/nowhere");
     assert!(!out.status.success(), "{out:?}");
+}
+
+/// Where there is no device to travel over, every case is told and counted, and nothing has failed.
+#[test]
+fn without_a_device_every_case_is_skipped() {
+    let test = "without_a_device_every_case_is_skipped";
+    if std::fs::read_dir("/sys/class/infiniband").is_ok_and(|mut devices| devices.next().is_some())
+    {
+        return common::skip(test, "this machine has an RDMA device");
+    }
+    if !cfg!(feature = "verbs") {
+        return common::skip(test, "built without RDMA");
+    }
+    let out = Command::new(common::farpage())
+        .args(["bench", "conformance", "--fabric", "rdma"])
+        .output()
+        .unwrap();
+    let cases: usize = CASES
+        .iter()
+        .filter(|case| !case.long)
+        .map(|case| case.forms().len())
+        .sum();
+    let told = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success(), "{out:?}");
+    assert!(
+        told.ends_with(&format!("\n0 passed, 0 failed, {cases} skipped\n")),
+        "{told}"
+    );
+    let skips = told.lines().filter(|line| line.starts_with("skip  "));
+    assert_eq!(skips.count(), cases, "{told}");
 }
 
 /// All memory calls by lot, against a model; a failing round is made shorter and told.

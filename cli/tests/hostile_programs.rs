@@ -133,3 +133,18 @@ fn more_that_cannot_be_managed_than_may_stay() {
         );
     }
 }
+
+#[test]
+fn stopped_at_every_stage() {
+    run_registered("stopped", "stopped");
+}
+
+#[test]
+fn in_the_background_at_every_stage() {
+    run_registered("stopped", "job_control");
+}
+
+#[test]
+fn debugged_at_every_stage() {
+    run_registered("stopped", "traced");
+}

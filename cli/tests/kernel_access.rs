@@ -155,3 +155,8 @@ fn guard_pages() {
 fn guard_pages_by_the_bare_system_call() {
     case("guard_raw");
 }
+
+#[test]
+fn direct_io_under_way_as_it_forks() {
+    case("direct_fork");
+}

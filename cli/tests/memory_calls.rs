@@ -94,3 +94,33 @@ fn exec_frees_the_old_image() {
 fn sigkill_frees_everything() {
     case("killed");
 }
+
+#[test]
+fn pieces_cut_out_of_huge_pages() {
+    run_registered("parts", "huge_unmap");
+}
+
+#[test]
+fn locked_as_it_is_touched() {
+    run_registered("parts", "locked_on_fault");
+}
+
+#[test]
+fn mappings_that_grow_and_shrink_partly_managed() {
+    run_registered("parts", "remap_grown");
+}
+
+#[test]
+fn pieces_moved_apart() {
+    run_registered("parts", "remap_pieces");
+}
+
+#[test]
+fn calls_across_the_border_of_what_is_managed() {
+    run_registered("parts", "joined");
+}
+
+#[test]
+fn mremap_across_that_border_is_refused() {
+    run_registered("parts", "remap_joined");
+}

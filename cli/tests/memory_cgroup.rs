@@ -8,6 +8,7 @@
 
 mod common;
 
+use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
 use common::cgroup::MemoryCgroup;
@@ -118,6 +119,52 @@ fn a_limit_that_changes_is_followed() {
     assert_eq!(program.check(), hash);
     assert!(program.end().0.success());
     assert_eq!(group.kills(), 0);
+    cluster.stop();
+}
+
+/// Another in its group fills that to the limit at full speed, while the program's pages come home. The kernel ends the one whose
+/// score says so, which is not the program, and nobody else; no page is lost or waits for ever.
+#[test]
+fn pages_come_home_while_another_meets_the_limit() {
+    let test = "pages_come_home_while_another_meets_the_limit";
+    let Some(group) = group(test, 128 * MIB) else {
+        return;
+    };
+    let _alone = alone();
+    let cluster = Cluster::start("tcp", &["128M"]);
+    let mut program = begin(&cluster, &group, "64M", PIECES);
+    program.built();
+    let hash = program.check();
+    let script = "open('/proc/self/oom_score_adj', 'w').write('1000')\n\
+        held = []\n\
+        while True: held.append(bytearray(b'x') * (1 << 20))";
+    let mut command = Command::new(PYTHON);
+    command.args(["-I", "-c", script]);
+    group.contain(&mut command);
+    let mut filler = command.spawn().unwrap();
+    let (mut checks, mut ended) = (0, None);
+    while ended.is_none() && checks < 100 {
+        assert_eq!(program.check(), hash);
+        checks += 1;
+        ended = filler.try_wait().unwrap();
+    }
+    let _ = filler.kill();
+    let status = filler.wait().unwrap();
+    println!(
+        "{test}: {checks} checks, {:?} charged and met, {} ended, {status}",
+        group.peak(),
+        group.kills()
+    );
+    assert_eq!(
+        ended.and_then(|status| status.signal()),
+        Some(libc::SIGKILL)
+    );
+    assert!(group.peak().1 > 0, "the limit was not met");
+    assert_eq!(group.kills(), 1);
+    assert_eq!(program.check(), hash);
+    let (status, errors) = program.end();
+    assert!(status.success(), "{status}: {errors}");
+    assert_eq!(cluster.summary("summary")["pages_poisoned"], 0);
     cluster.stop();
 }
 

@@ -90,7 +90,7 @@ fn bad_arguments_are_2() {
         ),
         (&["run", "--fabric", "pigeon", "--", "true"], "pigeon"),
         (&["run", "--replicas", "0", "--", "true"], "0"),
-        (&["run", "--replicas", "2", "--", "true"], "--agent"),
+        (&["run", "--replicas", "5", "--", "true"], "from 1 to 4"),
         (&["run", "--summary", "xml", "--", "true"], "xml"),
         (
             &[

@@ -43,3 +43,23 @@ fn threads_by_the_thousand() {
 fn robust_mutexes_are_handed_on() {
     case("robust_mutex");
 }
+
+#[test]
+fn atomic_additions() {
+    run_registered("atomics", "exclusive");
+}
+
+#[test]
+fn atomic_additions_under_changing_protection() {
+    run_registered("atomics", "exclusive_mprotect");
+}
+
+#[test]
+fn atomic_additions_beside_children() {
+    run_registered("atomics", "exclusive_cow");
+}
+
+#[test]
+fn a_robust_mutex_that_is_far_is_not_handed_on() {
+    case("robust_far");
+}

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use common::{
-    Client, EXTENT_BYTES, EXTENTS, LOCAL_BYTES, Node, Random, Transport, WINDOW, deadline,
+    Client, EXTENT_BYTES, EXTENTS, LOCAL_BYTES, Node, Random, Transport, WINDOW, deadline, sleep_on,
 };
 use farpage_fabric::{
     LocalSlice, MAX_TRANSFER, PostError, RegionId, RemoteSlice, WorkError, WorkId,
@@ -62,6 +62,7 @@ conformance! {
     random_operations_agree_with_a_model
     deep_windows_of_large_transfers_do_not_lock_up
     registering_twice_gives_the_same_region
+    who_sleeps_hears_of_what_has_completed
 }
 
 fn reads_return_what_was_written(transport: Transport) {
@@ -231,6 +232,29 @@ fn after_a_revocation_nothing_touches_the_extent(transport: Transport) {
         }
         done.store(true, Ordering::Release);
     });
+}
+
+/// Whoever has asked for something and arms before looking is told: at once, or by the descriptor. A pager that slept on what shared
+/// memory had answered as it was asked gave a forked child its first far page 100 ms late.
+fn who_sleeps_hears_of_what_has_completed(transport: Transport) {
+    let node = Node::start(transport);
+    node.access.grant(0, 7).unwrap();
+    let mut client = Client::new(node.connect());
+    let remote = RemoteSlice {
+        extent: 0,
+        key: 7,
+        offset: 0,
+    };
+    for _ in 0..3 {
+        let (id, local) = (client.id(), client.slice(0, 4096));
+        client.endpoint.post_read(id, local, remote).unwrap();
+        client.endpoint.flush();
+        if client.endpoint.wait_fd().is_none() {
+            assert!(!client.endpoint.arm(), "nothing would wake who sleeps now");
+        }
+        sleep_on(&mut *client.endpoint);
+        assert_eq!(client.complete(1)[0].id, id);
+    }
 }
 
 fn the_window_bounds_what_is_outstanding(transport: Transport) {

@@ -7,7 +7,7 @@ use tonic::{Code, Request, Response, Status};
 
 use crate::address::FabricKind;
 use crate::field::FieldError;
-use crate::ids::{ExtentId, LeaseId};
+use crate::ids::{ExtentId, LeaseId, NodeId};
 use crate::lease::{
     ExtentGrant, GrantRequest, LeaseRequest, ReleaseRequest, Renewal, check_grants,
 };
@@ -182,6 +182,20 @@ impl Coordinator {
         self.bounded(client.report_agent(self.request(message)))
             .await
             .map(drop)
+    }
+
+    /// Has a node drained, or no more. Asked again, it tells what is left. [`CallError::Gone`]: there is no such node.
+    pub async fn drain(
+        &self,
+        node: NodeId,
+        undo: bool,
+    ) -> Result<v1::DrainNodeResponse, CallError> {
+        let mut client = self.client.clone();
+        let message = v1::DrainNodeRequest {
+            node_id: node.into(),
+            undo,
+        };
+        self.bounded(client.drain_node(self.request(message))).await
     }
 
     /// The whole cluster.

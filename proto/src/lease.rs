@@ -40,12 +40,18 @@ impl From<LeaseRequest> for v1::OpenLeaseRequest {
 }
 
 /// The checked `GrantExtentsRequest`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GrantRequest {
     /// Under which lease.
     pub lease: LeaseId,
-    /// How many extents, 1 to [`limits::MAX_GRANT_COUNT`].
+    /// How many extents; with their copies 1 to [`limits::MAX_GRANT_COUNT`].
     pub count: u32,
+    /// How many copies of each, on as many nodes, 1 to [`limits::MAX_REPLICAS`].
+    pub copies: u32,
+    /// Of which size; `None`: any.
+    pub extent_bytes: Option<ByteCount>,
+    /// Nodes that are not to be used.
+    pub avoid: Vec<NodeId>,
     /// Over which fabric they will be reached; `None`: any.
     pub fabric: Option<FabricKind>,
     /// What makes a repetition known.
@@ -55,15 +61,33 @@ pub struct GrantRequest {
 impl TryFrom<v1::GrantExtentsRequest> for GrantRequest {
     type Error = FieldError;
     fn try_from(message: v1::GrantExtentsRequest) -> Result<Self, FieldError> {
-        let count = field::within(
-            "count",
-            message.count.into(),
+        let copies = field::within(
+            "copies",
+            message.copies.max(1).into(),
             1,
-            limits::MAX_GRANT_COUNT.into(),
+            limits::MAX_REPLICAS.into(),
         )?;
+        let most = u64::from(limits::MAX_GRANT_COUNT) / copies;
+        let count = field::within("count", message.count.into(), 1, most)?;
+        field::bounded(
+            "avoid_nodes",
+            message.avoid_nodes.len(),
+            limits::MAX_AVOIDED,
+        )?;
+        let extent_bytes = match message.extent_bytes {
+            0 => None,
+            bytes => Some(ByteCount::extent(bytes)?),
+        };
         Ok(Self {
             lease: LeaseId::new(message.lease_id)?,
             count: count as u32,
+            copies: copies as u32,
+            extent_bytes,
+            avoid: message
+                .avoid_nodes
+                .into_iter()
+                .map(NodeId::new)
+                .collect::<Result<_, _>>()?,
             fabric: FabricKind::from_wire(message.fabric)?,
             request: RequestId::new(message.request_id).ok(),
         })
@@ -75,6 +99,9 @@ impl From<GrantRequest> for v1::GrantExtentsRequest {
         Self {
             lease_id: request.lease.get(),
             count: request.count,
+            copies: request.copies,
+            extent_bytes: request.extent_bytes.map_or(0, |bytes| bytes.0),
+            avoid_nodes: request.avoid.into_iter().map(String::from).collect(),
             fabric: FabricKind::to_wire(request.fabric),
             request_id: request.request.map_or(0, RequestId::get),
         }
@@ -98,6 +125,8 @@ pub struct ExtentGrant {
     pub bytes: ByteCount,
     /// Where it is reached.
     pub address: DataAddress,
+    /// Grants of one answer with the same number are copies of one extent.
+    pub set: u32,
 }
 
 impl TryFrom<v1::ExtentGrant> for ExtentGrant {
@@ -117,6 +146,7 @@ impl TryFrom<v1::ExtentGrant> for ExtentGrant {
             key: AccessKey::new(message.key)?,
             bytes: ByteCount::extent(message.bytes)?,
             address: message.data_address.parse()?,
+            set: message.set,
         })
     }
 }
@@ -131,6 +161,7 @@ impl From<ExtentGrant> for v1::ExtentGrant {
             key: grant.key.get(),
             bytes: grant.bytes.0,
             data_address: grant.address.into(),
+            set: grant.set,
         }
     }
 }
@@ -183,6 +214,8 @@ pub struct Renewal {
     pub lost: Vec<ExtentId>,
     /// Extents whose node is silent.
     pub unreachable: Vec<ExtentId>,
+    /// Extents whose node is being drained.
+    pub draining: Vec<ExtentId>,
 }
 
 impl TryFrom<v1::RenewLeaseResponse> for Renewal {
@@ -198,6 +231,11 @@ impl TryFrom<v1::RenewLeaseResponse> for Renewal {
             message.unreachable_extents.len(),
             limits::MAX_EXTENTS_PER_LEASE,
         )?;
+        field::bounded(
+            "draining_extents",
+            message.draining_extents.len(),
+            limits::MAX_EXTENTS_PER_LEASE,
+        )?;
         let ttl = field::within("ttl_ms", message.ttl_ms.into(), 1, u32::MAX.into())?;
         Ok(Self {
             ttl: std::time::Duration::from_millis(ttl),
@@ -207,6 +245,7 @@ impl TryFrom<v1::RenewLeaseResponse> for Renewal {
                 .into_iter()
                 .map(ExtentId)
                 .collect(),
+            draining: message.draining_extents.into_iter().map(ExtentId).collect(),
         })
     }
 }
@@ -218,6 +257,11 @@ impl From<Renewal> for v1::RenewLeaseResponse {
             lost_extents: renewal.lost.into_iter().map(|extent| extent.0).collect(),
             unreachable_extents: renewal
                 .unreachable
+                .into_iter()
+                .map(|extent| extent.0)
+                .collect(),
+            draining_extents: renewal
+                .draining
                 .into_iter()
                 .map(|extent| extent.0)
                 .collect(),

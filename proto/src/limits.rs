@@ -19,6 +19,10 @@ pub const MAX_NODES: usize = 1024;
 pub const MAX_LEASES: usize = 4096;
 /// Extents in one `GrantExtents`: what one answer can confirm at the nodes well within its deadline.
 pub const MAX_GRANT_COUNT: u32 = 256;
+/// Nodes that one grant may be asked to stay away from: those with a copy of the extent.
+pub const MAX_AVOIDED: usize = 16;
+/// Copies of a page: each is sent and kept, so that more cost more than the nodes they outlive are worth.
+pub const MAX_REPLICAS: u8 = 4;
 /// Extents in one `ReleaseExtents`.
 pub const MAX_RELEASE_COUNT: usize = 4096;
 /// Extents in one answer to `ListGrants`, `RenewLease`: all that a lease may hold.

@@ -3,6 +3,11 @@
 use crate::field::{self, FieldError};
 use crate::{limits, v1};
 
+/// The total that says on how many nodes the agent's jobs want each page, the most of them.
+pub const REPLICAS: &str = "replicas";
+/// The total that says how many extents have fewer copies than they should.
+pub const EXTENTS_BELOW_REPLICAS: &str = "extents_below_replicas";
+
 /// A checked `AgentReport`: bounded lists, names without control characters.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct AgentReport(v1::AgentReport);

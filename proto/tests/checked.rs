@@ -106,7 +106,7 @@ proptest! {
     #[test]
     fn requests_survive_the_wire(
         agent in name(), host in "[a-z.]{1,100}", tenant in "[a-z]{0,10}",
-        lease in 1u64.., count in 1u32..=256, request in any::<u64>(), extents in prop::collection::vec(any::<u32>(), 0..50),
+        lease in 1u64.., count in 1u32..=64, copies in 1u32..=4, request in any::<u64>(), extents in prop::collection::vec(any::<u32>(), 0..50),
         index in 0u32..131_072, epoch in epoch(), key in 1u64.., address in data_address(), ttl in 1u64..100_000,
     ) {
         let open = LeaseRequest {
@@ -116,12 +116,16 @@ proptest! {
         };
         prop_assert_eq!(round_trip::<_, v1::OpenLeaseRequest>(open.clone()), Ok(open));
         let lease = LeaseId::new(lease).unwrap();
-        let grant = GrantRequest { lease, count, fabric: Some(FabricKind::Tcp), request: RequestId::new(request).ok() };
-        prop_assert_eq!(round_trip::<_, v1::GrantExtentsRequest>(grant), Ok(grant));
+        let grant = GrantRequest {
+            lease, count, copies, fabric: Some(FabricKind::Tcp), request: RequestId::new(request).ok(),
+            extent_bytes: (copies > 1).then_some(ByteCount(1 << 24)), avoid: vec![NodeId::new(agent.clone()).unwrap()],
+        };
+        prop_assert_eq!(round_trip::<_, v1::GrantExtentsRequest>(grant.clone()), Ok(grant));
         let extents: Vec<_> = extents.into_iter().map(ExtentId).collect();
         let release = ReleaseRequest { lease, extents: extents.clone() };
         prop_assert_eq!(round_trip::<_, v1::ReleaseExtentsRequest>(release.clone()), Ok(release));
-        let renewal = Renewal { ttl: std::time::Duration::from_millis(ttl), lost: extents.clone(), unreachable: extents };
+        let ttl = std::time::Duration::from_millis(ttl);
+        let renewal = Renewal { ttl, lost: extents.clone(), unreachable: extents.clone(), draining: extents };
         prop_assert_eq!(round_trip::<_, v1::RenewLeaseResponse>(renewal.clone()), Ok(renewal));
         let key = AccessKey::new(key).unwrap();
         let node_grant = NodeGrant { index, epoch, key };
@@ -129,7 +133,7 @@ proptest! {
         let revoke = NodeRevoke { index, epoch };
         prop_assert_eq!(round_trip::<_, v1::RevokeExtentRequest>(revoke), Ok(revoke));
         let grant = ExtentGrant {
-            extent: ExtentId(index), node: NodeId::new(agent).unwrap(), index, epoch, key, bytes: ByteCount(1 << 24), address,
+            extent: ExtentId(index), node: NodeId::new(agent).unwrap(), index, epoch, key, bytes: ByteCount(1 << 24), address, set: copies,
         };
         prop_assert_eq!(round_trip::<_, v1::ExtentGrant>(grant.clone()), Ok(grant));
     }
@@ -213,6 +217,14 @@ fn refusals_name_the_field() {
         }),
         "count"
     );
+    let copies = |count, copies| v1::GrantExtentsRequest {
+        lease_id: 1,
+        count,
+        copies,
+        ..Default::default()
+    };
+    assert_eq!(field(copies(1, 5)), "copies");
+    assert_eq!(field(copies(129, 2)), "count");
     assert_eq!(
         field(v1::GrantExtentsRequest {
             lease_id: 1,

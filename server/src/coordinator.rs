@@ -2,11 +2,13 @@
 
 mod clock;
 mod dispatch;
+mod drain;
 mod error;
 mod grant;
 mod lease;
 mod node_client;
 mod nodes;
+mod observer;
 mod owner;
 mod placement;
 mod record;
@@ -25,8 +27,9 @@ use farpage_proto::limits;
 use farpage_proto::transport::{EndpointUrl, ListenError, listen};
 use farpage_proto::v1::coordinator_server::CoordinatorServer;
 
-pub use error::{GrantError, HeartbeatError, NoLease, OpenError, RegisterError};
+pub use error::{GrantError, HeartbeatError, NoLease, NoNode, OpenError, RegisterError};
 pub use nodes::Holder;
+pub use observer::{ClusterFigures, CoordinatorObserver};
 pub use record::Unreadable;
 pub use state::Timing;
 pub use store::{StoreError, StoreUrl, StoreUrlError};
@@ -55,6 +58,8 @@ pub struct CoordinatorConfig {
 pub struct CoordinatorReady {
     /// Where, with the port that it got.
     pub url: EndpointUrl,
+    /// Whom to ask for figures while it does.
+    pub observer: CoordinatorObserver,
 }
 
 /// Why a coordinator ended.
@@ -102,7 +107,8 @@ where
     let mut ended = ended;
 
     tracing::info!(%url, store = %config.store, "the coordinator serves");
-    ready(CoordinatorReady { url });
+    let observer = CoordinatorObserver(dispatch.owner.clone());
+    ready(CoordinatorReady { url, observer });
     let mut store_failure = None;
     let stop = async {
         tokio::select! {

@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use crate::coordinator::{CoordinatorConfig, CoordinatorError, StoreUrl, Timing, run_coordinator};
 use crate::node::{NodeConfig, NodeError, NodeReady, TcpListen, run_node};
 
-/// The node's name in a cluster of one.
+/// The node's name in a cluster of its own.
 const NODE_ID: &str = "embedded";
 
 /// How to run both.
@@ -30,6 +30,8 @@ pub struct EmbeddedConfig {
     /// Name of the abstract Unix socket of the coordinator's gRPC, without `@`; the node's are `NAME.node` and `NAME.shm`.
     /// At most 100 characters, unique on this machine: put the process id in it.
     pub name: String,
+    /// Be a further node of the coordinator of this name, and no coordinator.
+    pub beside: Option<String>,
     /// Use reserved huge pages when there are any.
     pub huge_pages: bool,
     /// End when this pipe or socket reports end-of-file: its other end is held by the launcher, and so closed with it
@@ -45,6 +47,7 @@ impl EmbeddedConfig {
             extent_bytes: ByteCount(farpage_proto::limits::DEFAULT_EXTENT_BYTES),
             fabric: FabricKind::Shm,
             name: name.into(),
+            beside: None,
             huge_pages: false,
             exit_on_eof: None,
         }
@@ -90,7 +93,8 @@ pub fn embedded<S>(
 where
     S: Future<Output = ()> + Send,
 {
-    let coordinator_url = EndpointUrl::parse_field("name", &format!("unix:@{}", config.name))?;
+    let coordinator_name = config.beside.as_ref().unwrap_or(&config.name);
+    let coordinator_url = EndpointUrl::parse_field("name", &format!("unix:@{coordinator_name}"))?;
     let node = node_config(&config, coordinator_url.clone())?;
     let coordinator = CoordinatorConfig {
         listen: coordinator_url.clone(),
@@ -108,6 +112,7 @@ where
                 None => std::future::pending().await,
             }
         };
+        let beside = config.beside.is_some();
         // Dropping either sender tells its part to stop; dropping a part drops the other's.
         let (serving, served) = oneshot::channel();
         let (stop_coordinator, stopped) = oneshot::channel::<()>();
@@ -130,6 +135,9 @@ where
                 data_addresses: node.data_addresses,
             });
         };
+        if beside {
+            return Ok(run_node(node, told, stop).await?);
+        }
         let node = async move {
             // A coordinator that fails before it serves ends the select below.
             if served.await.is_err() {
@@ -154,7 +162,15 @@ fn node_config(
     config: &EmbeddedConfig,
     coordinator: EndpointUrl,
 ) -> Result<NodeConfig, EmbeddedError> {
-    let mut node = NodeConfig::new(NodeId::new(NODE_ID)?, config.capacity, coordinator);
+    let id = match &config.beside {
+        None => NODE_ID.to_owned(),
+        // Names may be longer than identifiers; its end tells it apart.
+        Some(first) => {
+            let own = config.name.strip_prefix(first).unwrap_or(&config.name);
+            format!("{NODE_ID}-{own}")
+        }
+    };
+    let mut node = NodeConfig::new(NodeId::new(id)?, config.capacity, coordinator);
     node.extent_bytes = config.extent_bytes;
     node.huge_pages = config.huge_pages;
     node.control = EndpointUrl::parse_field("name", &format!("unix:@{}.node", config.name))?;

@@ -4,6 +4,7 @@ mod config;
 mod data_path;
 mod ledger;
 mod membership;
+mod observer;
 mod pool;
 mod service;
 
@@ -18,6 +19,7 @@ use farpage_proto::{DataAddress, ExtentId, FieldError, Incarnation, limits};
 pub use config::{Lock, NodeConfig, TcpListen};
 pub use data_path::DataPathError;
 pub use membership::MembershipError;
+pub use observer::{Connections, NodeFigures, NodeObserver};
 pub use pool::PoolError;
 
 use crate::grpc::{self, ServeError};
@@ -42,6 +44,8 @@ pub struct NodeReady {
     pub huge_pages: bool,
     /// Whether the pool is locked in memory.
     pub locked: bool,
+    /// Whom to ask for figures while it serves.
+    pub observer: NodeObserver,
 }
 
 /// Why a node ended.
@@ -94,7 +98,7 @@ where
     let pool = tokio::task::spawn_blocking(move || Pool::create(shape, &options)).await;
     let pool = Arc::new(pool.map_err(|error| PoolError::Thread(error.to_string()))??);
     let advertised = config.advertised_host().await;
-    let data_path = DataPath::start(&config, &pool, &advertised)?;
+    let data_path = Arc::new(DataPath::start(&config, &pool, &advertised)?);
     let ledger = Arc::new(Ledger::new(
         shape.extents,
         Arc::clone(&pool) as Arc<dyn pool::Extents>,
@@ -130,6 +134,7 @@ where
         first_extent: ExtentId(0),
         huge_pages: pool.huge_pages(),
         locked: pool.locked(),
+        observer: NodeObserver::new(shape, &ledger, &data_path),
     };
     let service = NodeService {
         ledger: Arc::clone(&ledger),
@@ -155,7 +160,11 @@ where
     };
     let served = grpc::serve(listener, server, stop).await;
     // Joins the responders' threads, which may wait for requesters that are inside the pool.
-    if let Err(error) = tokio::task::spawn_blocking(move || data_path.stop()).await {
+    let stopped = tokio::task::spawn_blocking(move || {
+        // Whoever is being told its figures ends it in our place.
+        Arc::into_inner(data_path).map(DataPath::stop)
+    });
+    if let Err(error) = stopped.await {
         tracing::warn!(%error, "the data path did not stop in order");
     }
     match refused {

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::step::{Step, StepError, build_programs, release_folder, root};
 use crate::tally::Tally;
+use crate::test::CHECKED;
 
 /// Debian's kernels that farpage is tried on: the newest that backports offer, and the stable release's own.
 pub(crate) const KERNELS: [&str; 2] = ["6.12", "6.1"];
@@ -30,24 +31,69 @@ pub(crate) enum Part {
     One,
     /// The fabric, between two machines
     Two,
-    /// Memory's semantics on this kernel, over shared memory: on 6.1 pages leave without UFFDIO_MOVE
+    /// A few cases of memory's semantics, one of them over RDMA: on 6.1 pages leave without UFFDIO_MOVE
     Semantics,
     /// Whole programs with their pages on another machine
     Programs,
+    /// Every case of farpage bench conformance, hours: only where it is asked for
+    Conformance,
 }
 
-/// Cases of `farpage bench conformance`, some 20 s each there: heaps that grow, mappings that move, forks.
-const CASES: [&str; 3] = [
-    "growth.small_blocks",
-    "memory_calls.remap_move",
-    "forks.generations",
-];
+/// How pages travel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Fabric {
+    /// The machine's own RDMA device
+    #[default]
+    Rdma,
+    /// Its own network
+    Tcp,
+    /// Its own memory
+    Shm,
+}
+
+impl Fabric {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Rdma => "rdma",
+            Self::Tcp => "tcp",
+            Self::Shm => "shm",
+        }
+    }
+}
+
+/// What to run.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Choice {
+    /// Only on this kernel.
+    pub(crate) kernel: Option<String>,
+    /// Only this part.
+    pub(crate) part: Option<Part>,
+    /// For [`Part::Conformance`].
+    pub(crate) fabric: Fabric,
+    /// For that too: only cases with one of these in their name.
+    pub(crate) cases: Vec<String>,
+    /// What a machine may take, seconds.
+    pub(crate) timeout: Option<u32>,
+}
+
+/// Cases of `farpage bench conformance`, some 20 s each there: heaps that grow, forks; and, over RDMA, mappings that move.
+const CASES: [&str; 2] = ["growth.small_blocks", "forks.generations"];
+const CASE_OVER_RDMA: &str = "memory_calls.remap_move";
 
 /// Handed on to the machines, for who runs a part by hand.
 const HANDED_ON: &str = "FARPAGE_OUTAGES";
 
+/// What all cases may take, on a machine that others use too.
+const CONFORMANCE_TIMEOUT_SECONDS: u32 = 8 * 3600;
+
+/// What one case may take there: those with many processes need minutes.
+const CASE_SECONDS: u32 = 1200;
+
+/// The machine for all cases: the larger ones have some 300 MiB far, and as much in files.
+const CONFORMANCE_MIB: &str = "3072";
+
 /// What a run may take: boot to power-off is 90 seconds on two idle cores, and ten times that where others build.
-const TIMEOUT_SECONDS: &str = "900";
+const TIMEOUT_SECONDS: u32 = 900;
 
 /// What one test may wait for.
 const PATIENCE_SECONDS: u32 = 150;
@@ -78,7 +124,17 @@ pub(crate) fn run(machines: u8, kernel: &str, command: &[OsString]) -> Result<u8
 
 /// The verbs tests, on real kernels with a device each; the kernels at a time, as a machine keeps one core busy. All of
 /// either where none is chosen.
-pub(crate) fn test(tally: &mut Tally, kernel: Option<&str>, part: Option<Part>) {
+pub(crate) fn test(tally: &mut Tally, choice: &Choice) {
+    let kernels = match &choice.kernel {
+        Some(kernel) => vec![kernel.as_str()],
+        None => KERNELS.to_vec(),
+    };
+    if choice.part == Some(Part::Conformance) {
+        for kernel in kernels {
+            conformance(tally, kernel, choice);
+        }
+        return;
+    }
     let programs = match build() {
         Ok(programs) => programs,
         Err(error) => {
@@ -87,11 +143,10 @@ pub(crate) fn test(tally: &mut Tally, kernel: Option<&str>, part: Option<Part>) 
         }
     };
     let programs = &programs;
-    let kernels = kernel.map_or(KERNELS.to_vec(), |kernel| vec![kernel]);
     let runs: Vec<_> = std::thread::scope(|scope| {
         let started: Vec<_> = kernels
             .into_iter()
-            .map(|kernel| (kernel, scope.spawn(move || on(kernel, part, programs))))
+            .map(|kernel| (kernel, scope.spawn(move || on(kernel, choice, programs))))
             .collect();
         started
             .into_iter()
@@ -126,26 +181,61 @@ enum Run {
     Done(bool, String),
 }
 
-fn on(kernel: &str, part: Option<Part>, programs: &Programs) -> Run {
-    let step = || {
-        let options = [
-            "--kernel",
-            kernel,
-            "--timeout",
-            TIMEOUT_SECONDS,
-            "--env",
-            HANDED_ON,
-        ];
-        Step::new(lab()).args(options)
-    };
-    match step().arg("--prepare").quietly() {
-        Some((true, _)) => {}
+/// Sees to it that the kernel can be booted; why it cannot, if so.
+fn prepared(kernel: &str) -> Result<(), String> {
+    let step = Step::new(lab()).args(["--kernel", kernel, "--prepare"]);
+    match step.quietly() {
+        Some((true, _)) => Ok(()),
         Some((false, printed)) => {
             let reason = printed.lines().last();
-            return Run::Missing(reason.unwrap_or("see deploy/softroce/README.md").to_owned());
+            Err(reason.unwrap_or("see deploy/softroce/README.md").to_owned())
         }
-        None => return Run::Missing("there is no bash to run it".to_owned()),
+        None => Err("there is no bash to run it".to_owned()),
     }
+}
+
+/// All cases on one machine, each told as soon as it is judged.
+fn conformance(tally: &mut Tally, kernel: &str, choice: &Choice) {
+    let fabric = choice.fabric.name();
+    let name = format!("conformance over {fabric} on Linux {kernel}");
+    if let Err(error) = build_programs() {
+        eprintln!("xtask: {error}");
+        return tally.fail(&name);
+    }
+    if let Err(reason) = prepared(kernel) {
+        return tally.skip(&name, &reason);
+    }
+    let timeout = choice.timeout.unwrap_or(CONFORMANCE_TIMEOUT_SECONDS);
+    let step = Step::new(lab())
+        .args(["--kernel", kernel, "--memory", CONFORMANCE_MIB])
+        .args(["--timeout", &timeout.to_string()])
+        .args(["--env", "FARPAGE_TEST_PATIENCE", "--"])
+        .arg(release_folder().join("farpage"))
+        .args(["bench", "conformance", "--plain", "--fabric", fabric])
+        .args(choice.cases.iter().flat_map(|case| ["--case", case]))
+        .env("FARPAGE_TEST_PATIENCE", CASE_SECONDS.to_string());
+    let failed_before = tally.failed;
+    let result = step.run_looking(|line| {
+        tally.verdict(line);
+        true
+    });
+    if let Err(error) = result
+        && tally.failed == failed_before
+    {
+        eprintln!("xtask: {error}");
+        tally.fail(&name);
+    }
+}
+
+fn on(kernel: &str, choice: &Choice, programs: &Programs) -> Run {
+    if let Err(reason) = prepared(kernel) {
+        return Run::Missing(reason);
+    }
+    let timeout = choice.timeout.unwrap_or(TIMEOUT_SECONDS).to_string();
+    let step = || {
+        let options = ["--kernel", kernel, "--timeout", &timeout];
+        Step::new(lab()).args(options).args(["--env", HANDED_ON])
+    };
     let tests = programs
         .alone
         .iter()
@@ -154,10 +244,6 @@ fn on(kernel: &str, part: Option<Part>, programs: &Programs) -> Run {
             let program = program.display();
             format!("'{program}' --test-threads 1 --show-output {filter} || failed=1; ")
         });
-    let on_one = format!(
-        "export FARPAGE_TEST_PATIENCE={PATIENCE_SECONDS}; failed=0; {}exit $failed",
-        tests.collect::<String>()
-    );
     let of_two = |program: &Path| {
         let (program, patience) = (program.display(), PATIENCE_SECONDS);
         let serve = format!("FARPAGE_TEST_PATIENCE={patience} FARPAGE_LAB=serve '{program}'");
@@ -167,26 +253,39 @@ fn on(kernel: &str, part: Option<Part>, programs: &Programs) -> Run {
         step().args(["--peer", &serve, "--", "bash", "-c", &endure])
     };
     let farpage = release_folder().join("farpage");
-    let semantics = CASES.iter().fold(
-        format!("'{}' bench conformance", farpage.display()),
-        |words, case| words + " --case " + case,
-    );
-    let steps = [
-        (Part::One, step().args(["--", "bash", "-c", &on_one])),
-        (
-            Part::Semantics,
-            step().args(["--", "bash", "-c", &semantics]),
-        ),
-        (Part::Two, of_two(&programs.of_two)),
-        (Part::Programs, of_two(&programs.whole)),
-    ];
-    let (mut all_well, mut all_printed) = (true, String::new());
-    let wanted = |its: Part| match part {
+    let bench = format!("'{}' bench conformance --plain", farpage.display());
+    let cases = CASES
+        .iter()
+        .fold(bench.clone(), |words, case| words + " --case " + case);
+    let semantics =
+        format!("{cases} || failed=1; {bench} --fabric rdma --case {CASE_OVER_RDMA} || failed=1; ");
+    let wanted = |its: Part| match choice.part {
         Some(part) => part == its,
         // Minutes each: on one kernel, unless asked for.
         None => its != Part::Programs || kernel == KERNELS[0],
     };
-    for (_, step) in steps.into_iter().filter(|(its, _)| wanted(*its)) {
+    // What wants one machine shares it: each start of one takes as long as a case.
+    let on_one: String = [
+        (Part::One, tests.collect::<String>()),
+        (Part::Semantics, semantics),
+    ]
+    .into_iter()
+    .filter_map(|(its, commands)| wanted(its).then_some(commands))
+    .collect();
+    let of_one = (!on_one.is_empty()).then(|| {
+        let all = format!(
+            "export FARPAGE_TEST_PATIENCE={PATIENCE_SECONDS}; failed=0; {on_one}exit $failed"
+        );
+        step().args(["--", "bash", "-c", &all])
+    });
+    let of_two = [
+        (Part::Two, of_two(&programs.of_two)),
+        (Part::Programs, of_two(&programs.whole)),
+    ]
+    .into_iter()
+    .filter_map(|(its, step)| wanted(its).then_some(step));
+    let (mut all_well, mut all_printed) = (true, String::new());
+    for step in of_one.into_iter().chain(of_two) {
         let (well, printed) = step.quietly().unwrap_or_default();
         all_well &= well;
         all_printed += &printed;
@@ -210,14 +309,14 @@ struct Programs {
 fn build() -> Result<Programs, String> {
     // The shim is loaded from beside the executable.
     build_programs().map_err(|error| error.to_string())?;
-    let fabric = built(&["-p", "farpage-fabric"])?;
+    let checked = built(&CHECKED)?;
     let cli = built(&["--release", "-p", "farpage-cli", "--test", TEST_OF_TWO])?;
     Ok(Programs {
         alone: TESTS
             .iter()
-            .map(|(name, _)| program(&fabric, name))
+            .map(|(name, _)| program(&checked, name))
             .collect::<Result<_, _>>()?,
-        of_two: program(&fabric, TEST_OF_TWO)?,
+        of_two: program(&checked, TEST_OF_TWO)?,
         whole: program(&cli, TEST_OF_TWO)?,
     })
 }

@@ -62,9 +62,10 @@ fn check(tally: &mut Tally, name: &str, step: Step) {
 
 /// Licences, sources and duplicates of dependencies, and known flaws in them.
 fn deny(tally: &mut Tally) {
-    // Building it takes three minutes on two cores: CI can wait for that, a developer is not made to.
+    // Building it takes minutes: CI can wait for that, a developer is not made to. It is run once, so that optimising it would
+    // take longer than it saves.
     if installed("cargo-deny").is_none() && std::env::var_os("CI").is_some() {
-        let _ = Step::cargo(&["install", "cargo-deny", "--locked"]).run();
+        let _ = Step::cargo(&["install", "cargo-deny", "--locked", "--debug"]).run();
     }
     if installed("cargo-deny").is_none() {
         tally.skip(

@@ -45,7 +45,8 @@ enum Task {
     /// Run a command on virtual machines with real RDMA (SoftRoCE); without one, the fabric's tests for it on each kernel
     #[command(
         after_help = "Examples:\n  cargo xtask lab --kernel 6.1 -- ibv_devinfo\n  \
-                            FARPAGE_OUTAGES=60 cargo xtask lab --kernel 6.12 --part programs"
+                            FARPAGE_OUTAGES=60 cargo xtask lab --kernel 6.12 --part programs\n  \
+                            cargo xtask lab --kernel 6.1 --part conformance --fabric rdma --case forks."
     )]
     Lab {
         /// Two: the command runs on the first, with a memory node on the second (coordinator: http://10.77.0.2:7400)
@@ -57,6 +58,15 @@ enum Task {
         /// Only this part of the tests
         #[arg(long, value_enum, conflicts_with = "command")]
         part: Option<lab::Part>,
+        /// How pages travel, for --part conformance
+        #[arg(long, value_enum, default_value_t, requires = "part")]
+        fabric: lab::Fabric,
+        /// Only cases with this in their name, for --part conformance; may be given again
+        #[arg(long = "case", value_name = "NAME", requires = "part")]
+        cases: Vec<String>,
+        /// End a machine after this time [default: 900; for --part conformance, 8 hours]
+        #[arg(long, value_name = "SECONDS", conflicts_with = "command")]
+        timeout: Option<u32>,
         /// What to run
         #[arg(last = true)]
         command: Vec<OsString>,
@@ -82,11 +92,21 @@ fn main() -> ExitCode {
         Task::Lab {
             kernel,
             part,
+            fabric,
+            cases,
+            timeout,
             command,
             ..
         } if command.is_empty() => {
+            let choice = lab::Choice {
+                kernel,
+                part,
+                fabric,
+                cases,
+                timeout,
+            };
             let mut tally = Tally::default();
-            lab::test(&mut tally, kernel.as_deref(), part);
+            lab::test(&mut tally, &choice);
             tally.close()
         }
         Task::Lab {

@@ -2,9 +2,13 @@
 
 use std::path::PathBuf;
 
-use crate::step::{Step, root, target_folder};
+use crate::step::{Step, build_programs, root, target_folder};
 use crate::tally::Tally;
 use crate::{demo, lab, lint, setup};
+
+/// What is tested with overflow checks and debug assertions, in cargo's words. The lab's tests are of these, chosen by the same
+/// words: with other features on they would be built again.
+pub(crate) const CHECKED: [&str; 3] = ["--workspace", "--exclude", "farpage-cli"];
 
 /// Runs everything, also after something has failed, and prints the sums.
 pub(crate) fn run() -> Result<(), String> {
@@ -15,23 +19,23 @@ pub(crate) fn run() -> Result<(), String> {
         tally.skip("setup", "not all packages are there, see above");
     }
     lint::run(&mut tally);
-    // The shim is loaded from beside the executable, so that both are built before any test runs either.
-    let built = Step::cargo(&["build", "--release", "--workspace"]).run();
+    // The shim is loaded from beside the executable, so that both are built before any test runs either. Not the whole
+    // workspace: with other features on, all that users have would be built a second time for the tests below.
+    let built = build_programs();
     tally.check("cargo build --release", built.is_ok());
     let show = ["--no-fail-fast", "--", "--show-output"];
     // With overflow checks and debug assertions, all but what runs whole programs; that runs as users have it.
-    cargo_test(
-        &mut tally,
-        Step::cargo(&["test", "--workspace", "--exclude", "farpage-cli"]).args(show),
-    );
+    cargo_test(&mut tally, Step::cargo(&["test"]).args(CHECKED).args(show));
     cargo_test(
         &mut tally,
         Step::cargo(&["test", "--release", "-p", "farpage-cli"]).args(show),
     );
-    lab::test(&mut tally, None, None);
+    lab::test(&mut tally, &lab::Choice::default());
     for (name, _) in crates_with_models() {
-        // A target folder of its own: the flag rebuilds everything.
-        let step = Step::cargo(&["test", "--release", "-p", &name, "--lib", "loom"]).args(show);
+        // A target folder of its own: the flag rebuilds everything, so that what has no models is left out.
+        let step = Step::cargo(&["test", "--release", "--no-default-features", "-p", &name])
+            .args(["--lib", "loom"])
+            .args(show);
         cargo_test(
             &mut tally,
             step.env("RUSTFLAGS", "--cfg loom")

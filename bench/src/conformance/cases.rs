@@ -51,6 +51,8 @@ pub struct Case {
     arguments: &'static [&'static str],
     /// Whether what is here at most is judged.
     pub bounded: bool,
+    /// Whether it has pages pinned, which only kernels with `UFFDIO_MOVE` say of a page.
+    pub pins: bool,
     forms: &'static [Form],
 }
 
@@ -65,12 +67,13 @@ const fn case(program: &'static str, name: &'static str, shows: &'static str) ->
         long: false,
         arguments: &[],
         bounded: true,
+        pins: false,
         forms: &[Form::Plain],
     }
 }
 
 impl Case {
-    /// In both forms.
+    /// In both forms: what shows something of how pages leave.
     const fn both(self) -> Self {
         Self {
             forms: &[Form::Plain, Form::WithoutMove],
@@ -83,6 +86,10 @@ impl Case {
             bounded: false,
             ..self
         }
+    }
+
+    const fn pinning(self) -> Self {
+        Self { pins: true, ..self }
     }
 
     const fn ending(self, status: i32) -> Self {
@@ -152,10 +159,10 @@ pub const CASES: &[Case] = &[
     case("anon", "write_child_shared", "shared memory is seen by both, private memory beside it is not").both(),
     case("anon", "write_huge", "memory for huge pages is read and written"),
     case("anon", "huge_parts", "huge pages untouched, zero and given back by MADV_FREE"),
-    case("anon", "files", "file mappings, shared and private, are left alone").both(),
+    case("anon", "files", "file mappings, shared and private, are left alone"),
     case("anon", "round_trips", "ten times out and home, half of it changed each time").both(),
     case("anon", "teardown", "threads touch what is unmapped and what the process ends with").both(),
-    case("anon", "double_map", "memory mapped twice is the same through both").both(),
+    case("anon", "double_map", "memory mapped twice is the same through both"),
     case("anon", "mixed", "neighbours of every kind keep their own").both(),
     case("anon", "snapshot", "mincore and pagemap bring nothing home"),
     case("anon", "cow_far", "a child that reads after its parent wrote everything sees the old"),
@@ -173,7 +180,7 @@ pub const CASES: &[Case] = &[
     case("memory_calls", "unmap_part", "half of a mapping unmapped at three offsets").both(),
     case("memory_calls", "dontneed", "MADV_DONTNEED discards, and nothing beside it").both(),
     case("memory_calls", "free", "MADV_FREE leaves old contents or zeros").both(),
-    case("memory_calls", "remove", "MADV_REMOVE is refused where the kernel refuses it").both(),
+    case("memory_calls", "remove", "MADV_REMOVE is refused where the kernel refuses it"),
     case("memory_calls", "remap_grow", "mremap in place").both(),
     case("memory_calls", "remap_move", "mremap elsewhere, half of it far").both(),
     case("memory_calls", "remap_shrink", "mremap to less").both(),
@@ -198,6 +205,26 @@ pub const CASES: &[Case] = &[
     case("forks", "not_inherited", "ranges that a child does not inherit").both(),
     case("forks", "changed_after_fork", "what a child inherits is what was set when it was forked").both(),
 
+    case("births", "daemon", "a daemon keeps what it had before it became one"),
+    // Without a helper nothing of a child is taken out: docs/limits.md.
+    case("births", "raw_clone", "children by the bare system call, and theirs").both().unbounded(),
+    case("births", "vfork", "a child that borrows its parent's memory"),
+    case("births", "posix_spawn", "programs spawned, and run by a shell"),
+    case("births", "fork_exec", "children that become other programs"),
+    case("births", "threads_fork", "threads that fork while others wait for far pages").both(),
+
+    case("atomics", "exclusive", "atomic additions to pages that go and come").both(),
+    case("atomics", "exclusive_mprotect", "the same while their protection changes").both(),
+    case("atomics", "exclusive_cow", "the same while the process forks, and in its children").both(),
+
+    // In each of the states again.
+    case("parts", "huge_unmap", "pieces cut out of huge pages").both(),
+    case("parts", "locked_on_fault", "mlock2 locks what is touched, and brings nothing home").both().unbounded(),
+    case("parts", "remap_grown", "mappings that grow, move and shrink, partly managed").both(),
+    case("parts", "remap_pieces", "pieces of one mapping moved apart, each with its protection").both(),
+    case("parts", "joined", "calls across the border of what is managed"),
+    case("parts", "remap_joined", "farpage's limit: mremap across that border says EFAULT"),
+
     // Asked of the agent by the program itself; nothing comes home for it.
     case("soft_dirty", "local", "pages that are here: never touched, read, written").both(),
     case("soft_dirty", "far", "the bit survives eviction and fetch").both(),
@@ -206,14 +233,15 @@ pub const CASES: &[Case] = &[
     case("soft_dirty", "wiped", "what a child does not inherit is written for the child alone").both(),
     case("soft_dirty", "protect", "it survives mprotect").both(),
     case("soft_dirty", "given_up", "discarded and moved pages are written ones, new mappings are not").both(),
-    case("soft_dirty", "refused", "who asks about other memory, or nonsense, is told so").both(),
+    case("soft_dirty", "refused", "who asks about other memory, or nonsense, is told so"),
 
     case("kernel_access", "plain", "read and write").both(),
-    case("kernel_access", "direct", "O_DIRECT"),
+    case("kernel_access", "direct", "O_DIRECT").pinning(),
     case("kernel_access", "vectors", "readv and writev").both(),
     case("kernel_access", "from_outside", "process_vm_readv and process_vm_writev").both(),
-    case("kernel_access", "pinned", "io_uring fixed buffers stay while pinned"),
-    case("kernel_access", "pinned_fork", "the same while the process forks, and both sides are intact"),
+    case("kernel_access", "pinned", "io_uring fixed buffers stay while pinned").pinning(),
+    case("kernel_access", "pinned_fork", "the same while the process forks, and both sides are intact").pinning(),
+    case("kernel_access", "direct_fork", "O_DIRECT under way while the process forks").pinning(),
     case("kernel_access", "proc_mem", "the kernel's limit: /proc/PID/mem says EIO").both(),
     case("kernel_access", "guard", "guard pages by libc's madvise fault, and are zeros afterwards").both(),
     case("kernel_access", "guard_raw", "the kernel's limit: under guard pages by the bare system call, far pages stay").both(),
@@ -233,6 +261,7 @@ pub const CASES: &[Case] = &[
     case("threads", "discard_race", "discards race touches").both(),
     case("threads", "thousands", "threads by the thousand").both(),
     case("threads", "robust_mutex", "robust mutexes are handed on").both(),
+    case("threads", "robust_far", "the kernel's limit: one that is far at its owner's end is not"),
 
     case("hostile", "close_everything", "every descriptor closed").both(),
     case("hostile", "closing_child", "a child closes every descriptor").both(),
@@ -241,10 +270,15 @@ pub const CASES: &[Case] = &[
     // What lives under a filter that keeps helpers away is outside the limit, and so is what is locked.
     case("hostile", "child_of_filtered", "a child forked under such a filter").both().unbounded(),
     case("hostile", "other_user", "another user").both(),
-    case("hostile", "title", "a title over the environment").both(),
-    case("hostile", "limited", "an address space limited").both(),
+    case("hostile", "title", "a title over the environment"),
+    case("hostile", "limited", "an address space limited"),
     case("hostile", "lock_all", "mlockall of what is there").both().unbounded(),
     case("hostile", "lock_future", "mlockall of what is to come").both().unbounded(),
+
+    // Each at eight stages: filling, fetching, writing, forking, discarding, moving, protecting, unmapping.
+    case("stopped", "stopped", "SIGSTOP at every stage").both(),
+    case("stopped", "job_control", "in the background at every stage, as a terminal does it"),
+    case("stopped", "traced", "a debugger attaches and detaches at every stage"),
 
     case("fork_tree", "verify", "a tree of processes, each with its own contents").with(&["short", SEED]),
     case("fork_tree", "kill", "the same with processes killed at any moment").with(&["short", SEED]),

@@ -30,6 +30,8 @@ const SLACK_BYTES: u64 = 16 << 20;
 pub const SKIPPED: i32 = 77;
 /// How often to look whether a case is over.
 const LOOK: Duration = Duration::from_millis(5);
+/// Names how many seconds a case may take at least, for emulated machines; the programs heed it too.
+const PATIENCE: &str = "FARPAGE_TEST_PATIENCE";
 /// How much of what a failed program said is repeated.
 const REASON_CHARS: usize = 600;
 
@@ -40,6 +42,8 @@ pub struct Choice {
     pub names: Vec<String>,
     /// The long forms instead of the short ones.
     pub long: bool,
+    /// Only as this kernel does it, not also as older ones would.
+    pub plain: bool,
     /// What the cases that draw lots begin with.
     pub seed: u64,
 }
@@ -122,6 +126,7 @@ pub fn run(
         folder: &folder,
         machine,
         seed: choice.seed,
+        patience: patience(),
     };
     let verdicts = runner.run(choice, tell);
     let _ = std::fs::remove_dir_all(&folder);
@@ -136,6 +141,13 @@ pub fn run(
     })
 }
 
+/// What a case may take at least.
+fn patience() -> Duration {
+    let seconds = std::env::var(PATIENCE).ok();
+    let seconds = seconds.and_then(|seconds| seconds.parse().ok());
+    seconds.map_or(Duration::ZERO, Duration::from_secs)
+}
+
 /// What `farpage doctor` says of this machine.
 #[derive(Debug)]
 struct Machine {
@@ -143,6 +155,8 @@ struct Machine {
     missing: String,
     /// Whether the kernel can move pages.
     has_move: bool,
+    /// Whether pages can travel over the chosen fabric.
+    has_fabric: bool,
 }
 
 impl Machine {
@@ -167,6 +181,10 @@ impl Machine {
             has_move: !checks
                 .iter()
                 .any(|check| check["id"] == "uffd_move" && check["found"] == "not in this kernel"),
+            has_fabric: options.fabric != "rdma"
+                || checks
+                    .iter()
+                    .any(|check| check["id"] == "rdma_device" && check["level"] == "ok"),
         })
     }
 
@@ -177,6 +195,15 @@ impl Machine {
             return Some(format!(
                 "no far memory on this machine, farpage doctor misses {missing}"
             ));
+        }
+        if !self.has_fabric {
+            return Some("no RDMA device whose port is up, see farpage doctor".to_owned());
+        }
+        if case.pins && !self.has_move {
+            return Some(
+                "before Linux 6.8 the kernel says of no page that a device has it pinned; docs/limits.md"
+                    .to_owned(),
+            );
         }
         let same = form == Form::WithoutMove && case.forms().contains(&Form::Plain);
         (same && !self.has_move).then(|| {
@@ -191,6 +218,7 @@ struct Runner<'a> {
     folder: &'a Path,
     machine: Machine,
     seed: u64,
+    patience: Duration,
 }
 
 impl Runner<'_> {
@@ -204,6 +232,9 @@ impl Runner<'_> {
         for case in CASES.iter().filter(|case| case.long == choice.long) {
             for form in case.forms() {
                 let name = case.full_name(*form);
+                if choice.plain && *form != Form::Plain {
+                    continue;
+                }
                 if !choice.names.is_empty() && !choice.names.iter().any(|part| name.contains(part))
                 {
                     continue;
@@ -261,14 +292,14 @@ impl Runner<'_> {
         let child = command
             .spawn()
             .map_err(BenchError::system("starting farpage run"))?;
-        let status =
-            wait(child, case.deadline).map_err(BenchError::system("waiting for a case"))?;
+        let deadline = case.deadline.max(self.patience);
+        let status = wait(child, deadline).map_err(BenchError::system("waiting for a case"))?;
         let said = std::fs::read(&said).unwrap_or_default();
         let said = String::from_utf8_lossy(&said);
         let Some(status) = status else {
             let reason = format!(
                 "it did not end within {} s: {}",
-                case.deadline.as_secs(),
+                deadline.as_secs(),
                 ends_of(&said)
             );
             return Ok((Outcome::Fail, reason));

@@ -14,6 +14,8 @@ const HEADERS: &[(&str, &str)] = &[
 const SOURCES: &[(&str, &str)] = &[
     ("accounting", include_str!("../../c/accounting.c")),
     ("anon", include_str!("../../c/anon.c")),
+    ("atomics", include_str!("../../c/atomics.c")),
+    ("births", include_str!("../../c/births.c")),
     ("fork_tree", include_str!("../../c/fork_tree.c")),
     ("forks", include_str!("../../c/forks.c")),
     ("growth", include_str!("../../c/growth.c")),
@@ -21,8 +23,10 @@ const SOURCES: &[(&str, &str)] = &[
     ("kernel_access", include_str!("../../c/kernel_access.c")),
     ("memory_calls", include_str!("../../c/memory_calls.c")),
     ("outage", include_str!("../../c/outage.c")),
+    ("parts", include_str!("../../c/parts.c")),
     ("random_calls", include_str!("../../c/random_calls.c")),
     ("soft_dirty", include_str!("../../c/soft_dirty.c")),
+    ("stopped", include_str!("../../c/stopped.c")),
     ("threads", include_str!("../../c/threads.c")),
 ];
 

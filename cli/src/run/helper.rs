@@ -16,8 +16,9 @@ use crate::sys;
 /// What a helper writes to its standard output, at once and before anything else, when it is ready to serve.
 pub(crate) const READY: &str = "ready\n";
 
-/// How long a helper may take to be ready. It has no work to do before that which could take a second.
-const READY_DEADLINE: Duration = Duration::from_secs(20);
+/// How long a helper may take to be ready. It has no work to do before that which could take a second; on an emulated machine whose
+/// host is busy it took more than 20.
+const READY_DEADLINE: Duration = Duration::from_secs(60);
 
 /// How long a helper may take to end by itself before it is killed.
 const END_DEADLINE: Duration = Duration::from_secs(5);

@@ -47,10 +47,10 @@ pub(crate) enum OptionsError {
     )]
     LocalAboveFar { local: Size, far: Size },
     #[error(
-        "--far {far} is more than this machine's {here} of memory, which is where it would lie; give less, \
-         or use the agent of a cluster (--agent SOCKET)"
+        "--far {far} is more than this machine's {here} of memory, which is where it would lie{}; give less, \
+         or use the agent of a cluster (--agent SOCKET)", times(*.replicas)
     )]
-    FarAboveMachine { far: Size, here: Size },
+    FarAboveMachine { far: Size, here: Size, replicas: u8 },
     #[error(
         "--local {local} is here, and without --agent far memory is too; but the memory cgroup {} is limited to {}, which \
          leaves {} for both. Give less (--local, --far), give the group more ({}), or use the agent of a cluster \
@@ -58,13 +58,16 @@ pub(crate) enum OptionsError {
         .confines.group, readable(.confines.limit), readable(.confines.room), .confines.file
     )]
     Confined { local: Size, confines: Confines },
-    #[error(
-        "--replicas {0} needs as many memory nodes, and without --agent there is one; leave it out, or use the \
-         agent of a cluster (--agent SOCKET)"
-    )]
-    TooManyReplicas(u8),
     #[error("--summary-file has nothing to hold with --summary none; leave out one of them")]
     FileForNothing,
+}
+
+/// How a message says that each page takes so many times its size.
+fn times(replicas: u8) -> String {
+    match replicas {
+        1 => String::new(),
+        _ => format!(" {replicas} times (--replicas)"),
+    }
 }
 
 impl RunOptions {
@@ -90,7 +93,7 @@ impl RunOptions {
         }
         if args.agent.is_none() {
             if let Some(confines) = &machine.confines {
-                let most = confines.most_far(local.bytes());
+                let most = confines.most_far(local.bytes(), args.replicas.into());
                 if most == 0 || args.far.is_some_and(|far| far.bytes() > most) {
                     let confines = confines.clone();
                     return Err(OptionsError::Confined { local, confines });
@@ -99,11 +102,14 @@ impl RunOptions {
             }
             let here = Size::clamped(machine.total.saturating_add(machine.swap));
             // Only what was asked for: the default is a bound that no program on this machine reaches.
-            if args.far.is_some_and(|far| far > here) && machine.total > 0 {
-                return Err(OptionsError::FarAboveMachine { far, here });
-            }
-            if args.replicas > 1 {
-                return Err(OptionsError::TooManyReplicas(args.replicas));
+            let replicas = args.replicas;
+            let too_much = |far: Size| far.bytes().saturating_mul(replicas.into()) > here.bytes();
+            if args.far.is_some_and(too_much) && machine.total > 0 {
+                return Err(OptionsError::FarAboveMachine {
+                    far,
+                    here,
+                    replicas,
+                });
             }
         }
         if args.summary == SummaryForm::None && args.summary_file.is_some() {
@@ -156,9 +162,10 @@ impl Confines {
         groups.min_by_key(|confines| confines.room)
     }
 
-    /// How much may lie far beside so much here, in whole extents: a memory node comes to fill all of those it lends.
-    fn most_far(&self, local: u64) -> u64 {
-        let both = self.room.saturating_sub(local);
+    /// How much may lie far, so many times, beside so much here, in whole extents: a memory node comes to fill all of those it
+    /// lends.
+    fn most_far(&self, local: u64, replicas: u64) -> u64 {
+        let both = self.room.saturating_sub(local) / replicas.max(1);
         (both - both / METADATA_SHARE) / DEFAULT_EXTENT_BYTES * DEFAULT_EXTENT_BYTES
     }
 }
@@ -282,14 +289,14 @@ mod tests {
             judge("--far 9G").unwrap_err(),
             OptionsError::FarAboveMachine {
                 far: size("9G"),
-                here: size("8G")
+                here: size("8G"),
+                replicas: 1
             }
         );
         assert!(judge("--far 9G --agent /run/a").is_ok());
-        assert_eq!(
-            judge("--replicas 2").unwrap_err(),
-            OptionsError::TooManyReplicas(2)
-        );
+        assert_eq!(judge("--far 4G --replicas 2").unwrap().replicas, 2);
+        let twice = judge("--far 5G --replicas 2").unwrap_err();
+        assert!(twice.to_string().contains("2 times"), "{twice}");
         assert_eq!(
             judge("--summary none --summary-file x").unwrap_err(),
             OptionsError::FileForNothing

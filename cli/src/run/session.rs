@@ -171,6 +171,8 @@ impl Session {
             processes_unmanaged: account.processes_unmanaged,
             unmanaged_bytes: account.unmanaged_bytes,
             process_peaks: account.process_peaks,
+            replicas: account.replicas,
+            extents_below_replicas: account.extents_below_replicas,
             exit_status: ended.status(),
         })
     }
@@ -179,7 +181,7 @@ impl Session {
 /// Starts an agent for this run alone, with a memory node of its own. Their abstract sockets leave no file behind.
 fn bring_up(options: &RunOptions) -> Result<(Helper, String), HelperError> {
     let socket = format!("@farpage-{}", std::process::id());
-    let far = options.far.to_string();
+    let (far, replicas) = (options.far.to_string(), options.replicas.to_string());
     let words = [
         "agent",
         "--own-far-memory",
@@ -188,6 +190,8 @@ fn bring_up(options: &RunOptions) -> Result<(Helper, String), HelperError> {
         &socket,
         "--fabric",
         options.fabric.name(),
+        "--own-replicas",
+        &replicas,
     ];
     let mut agent = Helper::start("the agent", &words.map(OsString::from))?;
     agent.wait_ready()?;

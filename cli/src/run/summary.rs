@@ -50,6 +50,10 @@ pub(crate) struct Summary {
     pub(crate) processes_left: u64,
     /// How pages travelled.
     pub(crate) fabric: String,
+    /// On how many memory nodes each page was to be.
+    pub(crate) replicas: u32,
+    /// Extents of the agent's, of so many copies, that had fewer at the end.
+    pub(crate) extents_below_replicas: u32,
     /// Processes of the program that were managed.
     pub(crate) processes: u64,
     /// Processes of the program that could not be, such as static programs that it started.
@@ -79,9 +83,13 @@ impl fmt::Display for Summary {
         )?;
         writeln!(
             f,
-            "  far memory    {} at most, over {}",
+            "  far memory    {} at most, over {}{}",
             readable(self.far_peak_bytes),
-            self.fabric
+            self.fabric,
+            match self.replicas {
+                0 | 1 => String::new(),
+                copies => format!(", on {copies} nodes each"),
+            }
         )?;
         if self.faults > 0 {
             writeln!(

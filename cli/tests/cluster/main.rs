@@ -9,10 +9,12 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod drain;
 mod embedded;
 mod failures;
 mod output;
 mod pool;
+mod replicas;
 mod restart;
 mod strangers;
 

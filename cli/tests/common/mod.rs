@@ -12,6 +12,7 @@
 
 pub mod cgroup;
 pub mod cluster;
+pub mod held;
 pub mod lab;
 pub mod programs_in_c;
 pub mod pty;
@@ -74,17 +75,20 @@ pub fn skip(test: &str, reason: &str) {
     println!("SKIPPED: {test}: {reason}");
 }
 
-/// Says so and returns true if this machine or account cannot run `test` with far memory.
-pub fn without_far_memory(test: &str) -> bool {
+/// What `farpage doctor` checks.
+fn doctors_checks() -> Vec<serde_json::Value> {
     let out = Command::new(farpage())
         .args(["doctor", "--json"])
         .output()
         .unwrap();
     let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    report["checks"].as_array().unwrap().clone()
+}
+
+/// Says so and returns true if this machine or account cannot run `test` with far memory.
+pub fn without_far_memory(test: &str) -> bool {
     // A missing shim is no property of the machine but an incomplete build, and must fail the test.
-    let missing: Vec<_> = report["checks"]
-        .as_array()
-        .unwrap()
+    let missing: Vec<_> = doctors_checks()
         .iter()
         .filter(|check| check["level"] == "missing" && check["id"] != "preload_shim")
         .map(|check| check["id"].to_string())
@@ -96,6 +100,17 @@ pub fn without_far_memory(test: &str) -> bool {
         );
     }
     !missing.is_empty()
+}
+
+/// Says so and returns true if this kernel has no `UFFDIO_MOVE`, and so does not say which pages are pinned.
+pub fn without_pins(test: &str) -> bool {
+    let missing = doctors_checks()
+        .iter()
+        .any(|check| check["id"] == "uffd_move" && check["found"] == "not in this kernel");
+    if missing {
+        skip(test, "before Linux 6.8 pinned pages are not known");
+    }
+    missing
 }
 
 /// Says so and returns true if a program that `test` needs is not installed.

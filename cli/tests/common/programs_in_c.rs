@@ -7,7 +7,7 @@ use std::time::Duration;
 use farpage_bench::conformance::{Form, SKIPPED, allowed_bytes, cases, programs, shell_status};
 
 use super::runs::{Outcome, run_far_with};
-use super::{alone, skip, without_far_memory, without_program};
+use super::{alone, skip, without_far_memory, without_pins, without_program};
 
 /// A run that takes longer hangs.
 const DEADLINE: Duration = Duration::from_secs(90);
@@ -71,6 +71,9 @@ pub fn run_registered(program: &str, name: &str) -> Vec<Outcome> {
     let words = case.words(SEED);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let in_form = |form: &Form| {
+        if case.pins && without_pins(&case.full_name(*form)) {
+            return None;
+        }
         let expect = Expect {
             local: case.local,
             without_move: *form == Form::WithoutMove,

@@ -3,16 +3,18 @@
 //! One thread with a runtime of its own. No pager waits for it: extents are asked for before they are needed,
 //! and while the coordinator is away programs run on with what is granted.
 
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use farpage_proto::client::{CallError, Coordinator, OpenedLease};
 use farpage_proto::lease::{ExtentGrant, GrantRequest, LeaseRequest};
-use farpage_proto::report::AgentReport;
+use farpage_proto::report::{self, AgentReport};
 use farpage_proto::transport::{ConnectError, EndpointUrl, connect};
 use farpage_proto::{
-    AgentId, ExtentId, FabricKind, FieldError, HostName, LeaseId, RequestId, Tenant, limits, v1,
+    AgentId, ByteCount, ExtentId, FabricKind, FieldError, HostName, LeaseId, NodeId, RequestId,
+    Tenant, limits, v1,
 };
 
 use crate::far::{FarMemory, Grant};
@@ -33,6 +35,8 @@ const TICK: Duration = Duration::from_millis(250);
 const SPARE_SLOTS: u64 = 16_384;
 /// Extents asked for at once.
 const GRANT_COUNT: u32 = 2;
+/// Extents that are given a further copy at one turn: more would be copied no sooner.
+const WANTED_AT_ONCE: usize = 8;
 /// The pause after a call that failed.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// The same complaint is logged again after this long.
@@ -74,7 +78,10 @@ pub struct ControlPlane {
     /// Where the lease is kept, and the number of the grant request under way: the same until what was granted is kept too, so
     /// that neither a lost answer nor the agent's end loses an extent.
     state: Arc<State>,
-    complaint: Option<(String, Instant)>,
+    /// The request for a further copy of an extent, of this number, that no answer has come to.
+    unanswered: Option<(GrantRequest, u32)>,
+    /// The last complaint of each kind.
+    complaints: HashMap<&'static str, (String, Instant)>,
 }
 
 impl ControlPlane {
@@ -130,8 +137,9 @@ impl ControlPlane {
             .runtime
             .block_on(lists)
             .map_err(|error| call(error, &plane.url))?;
-        // Some may have been granted, or given back, without the state saying so yet.
-        plane.keep(far, grants);
+        // What was granted without the state saying so yet, or not given back yet though no extent needs it.
+        let is_strange = |grant: &&ExtentGrant| !far.holds(u64::from(grant.extent.0));
+        far.needs_not(grants.iter().filter(is_strange).map(as_grant));
         Ok(plane)
     }
 
@@ -166,7 +174,8 @@ impl ControlPlane {
             grants: Coordinator::over(channel, GRANT_DEADLINE),
             lease,
             state,
-            complaint: None,
+            unanswered: None,
+            complaints: HashMap::new(),
         })
     }
 
@@ -175,8 +184,8 @@ impl ControlPlane {
     ///
     /// # Errors
     /// [`ControlError::Call`] when the coordinator refuses, or does not answer.
-    pub fn first_extents(&mut self, far: &FarMemory) -> Result<(), ControlError> {
-        match self.grant(far) {
+    pub fn first_extents(&mut self, far: &FarMemory, copies: u8) -> Result<(), ControlError> {
+        match self.grant(far, copies) {
             Err(error @ CallError::Exhausted(_)) => {
                 self.complain("no far memory yet", &error);
                 Ok(())
@@ -194,18 +203,22 @@ impl ControlPlane {
         let mut turned = Instant::now();
         while !ended() {
             let wanted = spaces.wait_for_want(TICK);
-            if (wanted || far.is_low() && far.used() > 0)
-                && let Err(error) = self.grant(far)
-            {
-                self.complain("no further extent of far memory", &error);
-                std::thread::sleep(RETRY_PAUSE);
+            for copies in spaces.copies() {
+                if far.is_low(copies)
+                    && (wanted || far.used_of(copies) > 0)
+                    && let Err(error) = self.grant(far, copies)
+                {
+                    self.complain("no further extent of far memory", &error);
+                    std::thread::sleep(RETRY_PAUSE);
+                }
             }
             if turned.elapsed() > TURN_INTERVAL.min(self.lease.ttl / 4) {
                 turned = Instant::now();
                 self.renew(far);
                 far.end_rests();
-                self.give_back(far);
-                self.report(spaces);
+                self.further_copies(far);
+                self.give_back(far, &spaces.copies());
+                self.report(far, spaces);
             }
         }
         let _ = self
@@ -213,50 +226,55 @@ impl ControlPlane {
             .block_on(self.coordinator.close_lease(self.lease.id));
     }
 
-    fn grant(&mut self, far: &FarMemory) -> Result<(), CallError> {
-        match self.grant_of(far, GRANT_COUNT) {
+    fn grant(&mut self, far: &FarMemory, copies: u8) -> Result<(), CallError> {
+        self.ask_again(far)?;
+        match self.grant_of(far, GRANT_COUNT, copies, copies) {
             // The last extent of a cluster is as good as any other.
-            Err(CallError::Exhausted(_)) => self.grant_of(far, 1),
+            Err(CallError::Exhausted(_)) => self.grant_last(far, copies),
             result => result,
         }
     }
 
-    fn grant_of(&mut self, far: &FarMemory, count: u32) -> Result<(), CallError> {
-        let request = GrantRequest {
-            lease: self.lease.id,
-            count,
-            fabric: self.fabric,
-            request: RequestId::new(self.state.header().grant_number.load(Relaxed)).ok(),
-        };
-        let result = self.runtime.block_on(self.grants.grant_extents(request));
-        let answered = !matches!(result, Err(CallError::Unavailable(_)));
-        let result = result.map(|grants| self.keep(far, grants));
-        if answered {
-            self.state.header().grant_number.fetch_add(1, Relaxed);
+    /// There is room for one extent at most. Where there is none for all of its copies, and a program would have to end for want
+    /// of it, fewer are better than none: the others are made when they can be.
+    fn grant_last(&mut self, far: &FarMemory, goal: u8) -> Result<(), CallError> {
+        let mut result = self.grant_of(far, 1, goal, goal);
+        for copies in (1..goal).rev() {
+            if !matches!(result, Err(CallError::Exhausted(_))) || far.has_room(goal) {
+                break;
+            }
+            result = self.grant_of(far, 1, goal, copies);
         }
         result
     }
 
-    /// Takes what was granted into use, unless it is already.
-    fn keep(&self, far: &FarMemory, grants: Vec<ExtentGrant>) {
-        for grant in grants {
-            if far.holds(u64::from(grant.extent.0)) {
-                continue;
+    fn grant_of(
+        &mut self,
+        far: &FarMemory,
+        count: u32,
+        goal: u8,
+        copies: u8,
+    ) -> Result<(), CallError> {
+        let request = GrantRequest {
+            lease: self.lease.id,
+            count,
+            copies: copies.into(),
+            extent_bytes: None,
+            avoid: Vec::new(),
+            fabric: self.fabric,
+            request: self.grant_number(),
+        };
+        self.ask_for(far, request, |_, grants| {
+            for set in grants.chunk_by(|one, next| one.set == next.set) {
+                let set: Vec<Grant> = set.iter().map(as_grant).collect();
+                if far.add(goal, set.clone()).is_none() {
+                    tracing::error!(
+                        ?set,
+                        "an extent of a size or number that this agent cannot address"
+                    );
+                }
             }
-            let grant = Grant {
-                id: u64::from(grant.extent.0),
-                address: grant.address.to_string(),
-                index: grant.index,
-                key: grant.key.get(),
-                bytes: grant.bytes.0,
-            };
-            if far.add(grant.clone()).is_none() {
-                tracing::error!(
-                    ?grant,
-                    "an extent of a size or number that this agent cannot address"
-                );
-            }
-        }
+        })
     }
 
     fn open_lease(&mut self) -> Result<(), CallError> {
@@ -281,8 +299,81 @@ impl ControlPlane {
         let ids = |extents: Vec<ExtentId>| -> Vec<u64> {
             extents.into_iter().map(|id| u64::from(id.0)).collect()
         };
-        far.heard_of_nodes(&ids(renewal.lost), &ids(renewal.unreachable));
+        far.heard_of_nodes(
+            &ids(renewal.lost),
+            &ids(renewal.unreachable),
+            &ids(renewal.draining),
+        );
         Ok(())
+    }
+
+    /// Asks for extents and has those kept that are not yet. The number of a request stays until it is answered and what it
+    /// granted is kept, so that it must be the same one then: another has another. After a restart it may be the answer to what
+    /// the agent before asked.
+    fn ask_for(
+        &mut self,
+        far: &FarMemory,
+        request: GrantRequest,
+        keep: impl FnOnce(&mut Self, Vec<ExtentGrant>),
+    ) -> Result<(), CallError> {
+        let result = self.runtime.block_on(self.grants.grant_extents(request));
+        let answered = !matches!(result, Err(CallError::Unavailable(_)));
+        let result = result.map(|mut grants| {
+            grants.retain(|grant| !far.holds(u64::from(grant.extent.0)));
+            keep(self, grants);
+        });
+        if answered {
+            self.state.header().grant_number.fetch_add(1, Relaxed);
+        }
+        result
+    }
+
+    fn grant_number(&self) -> Option<RequestId> {
+        RequestId::new(self.state.header().grant_number.load(Relaxed)).ok()
+    }
+
+    /// Asks for further copies of extents that have too few. What cannot be had now is asked for again at the next turn.
+    fn further_copies(&mut self, far: &FarMemory) {
+        if let Err(error) = self.ask_again(far) {
+            return self.complain("no further copy of an extent", &error);
+        }
+        for wanted in far.wanted_copies(WANTED_AT_ONCE) {
+            let avoid = wanted.nodes.iter();
+            let request = GrantRequest {
+                lease: self.lease.id,
+                count: 1,
+                copies: 1,
+                extent_bytes: Some(ByteCount(wanted.bytes)),
+                avoid: avoid
+                    .filter_map(|node| NodeId::new(node.clone()).ok())
+                    .collect(),
+                fabric: self.fabric,
+                request: self.grant_number(),
+            };
+            self.unanswered = Some((request, wanted.number));
+            if let Err(error) = self.ask_again(far) {
+                return self.complain("no further copy of an extent", &error);
+            }
+        }
+    }
+
+    /// Asks for the copy that was asked for last, if no answer has come: the answer may have been lost, and what it granted
+    /// with it.
+    fn ask_again(&mut self, far: &FarMemory) -> Result<(), CallError> {
+        let Some((request, number)) = self.unanswered.take() else {
+            return Ok(());
+        };
+        let result = self.ask_for(far, request.clone(), |plane, grants| {
+            for grant in grants {
+                if !far.add_copy(number, as_grant(&grant)) {
+                    plane.release(vec![grant.extent]);
+                }
+            }
+        });
+        if matches!(result, Err(CallError::Unavailable(_))) {
+            self.unanswered = Some((request, number));
+        }
+        result
     }
 
     fn renew(&mut self, far: &FarMemory) {
@@ -291,6 +382,7 @@ impl ControlPlane {
             Err(error @ CallError::Gone(_)) => {
                 self.complain("the lease has ended, and what lay under it is lost", &error);
                 far.lose_all();
+                self.unanswered = None;
                 if let Err(error) = self.open_lease() {
                     self.complain("no new lease", &error);
                 }
@@ -299,26 +391,33 @@ impl ControlPlane {
         }
     }
 
-    fn give_back(&mut self, far: &FarMemory) {
+    fn give_back(&mut self, far: &FarMemory, in_use: &BTreeSet<u8>) {
+        far.let_go();
+        let spare = |copies: u8| match in_use.contains(&copies) {
+            true => SPARE_SLOTS,
+            false => 0,
+        };
         let extents: Vec<ExtentId> = far
-            .retire(SPARE_SLOTS)
+            .retire(spare)
             .iter()
             .filter_map(|grant| u32::try_from(grant.id).ok().map(ExtentId))
             .collect();
         for batch in extents.chunks(limits::MAX_RELEASE_COUNT) {
-            let released = self
-                .coordinator
-                .release_extents(self.lease.id, batch.to_vec());
-            if let Err(error) = self.runtime.block_on(released) {
-                self.complain(
-                    "extents could not be given back; they go with the lease",
-                    &error,
-                );
-            }
+            self.release(batch.to_vec());
         }
     }
 
-    fn report(&mut self, spaces: &Spaces) {
+    fn release(&mut self, extents: Vec<ExtentId>) {
+        let released = self.coordinator.release_extents(self.lease.id, extents);
+        if let Err(error) = self.runtime.block_on(released) {
+            self.complain(
+                "extents could not be given back; they go with the lease",
+                &error,
+            );
+        }
+    }
+
+    fn report(&mut self, far: &FarMemory, spaces: &Spaces) {
         let processes = figures(spaces)
             .into_iter()
             // A forked child that has not shown itself yet has no pid to report.
@@ -339,9 +438,16 @@ impl ControlPlane {
                 local_limit_bytes: figures.local_limit_bytes,
             })
             .collect();
+        let copies = spaces.copies();
+        let below: u32 = copies.iter().map(|copies| far.below_goal(*copies)).sum();
+        let most = copies.last().copied().unwrap_or(1);
+        let totals = [
+            (report::REPLICAS, u64::from(most)),
+            (report::EXTENTS_BELOW_REPLICAS, u64::from(below)),
+        ];
         let report = v1::AgentReport {
             processes,
-            totals: std::collections::HashMap::new(),
+            totals: totals.map(|(name, total)| (name.to_owned(), total)).into(),
         };
         let taken = match AgentReport::try_from(report) {
             Ok(report) => self
@@ -355,16 +461,26 @@ impl ControlPlane {
     }
 
     /// Logs a failure, and the same one again only after a while.
-    fn complain(&mut self, what: &str, error: &CallError) {
-        let complaint = format!("{what}: {error}");
-        let again = self
-            .complaint
-            .as_ref()
-            .is_some_and(|(last, at)| *last == complaint && at.elapsed() < COMPLAINT_INTERVAL);
+    fn complain(&mut self, what: &'static str, error: &CallError) {
+        let error = error.to_string();
+        let last = self.complaints.get(what);
+        let again =
+            last.is_some_and(|(last, at)| *last == error && at.elapsed() < COMPLAINT_INTERVAL);
         if !again {
-            tracing::warn!("{complaint}");
-            self.complaint = Some((complaint, Instant::now()));
+            tracing::warn!("{what}: {error}");
+            self.complaints.insert(what, (error, Instant::now()));
         }
+    }
+}
+
+fn as_grant(grant: &ExtentGrant) -> Grant {
+    Grant {
+        id: u64::from(grant.extent.0),
+        node: grant.node.to_string(),
+        address: grant.address.to_string(),
+        index: grant.index,
+        key: grant.key.get(),
+        bytes: grant.bytes.0,
     }
 }
 
@@ -383,27 +499,8 @@ pub fn figures(spaces: &Spaces) -> Vec<ProcessFigures> {
     let of_job = |job: Arc<crate::job::Job>| {
         let limit = job.local_pages() * 4096;
         job.spaces().into_iter().map(move |handle| {
-            let pid = handle.pid().unwrap_or(0);
-            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            let now = &handle.figures;
             handle.ask_to_count_shared();
-            let (managed_pages, far_pages) = (now.local.load(Relaxed), now.far.load(Relaxed));
-            ProcessFigures {
-                pid,
-                name: name.trim_end().to_owned(),
-                // Before the first sample what the table says is the best there is.
-                local_pages: match now.anonymous.load(Relaxed) {
-                    0 => managed_pages,
-                    sampled => sampled,
-                },
-                managed_pages,
-                far_pages,
-                // Counted at another moment than the whole.
-                shared_far_pages: now.shared_far.load(Relaxed).min(far_pages),
-                zero_pages: now.zero.load(Relaxed).min(far_pages),
-                faults: now.faults.load(Relaxed),
-                local_limit_bytes: limit,
-            }
+            ProcessFigures::of(&handle, limit)
         })
     };
     spaces.jobs().into_iter().flat_map(of_job).collect()

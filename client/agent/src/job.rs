@@ -28,6 +28,8 @@ pub struct Limits {
     pub local_pages: u64,
     /// Slots that may be used.
     pub far_pages: u64,
+    /// On how many nodes each page is to be.
+    pub copies: u8,
     /// How long a fault may wait for whatever it needs (its node, a free frame, a slot for a victim) before its thread gets
     /// SIGBUS.
     pub fault_deadline: Duration,
@@ -103,6 +105,7 @@ impl Job {
             .local_pages
             .store(limits.local_pages, Ordering::Relaxed);
         place.far_pages.store(limits.far_pages, Ordering::Relaxed);
+        place.copies.store(limits.copies.into(), Ordering::Relaxed);
         place.fault_deadline_ms.store(
             u64::try_from(deadline).unwrap_or(u64::MAX),
             Ordering::Relaxed,
@@ -123,6 +126,7 @@ impl Job {
         let limits = Limits {
             local_pages: load(&record.local_pages),
             far_pages: load(&record.far_pages),
+            copies: record.copies.load(Ordering::Relaxed) as u8,
             fault_deadline: Duration::from_millis(load(&record.fault_deadline_ms)),
         };
         let armed_at = OnceLock::new();
@@ -451,6 +455,8 @@ impl Job {
             processes_left: self.spaces().len() as u64,
             process_peaks: self.peaks(),
             fabric: fabric.to_owned(),
+            replicas: self.limits.copies.into(),
+            extents_below_replicas: 0,
         }
     }
 

@@ -3,7 +3,7 @@
 //! One process per host. Programs come to its [`door`]; each address space gets a thread of its own, its
 //! [`pager`]; the [`sampler`] watches what the kernel says is resident and [`sharing`] what of it is counted more than
 //! once, [`ceiling`] what memory cgroups leave to whom; [`control_plane`] holds the lease under which extents of far memory
-//! are granted. Nothing asynchronous is on the path of a fault.
+//! are granted, and the [`mover`] fills the copies of extents that lack something. Nothing asynchronous is on the path of a fault.
 //!
 //! The pure parts are a crate of their own, `farpage_core`, whose modules appear here under the same names:
 //! [`entry`] (where a page is, in one word), [`page_cell`] and [`table`] (entries as threads and pagers share
@@ -16,12 +16,14 @@ pub mod client;
 pub mod control_plane;
 pub mod door;
 pub mod far;
+pub mod figures;
 mod injection;
 pub mod job;
 mod keeper;
 pub mod kernel;
 pub mod latency;
 pub mod mailbox;
+pub mod mover;
 pub mod pager;
 pub mod protocol;
 mod recovery;
@@ -34,5 +36,6 @@ pub mod sys;
 pub mod tree;
 
 pub use farpage_core::{entry, gate, page_cell, prefetch, residents, table};
+pub use figures::{AgentFigures, Observer};
 pub use serve::{AgentConfig, AgentError, serve};
 pub use spaces::MAX_FAULT_DEADLINE;

@@ -121,6 +121,12 @@ pub struct Account {
     pub process_peaks: Vec<ProcessPeaks>,
     /// The fabric in use.
     pub fabric: String,
+    /// On how many nodes each page was to be.
+    #[serde(default)]
+    pub replicas: u32,
+    /// Extents of the agent's, of so many copies, that had fewer at the end.
+    #[serde(default)]
+    pub extents_below_replicas: u32,
 }
 
 /// The most pages that one process had, each count at its own worst moment, as far as it was sampled.
@@ -176,4 +182,31 @@ pub struct ProcessFigures {
     pub faults: u64,
     /// Its job's limit, bytes.
     pub local_limit_bytes: u64,
+}
+
+impl ProcessFigures {
+    /// Those of an address space now, in a job of this limit.
+    pub(crate) fn of(handle: &SpaceHandle, local_limit_bytes: u64) -> Self {
+        let pid = handle.pid().unwrap_or(0);
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        let now = &handle.figures;
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let (managed_pages, far_pages) = (load(&now.local), load(&now.far));
+        Self {
+            pid,
+            name: name.trim_end().to_owned(),
+            // Before the first sample what the table says is the best there is.
+            local_pages: match load(&now.anonymous) {
+                0 => managed_pages,
+                sampled => sampled,
+            },
+            managed_pages,
+            far_pages,
+            // Counted at another moment than the whole.
+            shared_far_pages: load(&now.shared_far).min(far_pages),
+            zero_pages: load(&now.zero).min(far_pages),
+            faults: load(&now.faults),
+            local_limit_bytes,
+        }
+    }
 }

@@ -65,6 +65,7 @@ pub(crate) fn take_over(shared: &Shared, state: &Arc<State>) {
     for slot in taken.iter().flat_map(|space| space.pager.slots_under_way()) {
         shared.far.lay_to_rest(slot);
     }
+    shared.far.all_is_named();
     tracing::info!(
         jobs = jobs.len(),
         processes = taken.len(),

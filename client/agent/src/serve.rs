@@ -13,6 +13,7 @@ use farpage_proto::transport::EndpointUrl;
 use crate::control_plane::{ControlError, ControlPlane};
 use crate::door::{Admission, Door};
 use crate::far::FarMemory;
+use crate::figures::Observer;
 use crate::keeper::Keeper;
 use crate::kernel::{Kernel, KernelError};
 use crate::pager::Shared;
@@ -43,6 +44,8 @@ pub struct AgentConfig {
     pub fault_deadline: Duration,
     /// How long programs wait for the next agent when this one is killed; nobody takes over where none is given.
     pub takeover_deadline: Option<Duration>,
+    /// On how many nodes jobs are likely to want each page: the first extents are asked for so.
+    pub replicas: u8,
     /// End when this reports end-of-file and the last program has ended: its other end is the launcher's.
     pub exit_on_eof: Option<OwnedFd>,
 }
@@ -86,14 +89,14 @@ pub enum AgentError {
 }
 
 /// Runs an agent in this process until `stop` is set, or its launcher is gone. Calls `ready` once programs may
-/// come.
+/// come, with somebody to ask for figures.
 ///
 /// # Errors
 /// [`AgentError`] at the start.
 pub fn serve(
     config: AgentConfig,
     stop: &Arc<AtomicBool>,
-    ready: impl FnOnce(),
+    ready: impl FnOnce(Observer),
 ) -> Result<(), AgentError> {
     let (kernel, device) = Kernel::probe()?;
     crate::sys::process::raise_session_priority(
@@ -105,7 +108,7 @@ pub fn serve(
     // Never dropped: when this agent fails, its keeper needs what it has for the next one.
     let kept = ManuallyDrop::new(Kept::open(&config)?);
     let (far, plane) = join(&config, &kept)?;
-    let spaces = Arc::new(Spaces::new(Arc::clone(&kept.state)));
+    let spaces = Arc::new(Spaces::new(Arc::clone(&kept.state), config.replicas));
     let shared = Shared {
         far: Arc::clone(&far),
         spawner: Arc::clone(&spaces),
@@ -139,17 +142,22 @@ pub fn serve(
         let (spaces, ended) = (Arc::clone(&spaces), Arc::clone(&ended));
         move || crate::ceiling::run(&spaces, &|| ended.load(Ordering::Acquire))
     })?;
+    spawn("mover", {
+        let (far, ended) = (Arc::clone(&far), Arc::clone(&ended));
+        move || crate::mover::run(&far, &|| ended.load(Ordering::Acquire))
+    })?;
     spawn("door", {
         let ended = Arc::clone(&ended);
         move || door.serve(&listener, &|| ended.load(Ordering::Acquire))
     })?;
+    let observer = Observer::new(Arc::clone(&spaces), Arc::clone(&far));
     let control = spawn("control-plane", {
         let (spaces, ended) = (Arc::clone(&spaces), Arc::clone(&ended));
         move || plane.run(&far, &spaces, &|| ended.load(Ordering::Acquire))
     })?;
     let alone_since = &kept.state.header().alone_since_ms;
     alone_since.store(0, Ordering::Release);
-    ready();
+    ready(observer);
     wait_for_end(stop, config.exit_on_eof.as_ref(), &spaces);
     let _ = control.join();
     if let Some(keeper) = &kept.keeper {
@@ -207,7 +215,7 @@ fn join(config: &AgentConfig, kept: &Kept) -> Result<(Arc<FarMemory>, ControlPla
     }
     let far = FarMemory::new(Arc::clone(&state));
     let mut plane = ControlPlane::join(url, id, config.fabric, state)?;
-    plane.first_extents(&far)?;
+    plane.first_extents(&far, config.replicas)?;
     Ok((Arc::new(far), plane))
 }
 

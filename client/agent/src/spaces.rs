@@ -1,13 +1,16 @@
 //! The address spaces and jobs of this agent, and the threads that page them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use farpage_proto::limits::MAX_REPLICAS;
+
 use crate::ceiling;
 use crate::far::FarMemory;
+use crate::figures::Counted;
 use crate::job::{Job, Limits};
 use crate::mailbox::{Request, SpaceHandle};
 use crate::pager::Pager;
@@ -37,6 +40,12 @@ pub enum JobError {
     /// None, or beyond [`MAX_FAULT_DEADLINE`].
     #[error("--fault-deadline is not between 1 second and a day")]
     Deadline,
+    /// No copy at all, or more than [`MAX_REPLICAS`].
+    #[error(
+        "--replicas is not between 1 and {MAX_REPLICAS}: each copy of a page is sent and kept, and more would outlive no more \
+         failures than nodes have at a time"
+    )]
+    Copies,
     /// As many jobs as there may be.
     #[error(
         "this agent serves as many jobs as it can ({MAX_JOBS}); try again when some have ended"
@@ -69,21 +78,27 @@ pub struct Spaces {
     state: Arc<State>,
     live: AtomicU64,
     jobs: Mutex<HashMap<u64, Arc<Job>>>,
+    /// What was counted for jobs that are no more. Changes under the lock of `jobs`.
+    ended: Counted,
     /// Forked children that have no helper yet, with their parents' numbers.
     forked: Mutex<Vec<(u64, Arc<SpaceHandle>)>>,
+    /// How many copies the last job keeps of its pages; before one, what the agent was started for.
+    last_copies: AtomicU8,
     far_wanted: AtomicBool,
     far_signal: (Mutex<()>, Condvar),
 }
 
 impl Spaces {
-    /// None yet; what is of use to the next agent will lie in this state.
+    /// None yet, in an agent that expects jobs with so many copies; what is of use to the next agent will lie in this state.
     #[must_use]
-    pub fn new(state: Arc<State>) -> Self {
+    pub fn new(state: Arc<State>, copies: u8) -> Self {
         Self {
             state,
             live: AtomicU64::new(0),
             jobs: Mutex::default(),
+            ended: Counted::default(),
             forked: Mutex::default(),
+            last_copies: AtomicU8::new(copies),
             far_wanted: AtomicBool::new(false),
             far_signal: Default::default(),
         }
@@ -231,10 +246,14 @@ impl Spaces {
         uid: u32,
         local_bytes: u64,
         far_bytes: u64,
+        copies: u8,
         fault_deadline: Duration,
     ) -> Result<Arc<Job>, JobError> {
         if local_bytes < LEAST_LOCAL_BYTES {
             return Err(JobError::TooLittle);
+        }
+        if !(1..=MAX_REPLICAS).contains(&copies) {
+            return Err(JobError::Copies);
         }
         if fault_deadline < Duration::from_secs(1) || fault_deadline > MAX_FAULT_DEADLINE {
             return Err(JobError::Deadline);
@@ -245,6 +264,7 @@ impl Spaces {
         let limits = Limits {
             local_pages: local_bytes / 4096,
             far_pages: far_bytes / 4096,
+            copies,
             fault_deadline,
         };
         let place = self.state.new_job().ok_or(JobError::TooMany)?;
@@ -255,6 +275,7 @@ impl Spaces {
             return Err(JobError::TooMany);
         }
         jobs.insert(job.token, Arc::clone(&job));
+        self.last_copies.store(copies, Ordering::Relaxed);
         drop(jobs);
         ceiling::look(self);
         match job.ceiling.lowered() {
@@ -301,7 +322,19 @@ impl Spaces {
         while !job.spaces().is_empty() {
             std::thread::sleep(LAST_PROCESS_POLL);
         }
-        self.lock_jobs().remove(&job.token);
+        let mut jobs = self.lock_jobs();
+        if jobs.remove(&job.token).is_some() {
+            self.ended.add(&job.counters, &job.latencies);
+        }
+    }
+
+    /// All jobs, and what was counted for those that are no more.
+    #[must_use]
+    pub fn jobs_and_ended(&self) -> (Vec<Arc<Job>>, Counted) {
+        let jobs = self.lock_jobs();
+        let ended = Counted::default();
+        ended.add(&self.ended.counters, &self.ended.latencies);
+        (jobs.values().cloned().collect(), ended)
     }
 
     /// All jobs.
@@ -321,9 +354,24 @@ impl Spaces {
         }
     }
 
-    /// Slots run low: the control plane is to ask for another extent.
-    pub fn wanted_far_memory(&self, far: &FarMemory) {
-        if far.is_low() && !self.far_wanted.load(Ordering::Acquire) {
+    /// How many copies jobs keep of their pages, each number once. Without a job it is the last one's, so that the next finds
+    /// slots.
+    #[must_use]
+    pub fn copies(&self) -> BTreeSet<u8> {
+        let of_jobs: BTreeSet<u8> = self
+            .lock_jobs()
+            .values()
+            .map(|job| job.limits.copies)
+            .collect();
+        if of_jobs.is_empty() {
+            return BTreeSet::from([self.last_copies.load(Ordering::Relaxed)]);
+        }
+        of_jobs
+    }
+
+    /// Slots of extents with so many copies run low: the control plane is to ask for another.
+    pub fn wanted_far_memory(&self, far: &FarMemory, copies: u8) {
+        if far.is_low(copies) && !self.far_wanted.load(Ordering::Acquire) {
             self.wake_control_plane();
         }
     }

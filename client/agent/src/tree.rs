@@ -185,6 +185,7 @@ mod tests {
         let limits = crate::job::Limits {
             local_pages: 1,
             far_pages: 1,
+            copies: 1,
             fault_deadline: std::time::Duration::from_secs(1),
         };
         let place = crate::state::State::create().unwrap().new_job().unwrap();

@@ -29,6 +29,9 @@ use crate::wire::WireError;
 /// this one should not be felt beside it. Who sleeps is woken by it.
 const HEAR_EVERY: u32 = 1024;
 
+/// A poll after a sleep counts for so many: who sleeps for each answer polls seldom.
+const SLEEP_COUNTS: u32 = 64;
+
 /// A responder that takes longer over a key or a lane is stopped or broken.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -60,7 +63,9 @@ pub struct VerbsEndpoint {
     /// Bytes of frames that the socket did not take yet, in whole frames when first put here.
     output: VecDeque<u8>,
     watching_output: bool,
-    polls: u32,
+    /// Polls since the control connection was last looked at.
+    unheard: u32,
+    slept: bool,
     armed: bool,
     dead: Option<WorkError>,
     window: usize,
@@ -142,7 +147,8 @@ impl VerbsEndpoint {
             received: 0,
             output: VecDeque::new(),
             watching_output: false,
-            polls: 0,
+            unheard: HEAR_EVERY,
+            slept: false,
             armed: false,
             dead: None,
             window,
@@ -342,14 +348,18 @@ impl VerbsEndpoint {
     }
 
     fn progress(&mut self) -> Result<(), WorkError> {
-        if self.take_completions()? > 0 {
-            self.take_notifications();
+        let answered = self.take_completions()? > 0;
+        if answered {
+            self.take_notification();
         }
+        let slept = std::mem::take(&mut self.slept);
+        self.unheard += if slept { SLEEP_COUNTS } else { 1 };
         let asked = self.lanes.iter().any(Lane::has_questions);
-        if asked || self.polls.is_multiple_of(HEAR_EVERY) {
+        // Who was not woken by an answer was woken by the control connection.
+        if asked || self.unheard >= HEAR_EVERY || slept && !answered {
+            self.unheard = 0;
             self.hear()?;
         }
-        self.polls = self.polls.wrapping_add(1);
         self.advance()?;
         let late = |lane: &Lane| {
             lane.oldest_question()
@@ -362,15 +372,15 @@ impl VerbsEndpoint {
     }
 
     /// Who has taken what it was woken for is not to be woken for it again.
-    fn take_notifications(&mut self) {
-        if self.armed && self.link.completions.take_notifications() {
+    fn take_notification(&mut self) {
+        if self.armed && self.link.completions.take_notification() {
             self.armed = false;
         }
     }
 
     /// Sees to it that the next completion wakes a sleeper, and looks once more: what came before the arming does not.
     fn await_completions(&mut self) -> Result<(), WorkError> {
-        self.take_notifications();
+        self.take_notification();
         if !self.armed {
             self.link
                 .completions
@@ -378,8 +388,7 @@ impl VerbsEndpoint {
                 .map_err(|_| WorkError::Disconnected)?;
             self.armed = true;
         }
-        // What wakes the sleeper may be the control connection.
-        self.polls = 0;
+        self.slept = true;
         self.take_completions()?;
         self.advance()
     }

@@ -51,18 +51,20 @@ impl Dispatch {
         self: &Arc<Self>,
         request: GrantRequest,
     ) -> Result<Vec<ExtentGrant>, Status> {
-        let mut grants = Vec::new();
-        let mut avoid = BTreeSet::new();
+        let mut grants = Vec::<ExtentGrant>::new();
+        let (mut avoid, mut sets) = (BTreeSet::new(), 0);
         for round in 0..GRANT_ROUNDS {
-            let missing = request.count.saturating_sub(grants.len() as u32);
+            // A set of which some copy was granted is one: its holder asks for the rest of it.
+            let granted: BTreeSet<u32> = grants.iter().map(|grant| grant.set).collect();
+            let missing = request.count.saturating_sub(granted.len() as u32);
             if missing == 0 {
                 break;
             }
-            let keys = random::numbers(missing as usize)
+            let keys = random::numbers((missing * request.copies) as usize)
                 .map_err(|error| Status::internal(error.to_string()))?;
             let rest = GrantRequest {
                 count: missing,
-                ..request
+                ..request.clone()
             };
             let skip = avoid.clone();
             let first = round == 0;
@@ -73,7 +75,8 @@ impl Dispatch {
             match planned {
                 Ok(Plan::Repeat(grants)) => return Ok(grants),
                 Ok(Plan::Ask(orders)) => {
-                    grants.extend(self.ask(orders, &request, &mut avoid).await?);
+                    grants.extend(self.ask(orders, &request, sets, &mut avoid).await?);
+                    sets += missing;
                 }
                 // The rest cannot be had; what was granted is the answer.
                 Err(error) if grants.is_empty() && first => return Err(error.into()),
@@ -91,37 +94,39 @@ impl Dispatch {
         self: &Arc<Self>,
         orders: Vec<NodeOrder>,
         request: &GrantRequest,
+        first_set: u32,
         avoid: &mut BTreeSet<NodeId>,
     ) -> Result<Vec<ExtentGrant>, OwnerGone> {
         // At most MAX_GRANT_COUNT tasks.
         let mut calls = JoinSet::new();
-        for order in orders {
-            let this = Arc::clone(self);
+        for (order, place) in orders.into_iter().zip(0..) {
+            let (this, set) = (Arc::clone(self), first_set + place / request.copies.max(1));
             calls.spawn(async move {
                 let result = this.nodes.send(&order, GRANT_DEADLINE).await;
-                (order, result)
+                (order, set, result)
             });
         }
         let mut answers = Vec::new();
         while let Some(joined) = calls.join_next().await {
-            let Ok((order, result)) = joined else {
+            let Ok((order, set, result)) = joined else {
                 continue;
             };
             if let Err(status) = &result {
                 tracing::warn!(node = %order.node, extent = %order.extent, %status, "the node did not grant");
                 avoid.insert(order.node.clone());
             }
-            answers.push((order, result.is_ok()));
+            answers.push((order, set, result.is_ok()));
         }
-        answers.sort_by_key(|(order, _)| order.extent);
+        answers.sort_by_key(|(order, set, _)| (*set, order.extent));
         let fabric = request.fabric;
         let grants = self
             .owner
             .call(move |state, now| {
                 let mut grants = Vec::new();
-                for (order, granted) in answers {
+                for (order, set, granted) in answers {
                     if granted {
-                        grants.extend(state.grant_confirmed(order.extent, order.epoch, fabric));
+                        let grant = state.grant_confirmed(order.extent, order.epoch, fabric, set);
+                        grants.extend(grant);
                     } else {
                         state.grant_failed(now, order.extent, order.epoch);
                     }

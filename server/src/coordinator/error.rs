@@ -124,6 +124,17 @@ impl From<NoLease> for Status {
     }
 }
 
+/// There is no such node.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("node_id: there is no node `{0}` here; farpage status lists those there are")]
+pub struct NoNode(pub NodeId);
+
+impl From<NoNode> for Status {
+    fn from(error: NoNode) -> Self {
+        Status::not_found(error.to_string())
+    }
+}
+
 /// Why nothing is granted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GrantError {
@@ -132,13 +143,19 @@ pub enum GrantError {
     NoLease(#[from] NoLease),
     /// The cluster is full.
     #[error(
-        "{wanted} extents are wanted and {free_extents} are free on live nodes{}: capacity {capacity}, granted {used}, \
-         being scrubbed or granted {pending}, on unreachable nodes {unreachable}; release extents or add a node",
-        fabric.map(|f| format!(" that serve {f}")).unwrap_or_default()
+        "{wanted} extents{} are wanted and {free_extents} are free on {able} live nodes that may be used{}: capacity \
+         {capacity}, granted {used}, being scrubbed or granted {pending}, on unreachable nodes {unreachable}; release \
+         extents or add a node",
+        if *copies > 1 { format!(" on {copies} nodes each") } else { String::new() },
+        fabric.map(|f| format!(" and serve {f}")).unwrap_or_default()
     )]
     Exhausted {
         /// Extents asked for.
         wanted: u32,
+        /// Copies of each.
+        copies: u32,
+        /// Nodes that could give any.
+        able: u32,
         /// Over which fabric.
         fabric: Option<FabricKind>,
         /// Extents free where they could come from.

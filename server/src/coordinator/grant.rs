@@ -1,4 +1,7 @@
 //! Granting: plan on the emptiest nodes, ask them, tell the lease's holder what they confirmed.
+//!
+//! Copies of an extent are a set: extents of one size on different nodes, next to each other in what is remembered of the
+//! request.
 
 use std::collections::BTreeSet;
 
@@ -41,10 +44,11 @@ impl State {
         if first && let Some(grants) = self.repeated(request)? {
             return Ok(Plan::Repeat(grants));
         }
-        if lease.extents.len() + request.count as usize > limits::MAX_EXTENTS_PER_LEASE {
+        let wanted = request.count.saturating_mul(request.copies) as usize;
+        if lease.extents.len() + wanted > limits::MAX_EXTENTS_PER_LEASE {
             return Err(GrantError::LeaseFull);
         }
-        if keys.len() < request.count as usize {
+        if keys.len() < wanted {
             return Err(GrantError::NoKeys);
         }
 
@@ -52,7 +56,14 @@ impl State {
             .nodes
             .0
             .iter()
-            .filter(|(id, node)| node.live && node.serves(request.fabric) && !avoid.contains(id))
+            .filter(|(id, node)| {
+                let size = request.extent_bytes;
+                node.takes_more()
+                    && node.serves(request.fabric)
+                    && size.is_none_or(|bytes| bytes == node.record.extent_bytes)
+                    && !avoid.contains(id)
+                    && !request.avoid.contains(id)
+            })
             .collect();
         let candidates: Vec<Candidate> = nodes
             .iter()
@@ -62,17 +73,13 @@ impl State {
             })
             .collect();
         let free = candidates.iter().map(|candidate| candidate.free).sum();
-        let shares =
-            spread(&candidates, request.count).ok_or_else(|| self.exhausted(request, free))?;
-        let chosen: Vec<(NodeId, u32)> = nodes
-            .iter()
-            .zip(shares)
-            .flat_map(|((id, node), share)| {
-                node.free
-                    .iter()
-                    .take(share as usize)
-                    .map(|index| ((*id).clone(), *index))
-            })
+        let able = candidates.iter().filter(|one| one.free > 0).count();
+        let sets = spread(&candidates, request.count, request.copies)
+            .ok_or_else(|| self.exhausted(request, free, able))?;
+        let mut free: Vec<_> = nodes.iter().map(|(_, node)| node.free.iter()).collect();
+        let chosen: Vec<(NodeId, u32)> = sets
+            .into_iter()
+            .filter_map(|at| Some(((*nodes.get(at)?.0).clone(), *free.get_mut(at)?.next()?)))
             .collect();
 
         let mut orders = Vec::with_capacity(chosen.len());
@@ -106,13 +113,12 @@ impl State {
         {
             return Err(GrantError::InProgress);
         }
-        let held: Vec<_> = extents
-            .iter()
-            .filter(|id| lease.extents.contains(id))
-            .collect();
-        let grants: Vec<_> = held
-            .into_iter()
-            .filter_map(|&id| self.grant_of(id, request.fabric))
+        let sets = extents.chunks(lease.record.last_copies.max(1) as usize);
+        let grants: Vec<_> = sets
+            .zip(0..)
+            .flat_map(|(ids, set)| ids.iter().map(move |id| (*id, set)))
+            .filter(|(id, _)| lease.extents.contains(id))
+            .filter_map(|(id, set)| self.grant_of(id, request.fabric, set))
             .collect();
         Ok((!grants.is_empty()).then_some(grants))
     }
@@ -131,6 +137,7 @@ impl State {
             Some((last, extents)) if *last == id && !first => extents.extend(planned),
             last => *last = Some((id, planned.collect())),
         }
+        lease.record.last_copies = request.copies;
         self.dirty.insert(Key::Lease(request.lease));
     }
 
@@ -180,6 +187,7 @@ impl State {
         id: ExtentId,
         epoch: Epoch,
         fabric: Option<FabricKind>,
+        set: u32,
     ) -> Option<ExtentGrant> {
         let extent = self
             .extents
@@ -190,7 +198,7 @@ impl State {
         };
         extent.phase = Phase::Granted { lease, key };
         self.dirty.insert(Key::Extent(id));
-        self.grant_of(id, fabric)
+        self.grant_of(id, fabric, set)
     }
 
     /// The node has refused, or not answered: it may or may not have granted, so revoke.
@@ -213,11 +221,13 @@ impl State {
         Ok(held
             .extents
             .iter()
-            .filter_map(|&id| self.grant_of(id, fabric))
+            .filter_map(|&id| self.grant_of(id, fabric, 0))
+            .zip(0..)
+            .map(|(grant, set)| ExtentGrant { set, ..grant })
             .collect())
     }
 
-    fn grant_of(&self, id: ExtentId, fabric: Option<FabricKind>) -> Option<ExtentGrant> {
+    fn grant_of(&self, id: ExtentId, fabric: Option<FabricKind>, set: u32) -> Option<ExtentGrant> {
         let extent = self.extents.get(&id)?;
         let Phase::Granted { key, .. } = extent.phase else {
             return None;
@@ -231,13 +241,16 @@ impl State {
             key,
             bytes: node.record.extent_bytes,
             address: choose_address(&node.record.data_addresses, fabric)?.clone(),
+            set,
         })
     }
 
-    fn exhausted(&self, request: &GrantRequest, free_extents: u32) -> GrantError {
+    fn exhausted(&self, request: &GrantRequest, free_extents: u32, able: usize) -> GrantError {
         let totals = self.totals();
         GrantError::Exhausted {
             wanted: request.count,
+            copies: request.copies,
+            able: able as u32,
             fabric: request.fabric,
             free_extents,
             capacity: ByteCount(totals.capacity),

@@ -30,6 +30,11 @@ impl Node {
         }
     }
 
+    /// Whether anything may be granted there.
+    pub(crate) fn takes_more(&self) -> bool {
+        self.live && !self.record.draining
+    }
+
     /// The cluster-wide id of a position.
     pub(crate) fn extent_id(&self, index: u32) -> ExtentId {
         ExtentId(self.record.first_extent.0.saturating_add(index))

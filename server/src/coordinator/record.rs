@@ -79,6 +79,9 @@ pub(crate) struct NodeRecord {
     pub(crate) data_addresses: Vec<DataAddress>,
     pub(crate) control_url: EndpointUrl,
     pub(crate) control_token: ControlToken,
+    /// Nothing is granted there any more. Outlives the node's process: who is to be drained is so by name.
+    #[serde(default)]
+    pub(crate) draining: bool,
 }
 
 /// A lease that has not ended.
@@ -89,6 +92,13 @@ pub(crate) struct LeaseRecord {
     pub(crate) tenant: Tenant,
     /// The last grant request that had an id, and what came of it.
     pub(crate) last_request: Option<(RequestId, Vec<ExtentId>)>,
+    /// How many of its extents, one after the other, are copies of one.
+    #[serde(default = "one")]
+    pub(crate) last_copies: u32,
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// An extent that is not free.

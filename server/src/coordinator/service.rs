@@ -185,6 +185,17 @@ impl Coordinator for CoordinatorService {
         Ok(Response::new(ReportAgentResponse {}))
     }
 
+    async fn drain_node(&self, request: Request<DrainNodeRequest>) -> Answer<DrainNodeResponse> {
+        let DrainNodeRequest { node_id, undo } = request.into_inner();
+        let id = NodeId::new(node_id)?;
+        let left = self
+            .dispatch
+            .owner
+            .call(move |state, _| state.drain(&id, undo))
+            .await??;
+        Ok(Response::new(left))
+    }
+
     async fn get_status(&self, _: Request<GetStatusRequest>) -> Answer<GetStatusResponse> {
         Ok(Response::new(
             self.dispatch

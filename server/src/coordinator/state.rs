@@ -196,6 +196,7 @@ impl State {
             data_addresses: node.data_addresses.clone(),
             control_url: node.control_url.clone(),
             control_token: node.control_token,
+            draining: known.is_some_and(|known| known.record.draining),
         };
         while let Some((other, address)) = self.nodes.address_holder(&node.id, &record) {
             match self
@@ -362,6 +363,7 @@ impl State {
             host,
             tenant,
             last_request: None,
+            last_copies: 1,
         };
         self.leases
             .0
@@ -378,17 +380,20 @@ impl State {
             ttl: self.timing.lease_ttl,
             lost: Vec::new(),
             unreachable: Vec::new(),
+            draining: Vec::new(),
         };
         for &extent in &lease.extents {
             let Some(record) = self.extents.get(&extent) else {
                 continue;
             };
+            let node = self.nodes.0.get(&record.node);
             match record.phase {
                 Phase::Lost { .. } => renewal.lost.push(extent),
-                _ if self.nodes.0.get(&record.node).is_none_or(|node| !node.live) => {
-                    renewal.unreachable.push(extent);
-                }
+                _ if node.is_none_or(|node| !node.live) => renewal.unreachable.push(extent),
                 _ => {}
+            }
+            if node.is_some_and(|node| node.record.draining) {
+                renewal.draining.push(extent);
             }
         }
         Ok(renewal)

@@ -52,6 +52,7 @@ fn world_with_grant() -> (World, LeaseId, Vec<ExtentGrant>) {
     world.step(Step::Grant {
         lease: 0,
         count: 2,
+        copies: 1,
         request: 7,
         lost: vec![],
     });
@@ -73,6 +74,7 @@ fn a_node_that_comes_back_empty_loses_its_extents_by_name() {
     world.step(Step::Grant {
         lease: 0,
         count: 4,
+        copies: 1,
         request: 0,
         lost: vec![],
     });
@@ -118,6 +120,9 @@ fn repeating_a_request_returns_the_same_grants() {
     let request = GrantRequest {
         lease,
         count: 2,
+        copies: 1,
+        extent_bytes: None,
+        avoid: Vec::new(),
         fabric: None,
         request: RequestId::new(7).ok(),
     };
@@ -161,6 +166,7 @@ fn a_coordinator_that_forgot_everything_revokes_what_nodes_still_grant() {
     world.step(Step::Grant {
         lease: 0,
         count: 1,
+        copies: 1,
         request: 0,
         lost: vec![],
     });
@@ -172,4 +178,127 @@ fn standing_still_expires_nobody() {
     let (mut world, lease, _) = world_with_grant();
     world.step(Step::Pass(60_000));
     assert!(world.state.renew_lease(Millis(world.now), lease).is_ok());
+}
+
+#[test]
+fn copies_of_an_extent_lie_on_different_nodes_and_a_repetition_groups_them_alike() {
+    let mut world = World::new();
+    (0..3).for_each(|at| world.step(Step::Start(at)));
+    world.step(Step::Open);
+    let request = GrantRequest {
+        lease: world.leases[0],
+        count: 3,
+        copies: 2,
+        extent_bytes: None,
+        avoid: Vec::new(),
+        fabric: None,
+        request: RequestId::new(7).ok(),
+    };
+    let keys: Vec<u64> = (1..=6).collect();
+    let none = BTreeSet::new();
+    let Plan::Ask(orders) = world
+        .state
+        .plan_grant(&request, true, &keys, &none)
+        .unwrap()
+    else {
+        panic!("a first request is no repetition");
+    };
+    let grants: Vec<_> = orders
+        .iter()
+        .zip(0..)
+        .map(|(order, place)| {
+            let set = place / 2;
+            let granted = world
+                .state
+                .grant_confirmed(order.extent, order.epoch, None, set);
+            granted.unwrap()
+        })
+        .collect();
+    for pair in grants.chunks(2) {
+        assert_ne!(pair[0].node, pair[1].node);
+    }
+    let again = world.state.plan_grant(&request, true, &keys, &none);
+    assert_eq!(again.unwrap(), Plan::Repeat(grants.clone()));
+    // A further copy of the first extent comes from where it has none.
+    let third = GrantRequest {
+        count: 1,
+        copies: 1,
+        extent_bytes: Some(ByteCount(EXTENT)),
+        avoid: grants[..2].iter().map(|grant| grant.node.clone()).collect(),
+        request: None,
+        ..request
+    };
+    let Plan::Ask(orders) = world.state.plan_grant(&third, true, &keys, &none).unwrap() else {
+        panic!("another request is no repetition");
+    };
+    assert!(!third.avoid.contains(&orders[0].node));
+}
+
+#[test]
+fn a_node_that_is_drained_is_granted_nothing_and_says_what_is_left() {
+    let (mut world, lease, grants) = world_with_grant();
+    let n0 = NodeId::new("n0").unwrap();
+    let left = world.state.drain(&n0, false).unwrap();
+    assert_eq!((left.held_extents, left.free_elsewhere), (2, 0));
+    assert_eq!(left.agents, ["agent"]);
+    let renewal = world.state.renew_lease(Millis(0), lease).unwrap();
+    let ids: Vec<_> = grants.iter().map(|grant| grant.extent).collect();
+    assert_eq!(renewal.draining, ids);
+    // It stays so over a restart of the coordinator, and under the node's next incarnation.
+    world.step(Step::Restart);
+    world.step(Step::Kill(0));
+    world.step(Step::Start(0));
+    assert!(world.state.nodes.0[&n0].record.draining);
+    let grant = |world: &mut World, lost: usize| {
+        world.step(Step::Grant {
+            lease: 0,
+            count: 1,
+            copies: 1,
+            request: 0,
+            lost: vec![],
+        });
+        assert_eq!(world.state.list_grants(lease, None).unwrap().len(), lost);
+    };
+    grant(&mut world, 0);
+    world.step(Step::Start(1));
+    grant(&mut world, 1);
+    assert_eq!(
+        world.state.list_grants(lease, None).unwrap()[0]
+            .node
+            .as_str(),
+        "n1"
+    );
+    assert_eq!(world.state.drain(&n0, true).unwrap().held_extents, 0);
+    assert!(!world.state.nodes.0[&n0].record.draining);
+    assert!(
+        world
+            .state
+            .drain(&NodeId::new("other").unwrap(), false)
+            .is_err()
+    );
+}
+
+#[test]
+fn an_extent_that_is_granted_is_nobody_elses() {
+    let (mut world, lease, grants) = world_with_grant();
+    world.step(Step::Open);
+    let other = world.leases[1];
+    // All that is left, and then nothing.
+    for held in [2, 2] {
+        world.step(Step::Grant {
+            lease: 1,
+            count: 2,
+            copies: 1,
+            request: 0,
+            lost: vec![],
+        });
+        assert_eq!(world.state.list_grants(other, None).unwrap().len(), held);
+    }
+    assert_eq!(world.state.list_grants(lease, None).unwrap(), grants);
+    // Nor can the other give it back.
+    assert_eq!(
+        world.state.release(Millis(0), other, &[grants[0].extent]),
+        Ok(0)
+    );
+    assert_eq!(world.state.list_grants(lease, None).unwrap(), grants);
 }

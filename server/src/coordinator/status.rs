@@ -138,5 +138,6 @@ fn status_of_node(now: Millis, id: &NodeId, node: &Node, used: Use) -> v1::NodeS
             .collect(),
         control_url: record.control_url.to_string(),
         last_heard_ms_ago: millis(now.since(node.last_heard)),
+        draining: record.draining,
     }
 }

@@ -9,9 +9,10 @@ use farpage_fabric::shm::{ShmLimits, ShmResponder};
 use farpage_fabric::tcp::{ResponderLimits, TcpResponder};
 #[cfg(feature = "verbs")]
 use farpage_fabric::verbs::{DeviceChoice, VerbsLimits, VerbsResponder};
-use farpage_proto::{DataAddress, FieldError};
+use farpage_proto::{DataAddress, FabricKind, FieldError};
 
 use super::config::{NodeConfig, TcpListen, advertise_at};
+use super::observer::Connections;
 use super::pool::Pool;
 
 /// Why the data path is not served.
@@ -180,6 +181,41 @@ impl DataPath {
     /// Where requesters connect.
     pub(crate) fn addresses(&self) -> &[DataAddress] {
         &self.addresses
+    }
+
+    /// What became of the connections to each.
+    pub(crate) fn connections(&self) -> Vec<(FabricKind, Connections)> {
+        let mut all = Vec::new();
+        if let Some(stats) = self.tcp.as_ref().map(TcpResponder::stats) {
+            let connections = Connections {
+                admitted: stats.connections,
+                turned_away: stats.turned_away,
+                refused: stats.bad_handshakes,
+                broken: stats.protocol_errors,
+            };
+            all.push((FabricKind::Tcp, connections));
+        }
+        if let Some(stats) = self.shm.as_ref().map(ShmResponder::stats) {
+            let connections = Connections {
+                admitted: stats.connections,
+                turned_away: stats.turned_away,
+                refused: stats.bad_handshakes + stats.forbidden,
+                // A requester over shared memory sends nothing that could break a protocol.
+                broken: 0,
+            };
+            all.push((FabricKind::Shm, connections));
+        }
+        #[cfg(feature = "verbs")]
+        if let Some(stats) = self.rdma.as_ref().map(VerbsResponder::stats) {
+            let connections = Connections {
+                admitted: stats.connections,
+                turned_away: stats.turned_away,
+                refused: stats.bad_handshakes,
+                broken: stats.failed,
+            };
+            all.push((FabricKind::Rdma, connections));
+        }
+        all
     }
 
     /// Stops all responders: closes their sockets and connections. May wait for requesters that are inside the pool.

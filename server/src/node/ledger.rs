@@ -1,6 +1,6 @@
 //! Which extents are granted, under which epochs: the node's own view, which no coordinator can talk it out of.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use farpage_proto::node::{NodeGrant, NodeRevoke};
@@ -45,6 +45,9 @@ pub(crate) struct Ledger {
     entries: Vec<Mutex<Entry>>,
     extents: Arc<dyn Extents>,
     last_epoch: AtomicU64,
+    /// How many entries are granted, and how many are dirty: looking at their locks could make a grant fail.
+    granted: AtomicU32,
+    dirty: AtomicU32,
 }
 
 impl Ledger {
@@ -54,6 +57,8 @@ impl Ledger {
             entries,
             extents: pool,
             last_epoch: AtomicU64::new(0),
+            granted: AtomicU32::new(0),
+            dirty: AtomicU32::new(0),
         }
     }
 
@@ -86,6 +91,7 @@ impl Ledger {
             last_epoch: epoch.get(),
             holding: Holding::Granted(key),
         };
+        self.granted.fetch_add(1, Ordering::Relaxed);
         self.saw(epoch);
         Ok(())
     }
@@ -106,10 +112,15 @@ impl Ledger {
         entry.last_epoch = last.max(epoch.get());
         self.saw(epoch);
         if entry.holding != Holding::Clean {
+            if matches!(entry.holding, Holding::Granted(_)) {
+                self.granted.fetch_sub(1, Ordering::Relaxed);
+                self.dirty.fetch_add(1, Ordering::Relaxed);
+            }
             entry.holding = Holding::Dirty;
             self.extents.fence(index)?;
             self.extents.scrub(index)?;
             entry.holding = Holding::Clean;
+            self.dirty.fetch_sub(1, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -122,6 +133,12 @@ impl Ledger {
             (entry.holding != Holding::Clean).then_some((index, epoch))
         });
         (held.collect(), self.last_epoch.load(Ordering::Acquire))
+    }
+
+    /// How many extents are granted, and how many were and are not yet scrubbed. Waits for nothing.
+    pub(crate) fn counts(&self) -> (u32, u32) {
+        let count = |count: &AtomicU32| count.load(Ordering::Relaxed);
+        (count(&self.granted), count(&self.dirty))
     }
 
     /// How many extents are granted or not yet scrubbed.
@@ -234,8 +251,9 @@ mod tests {
             ledger.grant(grant(0, 5, 1)),
             Err(LedgerError::StaleEpoch { .. })
         ));
+        assert_eq!(ledger.counts(), (0, 0));
         ledger.grant(grant(0, 6, 2)).unwrap();
-        assert_eq!(ledger.held(), 1);
+        assert_eq!((ledger.held(), ledger.counts()), (1, (1, 0)));
     }
 
     #[test]
@@ -263,7 +281,8 @@ mod tests {
             ledger.grant(grant(0, 2, 1)),
             Err(LedgerError::NotScrubbed { .. })
         ));
-        assert_eq!(ledger.held(), 1);
+        assert!(ledger.revoke(revoke(0, 1)).is_err());
+        assert_eq!((ledger.held(), ledger.counts()), (1, (0, 1)));
         fake.fail.store(false, Ordering::Relaxed);
         ledger.revoke(revoke(0, 1)).unwrap();
         ledger.grant(grant(0, 2, 1)).unwrap();

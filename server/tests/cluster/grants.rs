@@ -93,7 +93,7 @@ async fn a_full_cluster_says_so_with_totals() {
         .grant_over(1, Some(FabricKind::Rdma))
         .await
         .unwrap_err();
-    assert!(error.message().contains("that serve rdma"), "{error:?}");
+    assert!(error.message().contains("serve rdma"), "{error:?}");
     node.stop().await;
     coordinator.stop().await;
 }
@@ -167,10 +167,11 @@ async fn a_repeated_request_is_not_granted_twice() {
         count: 2,
         fabric: 0,
         request_id: 99,
+        ..Default::default()
     };
     let first = agent
         .client
-        .grant_extents(message)
+        .grant_extents(message.clone())
         .await
         .unwrap()
         .into_inner();

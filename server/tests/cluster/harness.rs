@@ -172,6 +172,9 @@ impl Agent {
         let request = GrantRequest {
             lease: self.lease,
             count,
+            copies: 1,
+            extent_bytes: None,
+            avoid: Vec::new(),
             fabric,
             request: None,
         };

@@ -9,7 +9,7 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::Door;
 use crate::job::Job;
-use crate::protocol::{JobReply, JobRequest, MAX_PACKET};
+use crate::protocol::{Account, JobReply, JobRequest, MAX_PACKET};
 use crate::sys::socket;
 
 impl Door {
@@ -41,26 +41,20 @@ impl Door {
             let reply = match (request, job.as_ref()) {
                 (
                     JobRequest::Open {
-                        replicas: 2.., ..
-                    },
-                    None,
-                ) => JobReply::Refused {
-                    reason: "it keeps each page on one memory node in this version; leave out --replicas".into(),
-                },
-                (
-                    JobRequest::Open {
                         local_bytes,
                         far_bytes,
+                        replicas,
                         fault_deadline_s,
-                        ..
                     },
                     None,
                 ) => {
                     let deadline =
                         fault_deadline_s.map_or(self.fault_deadline, Duration::from_secs);
                     let spaces = &self.shared.spawner;
-                    match spaces.open_job(pid, uid, local_bytes, far_bytes, deadline) {
+                    let copies = u8::try_from(replicas).unwrap_or(u8::MAX);
+                    match spaces.open_job(pid, uid, local_bytes, far_bytes, copies, deadline) {
                         Ok(new) => {
+                            spaces.wanted_far_memory(&self.shared.far, copies);
                             let token = format!("{:x}", new.token);
                             let lowered = new.ceiling.lowered();
                             *job = Some(new);
@@ -100,7 +94,11 @@ impl Door {
                     } else {
                         &fabrics
                     };
-                    JobReply::Account(Box::new(job.account(fabric)))
+                    let account = job.account(fabric);
+                    JobReply::Account(Box::new(Account {
+                        extents_below_replicas: self.shared.far.below_goal(job.limits.copies),
+                        ..account
+                    }))
                 }
                 _ => JobReply::Refused {
                     reason: "out of turn".into(),

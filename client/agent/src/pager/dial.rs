@@ -88,7 +88,11 @@ impl Dialling {
     }
 }
 
-fn dial(address: &str, regions: Vec<Arc<RegisteredMemory>>) -> Result<Box<dyn Endpoint>, String> {
+/// Connects, with these regions registered in their order. Takes [`CONNECT_DEADLINE`] at most.
+pub(crate) fn dial(
+    address: &str,
+    regions: Vec<Arc<RegisteredMemory>>,
+) -> Result<Box<dyn Endpoint>, String> {
     let address: FabricAddress = address
         .parse()
         .map_err(|error: AddressError| error.to_string())?;

@@ -2,7 +2,8 @@
 //!
 //! A fetch that fails gives all of its pages back. Those that threads wait for are asked for again, one by one, so that a
 //! page on a node that answers neither waits for another's node nor is taken for lost with it. Until a node can be
-//! reached its pages' faults wait, at most until their deadline.
+//! reached its pages' faults wait, at most until their deadline. Where another node has a copy none of this begins: that one
+//! is asked, at once.
 
 use super::{Fault, Pager};
 use crate::table::Page;
@@ -40,15 +41,25 @@ impl Pager {
             return false;
         };
         let (corrupt, alone) = (!fetch.failed, fetch.slots.len() == 1);
-        if corrupt && alone && fetch.wanted && fetch.retries < MAX_RETRIES {
-            fetch.retries += 1;
-            fetch.posted = 0;
-            let first = fetch.first();
-            self.complain_of_bytes(first);
+        let (first, wanted, tried) = (fetch.first(), fetch.wanted, fetch.retries);
+        let elsewhere = match corrupt {
+            true => self.doubt_sources(place) || alone && wanted,
+            false => {
+                self.links.reconnect_later();
+                self.has_other_sources(place)
+            }
+        };
+        let Some(fetch) = self.fetches.get(place) else {
+            return false;
+        };
+        if elsewhere && tried < MAX_RETRIES {
+            fetch.again();
+            if corrupt {
+                self.complain_of_bytes(first);
+            }
             self.post_reads(place);
             return false;
         }
-        let first = fetch.first();
         let waiters = std::mem::take(&mut fetch.waiters);
         self.drop_fetch(place);
         if corrupt && alone {
@@ -59,8 +70,6 @@ impl Pager {
         }
         if corrupt {
             self.complain_of_bytes(first);
-        } else {
-            self.links.reconnect_later();
         }
         let again = waiters.into_iter().map(|fault| Fault {
             alone: true,

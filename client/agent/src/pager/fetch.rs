@@ -8,13 +8,15 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use farpage_fabric::WorkId;
 use farpage_fabric::memory::{MemoryOptions, RegisteredMemory};
-use farpage_fabric::{LocalSlice, WorkId};
+use smallvec::SmallVec;
 
 use super::install::Installed;
 use super::links::Work;
 use super::{Fault, Pager};
 use crate::entry::{Entry, Slot, State};
+use crate::far::{CopyId, MAX_COPIES};
 use crate::prefetch::{MAX_WINDOW, Way, Window};
 use crate::table::Page;
 
@@ -33,12 +35,14 @@ pub(super) struct Fetch {
     active: bool,
     first: Page,
     pub(super) slots: Vec<Slot>,
+    /// Of each slot for which a read has been posted, the copy that was asked.
+    pub(super) sources: Vec<CopyId>,
+    /// Copies that did not give what they were asked for.
+    pub(super) failed_copies: SmallVec<[CopyId; MAX_COPIES]>,
     /// Pages that were discarded or otherwise taken from this fetch.
     dropped: u64,
     /// Reads posted and not completed.
     outstanding: u32,
-    /// First of the slots for which no read has been posted yet.
-    pub(super) posted: usize,
     pub(super) failed: bool,
     pub(super) checked: bool,
     pub(super) retries: u8,
@@ -53,9 +57,10 @@ impl Fetch {
             active: false,
             first: Page(0),
             slots: Vec::with_capacity(MAX_WINDOW as usize),
+            sources: Vec::with_capacity(MAX_WINDOW as usize),
+            failed_copies: SmallVec::new(),
             dropped: 0,
             outstanding: 0,
-            posted: 0,
             failed: false,
             checked: false,
             retries: 0,
@@ -67,10 +72,24 @@ impl Fetch {
     /// Begins anew, for pages from `first` on.
     fn begin(&mut self, first: Page) {
         self.slots.clear();
+        self.sources.clear();
+        self.failed_copies.clear();
         self.waiters.clear();
         (self.active, self.first) = (true, first);
-        (self.dropped, self.outstanding, self.posted, self.retries) = (0, 0, 0, 0);
+        (self.dropped, self.outstanding, self.retries) = (0, 0, 0);
         (self.failed, self.checked, self.wanted) = (false, false, false);
+    }
+
+    /// Has all of its pages read again.
+    pub(super) fn again(&mut self) {
+        self.sources.clear();
+        self.retries += 1;
+        (self.failed, self.checked) = (false, false);
+    }
+
+    /// First of the slots for which no read has been posted yet.
+    fn posted(&self) -> usize {
+        self.sources.len()
     }
 
     /// Its first page.
@@ -93,7 +112,7 @@ impl Fetch {
     }
 
     fn is_complete(&self) -> bool {
-        self.outstanding == 0 && (self.failed || self.posted == self.slots.len())
+        self.outstanding == 0 && (self.failed || self.posted() == self.slots.len())
     }
 }
 
@@ -305,7 +324,7 @@ impl Pager {
             return;
         };
         while let Some(fetch) = self.fetches.get(place) {
-            let (index, slots) = (fetch.posted, &fetch.slots);
+            let (index, slots) = (fetch.posted(), &fetch.slots);
             let Some(slot) = slots.get(index).copied() else {
                 break;
             };
@@ -320,29 +339,30 @@ impl Pager {
                 index: index as u8,
                 ahead: !fetch.wanted,
             };
-            let to = LocalSlice {
-                region: self.links.frames_region(),
-                offset: frame_offset(place, index),
-                len: len as u32 * 4096,
-            };
-            match self.links.read(&self.shared.far, &memory, work, to, slot) {
-                Ok(()) => {
+            let failed = &fetch.failed_copies;
+            let places = self.shared.far.places(slot, len as u16);
+            let untried = places.iter().filter(|it| !failed.contains(&it.copy));
+            let offset = frame_offset(place, index);
+            match self.links.read(&memory, work, offset, untried) {
+                Ok(source) => {
                     let Some(fetch) = self.fetches.get(place) else {
                         break;
                     };
-                    fetch.posted += len;
+                    let (copy, len) = (source.copy, source.len);
+                    fetch.sources.extend((0..len).map(|_| copy));
                     fetch.outstanding += 1;
                     self.job
                         .counters
                         .pages_fetched
-                        .fetch_add(len as u64, Relaxed);
+                        .fetch_add(len.into(), Relaxed);
                 }
-                Err(super::links::LinkError::Busy) => break,
+                Err(super::links::LinkError::Busy | super::links::LinkError::Away) => break,
                 Err(super::links::LinkError::Unreachable) => {
                     let Some(fetch) = self.fetches.get(place) else {
                         break;
                     };
                     fetch.failed = true;
+                    fetch.failed_copies = places.iter().map(|it| it.copy).collect();
                     break;
                 }
             }
@@ -351,10 +371,15 @@ impl Pager {
     }
 
     /// A read has completed.
-    pub(super) fn read_done(&mut self, place: usize, ok: bool) {
+    pub(super) fn read_done(&mut self, place: usize, index: usize, ok: bool) {
         if let Some(fetch) = self.fetches.get(place) {
             fetch.outstanding = fetch.outstanding.saturating_sub(1);
             fetch.failed |= !ok;
+            if !ok {
+                fetch
+                    .failed_copies
+                    .extend(fetch.sources.get(index).copied());
+            }
         }
         self.post_reads(place);
         self.try_install(place);
@@ -367,7 +392,7 @@ impl Pager {
             let Some(fetch) = self.fetches.get(place) else {
                 continue;
             };
-            if fetch.posted < fetch.slots.len() && !fetch.failed {
+            if fetch.posted() < fetch.slots.len() && !fetch.failed {
                 self.post_reads(place);
             }
             worked |= self.give_up_late(place);
@@ -461,14 +486,42 @@ impl Pager {
         let Some(frames) = self.fetches.memory() else {
             return false;
         };
-        let fetch = &mut self.fetches.places[place];
-        let good = (0..fetch.slots.len()).all(|index| {
-            fetch.dropped >> index & 1 == 1
-                || frames.hash128(frame_offset(place, index), 4096).ok()
-                    == self.shared.far.hash(fetch.slots[index])
-        });
-        fetch.checked = good;
+        let fetch = &self.fetches.places[place];
+        let good = (0..fetch.slots.len()).all(|index| self.is_good(&frames, place, index));
+        self.fetches.places[place].checked = good;
         good
+    }
+
+    fn is_good(&self, frames: &RegisteredMemory, place: usize, index: usize) -> bool {
+        let fetch = &self.fetches.places[place];
+        fetch.dropped >> index & 1 == 1
+            || frames.hash128(frame_offset(place, index), 4096).ok()
+                == self.shared.far.hash(fetch.slots[index])
+    }
+
+    /// Of a fetch whose bytes do not pass their check: has the copies that gave wrong bytes be copied anew, and not be asked
+    /// for them until that is done. Returns whether other copies have them.
+    pub(super) fn doubt_sources(&self, place: usize) -> bool {
+        let (fetch, frames) = (&self.fetches.places[place], self.fetches.memory());
+        let Some(frames) = frames else { return false };
+        let slots = fetch.slots.iter().zip(&fetch.sources).enumerate();
+        let mut others = true;
+        for (index, (slot, source)) in slots {
+            if !self.is_good(&frames, place, index) {
+                others &= self.shared.far.doubt(*slot, *source);
+            }
+        }
+        others
+    }
+
+    /// Whether every page of a fetch is in some copy that has not failed to give it.
+    pub(super) fn has_other_sources(&self, place: usize) -> bool {
+        let fetch = &self.fetches.places[place];
+        fetch.slots.iter().all(|slot| {
+            let places = self.shared.far.places(*slot, 1);
+            let mut copies = places.iter();
+            copies.any(|it| !fetch.failed_copies.contains(&it.copy))
+        })
     }
 
     /// Gives a fetch up: its pages are far again.

@@ -1,31 +1,37 @@
 //! The pager's connections to memory nodes: one endpoint per node, as it would have its own queue pair.
+//!
+//! Where a page has copies on several nodes, one that does not answer is not waited for: its connection is given up, and what
+//! was asked of it fails and is asked of another.
 
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farpage_fabric::memory::RegisteredMemory;
-use farpage_fabric::{Completion, Endpoint, LocalSlice, PostError, RegionId, WorkId};
+use farpage_fabric::{Completion, Endpoint, LocalSlice, PostError, RegionId, WorkError, WorkId};
 
 use super::dial::{Dialled, Dialling, Said};
 use super::patience::Patience;
 use super::wakeups::Source;
 use super::{Pager, Wakeups};
 use crate::entry::Slot;
-use crate::far::FarMemory;
+use crate::far::{FarMemory, Place};
 
 /// Requests outstanding at once on one connection: enough for all fetches and all staging areas.
 pub(super) const WINDOW: usize = 128;
 /// Between two attempts to reach a node that did not answer.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
+/// A node that has answered nothing for so long, of what was asked of it, is not waited for where others have the same bytes.
+/// A thread waits for this once, and a node that is only slow is given up in vain: both should be rare.
+const SILENT_AFTER: Duration = Duration::from_millis(500);
 
 /// What a work request was for. Its 64 bits come back in the completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Work {
     /// A read of a fetch; ahead when nobody waits for it yet.
     Read { place: u8, index: u8, ahead: bool },
-    /// A write of a staging area's run.
-    Write { area: u8, index: u8 },
+    /// A write of a staging area's run to one of its targets.
+    Write { area: u8, index: u8, target: u8 },
 }
 
 const WRITE: u64 = 1 << 63;
@@ -39,7 +45,14 @@ impl Work {
                 index,
                 ahead,
             } => WorkId(Pager::read_id(place, index).0 | if ahead { AHEAD } else { 0 }),
-            Self::Write { area, index } => WorkId(WRITE | u64::from(area) << 8 | u64::from(index)),
+            Self::Write {
+                area,
+                index,
+                target,
+            } => {
+                let place = u64::from(target) << 16 | u64::from(area) << 8 | u64::from(index);
+                WorkId(WRITE | place)
+            }
         }
     }
 
@@ -55,6 +68,7 @@ impl Work {
             Self::Write {
                 area: high,
                 index: low,
+                target: (id.0 >> 16) as u8,
             }
         }
     }
@@ -65,6 +79,8 @@ impl Work {
 pub(super) enum LinkError {
     /// The window is full, or a connection is being made: after the next completion.
     Busy,
+    /// A connection is being made anew, to a node that could not be reached before.
+    Away,
     /// No connection to that node now.
     Unreachable,
 }
@@ -76,7 +92,10 @@ struct Link {
     retry_at: Option<Instant>,
     /// Since when no attempt has succeeded.
     away_since: Option<Instant>,
-    in_flight: usize,
+    /// What was posted and has not completed.
+    in_flight: Vec<WorkId>,
+    /// When the last of it completed; else when the first of it was posted.
+    answered: Instant,
     dirty: bool,
     /// For its answers; none where they come with the asking (shared memory).
     patience: Option<Patience>,
@@ -110,11 +129,6 @@ impl Links {
         })
     }
 
-    /// The frames' region, the same on every connection.
-    pub(super) fn frames_region(&self) -> RegionId {
-        FRAMES
-    }
-
     /// The staging's region, the same on every connection.
     pub(super) fn staging_region(&self) -> RegionId {
         STAGING
@@ -145,7 +159,8 @@ impl Links {
                     dialling: None,
                     retry_at: None,
                     away_since: None,
-                    in_flight: 0,
+                    in_flight: Vec::with_capacity(WINDOW),
+                    answered: Instant::now(),
                     dirty: false,
                     patience: None,
                 });
@@ -158,7 +173,7 @@ impl Links {
             .endpoint
             .as_ref()
             .is_some_and(|endpoint| !endpoint.is_connected())
-            && link.in_flight == 0
+            && link.in_flight.is_empty()
         {
             link.endpoint = None;
         }
@@ -168,38 +183,62 @@ impl Links {
         Ok(link)
     }
 
-    /// Posts a read of a slot (and its neighbours, as long as `to`).
-    pub(super) fn read(
+    /// Posts a read of a run of slots from the first of these places that can be asked now, to frames from `offset` on. Says
+    /// which it was.
+    pub(super) fn read<'a>(
         &mut self,
-        far: &FarMemory,
         frames: &Arc<RegisteredMemory>,
         work: Work,
-        to: LocalSlice,
-        slot: Slot,
+        offset: u64,
+        places: impl Iterator<Item = &'a Place>,
+    ) -> Result<&'a Place, LinkError> {
+        let mut worst = LinkError::Unreachable;
+        for place in places {
+            match self.read_from(frames, work, offset, place) {
+                Ok(()) => return Ok(place),
+                Err(LinkError::Unreachable) => {}
+                Err(error) => worst = error,
+            }
+        }
+        Err(worst)
+    }
+
+    fn read_from(
+        &mut self,
+        frames: &Arc<RegisteredMemory>,
+        work: Work,
+        offset: u64,
+        place: &Place,
     ) -> Result<(), LinkError> {
-        let (extent, remote) = far.locate(slot).ok_or(LinkError::Unreachable)?;
-        let link = self.link(&extent.grant.address, frames)?;
+        let to = LocalSlice {
+            region: FRAMES,
+            offset,
+            len: u32::from(place.len) * 4096,
+        };
+        let link = self.link(&place.grant.address, frames)?;
+        let id = work.id();
         if matches!(work, Work::Read { ahead: true, .. }) {
-            return link.post(|endpoint| endpoint.post_read_ahead(work.id(), to, remote));
+            return link.post(id, |endpoint| {
+                endpoint.post_read_ahead(id, to, place.remote)
+            });
         }
         if let Some(patience) = &mut link.patience {
             patience.begin(Instant::now());
         }
-        link.post(|endpoint| endpoint.post_read(work.id(), to, remote))
+        link.post(id, |endpoint| endpoint.post_read(id, to, place.remote))
     }
 
-    /// Posts a write to a slot (and its neighbours).
+    /// Posts a write of a run of slots, as long as `from`.
     pub(super) fn write(
         &mut self,
-        far: &FarMemory,
         frames: &Arc<RegisteredMemory>,
         work: Work,
         from: LocalSlice,
-        slot: Slot,
+        place: &Place,
     ) -> Result<(), LinkError> {
-        let (extent, remote) = far.locate(slot).ok_or(LinkError::Unreachable)?;
-        let link = self.link(&extent.grant.address, frames)?;
-        link.post(|endpoint| endpoint.post_write(work.id(), from, remote))
+        let link = self.link(&place.grant.address, frames)?;
+        let id = work.id();
+        link.post(id, |endpoint| endpoint.post_write(id, from, place.remote))
     }
 
     /// Rings the doorbells.
@@ -216,22 +255,44 @@ impl Links {
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
         let mut total = 0;
         for link in &mut self.links {
-            if link.in_flight > 0
+            if !link.in_flight.is_empty()
                 && let Some(endpoint) = &mut link.endpoint
             {
                 let before = out.len();
                 let got = endpoint.poll(out);
-                link.in_flight = link.in_flight.saturating_sub(got);
-                let mut fresh = out.iter().skip(before);
+                if got == 0 {
+                    continue;
+                }
+                link.answered = Instant::now();
+                let fresh = out.get(before..).unwrap_or_default();
+                for completion in fresh {
+                    link.is_over(completion.id);
+                }
                 if let Some(patience) = &mut link.patience
-                    && fresh.any(|completion| is_waited_for(completion.id))
+                    && fresh.iter().any(|completion| is_waited_for(completion.id))
                 {
-                    patience.came(Instant::now());
+                    patience.came(link.answered);
                 }
                 total += got;
             }
         }
         total
+    }
+
+    /// Gives up connections to nodes that have been silent for long: what was asked of them has failed.
+    fn give_up_silent(&mut self, out: &mut Vec<Completion>) {
+        let silent =
+            |link: &&mut Link| !link.in_flight.is_empty() && link.answered.elapsed() > SILENT_AFTER;
+        for link in self.links.iter_mut().filter(silent) {
+            // Nothing that it may still send or receive is wanted, and nothing of ours is touched by it any more.
+            link.endpoint = None;
+            link.failed("it does not answer");
+            let failed = link.in_flight.drain(..).map(|id| Completion {
+                id,
+                result: Err(WorkError::Disconnected),
+            });
+            out.extend(failed);
+        }
     }
 
     /// Fewest requests that any connection takes now.
@@ -245,50 +306,51 @@ impl Links {
 
     /// Whether anything is outstanding.
     pub(super) fn any_in_flight(&self) -> bool {
-        self.links.iter().any(|link| link.in_flight > 0)
+        self.links.iter().any(|link| !link.in_flight.is_empty())
     }
 
     /// Whether an answer that a fault waits for is likely to come sooner than a sleeper would wake.
     pub(super) fn looks_on(&mut self) -> bool {
-        let waiting = self.links.iter_mut().filter(|link| link.in_flight > 0);
+        let waiting = self.links.iter_mut();
         waiting
+            .filter(|link| !link.in_flight.is_empty())
             .filter_map(|link| link.patience.as_mut())
             .any(|patience| patience.looks_on(Instant::now()))
     }
 
-    /// Whether a slot's node can be asked for it now. If not, a connection is made as soon as it may be.
+    /// Whether a node can be asked for a slot now. If not, connections are made as soon as they may be.
     pub(super) fn reaches(
         &mut self,
         far: &FarMemory,
         frames: &Arc<RegisteredMemory>,
         slot: Slot,
     ) -> bool {
-        let Some((extent, _)) = far.locate(slot) else {
-            return false;
-        };
-        let link = self.link(&extent.grant.address, frames);
-        link.is_ok_and(|link| {
-            let endpoint = link.endpoint.as_ref();
-            endpoint.is_some_and(Endpoint::is_connected)
+        far.places(slot, 1).iter().any(|place| {
+            let link = self.link(&place.grant.address, frames);
+            link.is_ok_and(|link| {
+                let endpoint = link.endpoint.as_ref();
+                endpoint.is_some_and(Endpoint::is_connected)
+            })
         })
     }
 
-    /// Whether the connection to a slot's node has broken.
+    /// Whether the connections to all nodes that have a slot have broken.
     pub(super) fn is_away(&self, far: &FarMemory, slot: Slot) -> bool {
-        let Some((extent, _)) = far.locate(slot) else {
-            return true;
+        let is_away = |place: &Place| {
+            let mut links = self.links.iter();
+            let link = links.find(|link| link.address == place.grant.address);
+            link.is_some_and(|link| {
+                let endpoint = link.endpoint.as_ref();
+                !endpoint.is_some_and(Endpoint::is_connected)
+            })
         };
-        let mut links = self.links.iter();
-        let link = links.find(|link| link.address == extent.grant.address);
-        link.is_some_and(|link| {
-            let endpoint = link.endpoint.as_ref();
-            !endpoint.is_some_and(Endpoint::is_connected)
-        })
+        far.places(slot, 1).iter().all(is_away)
     }
 
     /// Sees to it that answers wake this pager. False where one is there already.
     pub(super) fn arm(&mut self) -> bool {
-        let waiting = self.links.iter_mut().filter(|link| link.in_flight > 0);
+        let waiting = self.links.iter_mut();
+        let waiting = waiting.filter(|link| !link.in_flight.is_empty());
         let mut endpoints = waiting.filter_map(|link| link.endpoint.as_mut());
         endpoints.all(Endpoint::arm)
     }
@@ -297,7 +359,8 @@ impl Links {
     /// wanted.
     pub(super) fn look_at_idle(&mut self, completions: &mut Vec<Completion>) {
         self.dialled.quiet();
-        for link in self.links.iter_mut().filter(|link| link.in_flight == 0) {
+        let idle = self.links.iter_mut();
+        for link in idle.filter(|link| link.in_flight.is_empty()) {
             let ended = link.endpoint.as_mut().is_some_and(|endpoint| {
                 // Takes what its descriptor still tells of answers that have been taken.
                 endpoint.arm();
@@ -351,18 +414,25 @@ impl Link {
             return match Dialling::start(&self.address, regions, dialled) {
                 Ok(dialling) => {
                     self.dialling = Some(dialling);
-                    Err(LinkError::Busy)
+                    Err(self.not_yet())
                 }
                 Err(error) => Err(self.failed(&error.to_string())),
             };
         };
         match dialling.said() {
-            Said::NothingYet => Err(LinkError::Busy),
+            Said::NothingYet => Err(self.not_yet()),
             Said::Failed(why) => Err(self.failed(&why)),
             Said::Connected(endpoint) => {
                 self.dialling = None;
                 self.take(endpoint, staging, wakeups)
             }
+        }
+    }
+
+    fn not_yet(&self) -> LinkError {
+        match self.away_since {
+            Some(_) => LinkError::Away,
+            None => LinkError::Busy,
         }
     }
 
@@ -406,14 +476,25 @@ impl Link {
         Ok(())
     }
 
+    /// A request has completed.
+    fn is_over(&mut self, id: WorkId) {
+        if let Some(at) = self.in_flight.iter().position(|it| *it == id) {
+            self.in_flight.swap_remove(at);
+        }
+    }
+
     fn post(
         &mut self,
+        id: WorkId,
         post: impl FnOnce(&mut dyn Endpoint) -> Result<(), PostError>,
     ) -> Result<(), LinkError> {
         let endpoint = self.endpoint.as_deref_mut().ok_or(LinkError::Unreachable)?;
         match post(endpoint) {
             Ok(()) => {
-                self.in_flight += 1;
+                if self.in_flight.is_empty() {
+                    self.answered = Instant::now();
+                }
+                self.in_flight.push(id);
                 self.dirty = true;
                 Ok(())
             }
@@ -432,21 +513,27 @@ impl Pager {
     pub(super) fn poll_links(&mut self) -> bool {
         let mut completions = std::mem::take(&mut self.completions);
         self.links.poll(&mut completions);
+        if self.job.limits.copies > 1 {
+            self.links.give_up_silent(&mut completions);
+        }
         let worked = !completions.is_empty();
         for completion in completions.drain(..) {
             if let Err(error) = completion.result {
                 tracing::debug!(%error, "a work request failed");
             }
             match Work::of(completion.id) {
-                Work::Read { place, .. } => {
-                    self.read_done(usize::from(place), completion.result.is_ok());
+                Work::Read { place, index, .. } => {
+                    let (place, index) = (usize::from(place), usize::from(index));
+                    self.read_done(place, index, completion.result.is_ok());
                 }
-                Work::Write { area, index } => {
-                    self.write_done(
-                        usize::from(area),
-                        usize::from(index),
-                        completion.result.is_ok(),
-                    );
+                Work::Write {
+                    area,
+                    index,
+                    target,
+                } => {
+                    let (area, index) = (usize::from(area), usize::from(index));
+                    let target = usize::from(target);
+                    self.write_done(area, index, target, completion.result.is_ok());
                 }
             }
         }

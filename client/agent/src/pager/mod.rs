@@ -11,7 +11,7 @@
 //! (victims, helper) → [`write_back`] (hash, slot, write); [`shortage`] is of slots. [`event`] and [`fork`] follow the
 //! program; [`register`] finds what to manage; [`soft_dirty`] says what was written.
 
-mod dial;
+pub(crate) mod dial;
 mod event;
 mod failure;
 mod fault;
@@ -442,7 +442,9 @@ impl Pager {
                 self.links.look_at_idle(&mut self.completions);
             }
             self.uffd_has_news |= woken.by(Source::Uffd);
-            due = woken.by(Source::Process) || !woken.by(Source::Uffd);
+            // Whoever has news of the program itself, or of nothing, looks whether it still runs. Answers say nothing of it.
+            due = woken.by(Source::Process)
+                || !woken.by(Source::Uffd) && !woken.by_nobody_but(Source::Link);
         }
         if let Some(helper) = &self.helper {
             helper.control().agent_sleeps.store(0, Ordering::SeqCst);

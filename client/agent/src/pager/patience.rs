@@ -16,7 +16,8 @@ const SHORTEST: Duration = Duration::from_micros(50);
 /// Looking has to save this share of the wait to be worth the CPU.
 const WORTH: u32 = 10;
 
-/// Every so many rounds the way that seems worse is tried; at first, every second.
+/// Every so many rounds the way that seems worse is tried. Every second at first, and while it was the better one when it was
+/// last tried: what was learnt under other circumstances is soon corrected.
 const TRY_EVERY: u32 = 64;
 
 /// The share of what is known of a way by which one round can change it; more, while few rounds went that way.
@@ -28,6 +29,8 @@ pub(super) struct Patience {
     by_looking: Typical,
     by_sleeping: Typical,
     rounds: u32,
+    /// Whether the way that seems worse was the better one when it was last tried.
+    promising: bool,
     round: Option<Round>,
 }
 
@@ -58,6 +61,8 @@ impl Typical {
 struct Round {
     since: Instant,
     looks: bool,
+    /// Goes the way that seems worse, to learn.
+    is_try: bool,
     spent: bool,
 }
 
@@ -65,16 +70,17 @@ impl Patience {
     /// From now on it may come.
     pub(super) fn begin(&mut self, now: Instant) {
         self.rounds = self.rounds.wrapping_add(1);
-        let every = if self.rounds < TRY_EVERY {
+        let every = if self.promising || self.rounds < TRY_EVERY {
             2
         } else {
             TRY_EVERY
         };
-        let other_way = self.rounds.is_multiple_of(every);
+        let is_try = self.rounds.is_multiple_of(every);
         let pays = self.by_looking.known <= self.by_sleeping.known - self.by_sleeping.known / WORTH;
         self.round = Some(Round {
             since: now,
-            looks: pays != other_way,
+            looks: pays != is_try,
+            is_try,
             spent: false,
         });
     }
@@ -99,6 +105,14 @@ impl Patience {
             return;
         };
         let took = now.duration_since(round.since);
+        if round.is_try {
+            let usual = if round.looks {
+                self.by_sleeping.known
+            } else {
+                self.by_looking.known
+            };
+            self.promising = !round.spent && took < usual - usual / WORTH;
+        }
         if round.looks {
             // What came too late was looked for in vain.
             let in_vain = if round.spent {
@@ -118,7 +132,7 @@ mod tests {
     use super::*;
 
     /// Has it come after so many microseconds where it is looked for, and where it is slept for. Returns in how many rounds
-    /// of a hundred it was looked for, once there was time to learn.
+    /// of the last hundred it was looked for, once there was time to learn.
     fn looked(when_looked_for: u64, when_slept_for: u64) -> usize {
         looked_where(|round, looks| match (round, looks) {
             (_, true) => when_looked_for,
@@ -129,7 +143,7 @@ mod tests {
     fn looked_where(takes: impl Fn(u32, bool) -> u64) -> usize {
         let (mut patience, start) = (Patience::default(), Instant::now());
         let at = |us| start + Duration::from_micros(us);
-        let rounds = (0..200).map(|round| {
+        let rounds = (0..300).map(|round| {
             patience.begin(at(0));
             let looks = patience.looks_on(at(1));
             let after = takes(round, looks);
@@ -137,7 +151,7 @@ mod tests {
             patience.came(at(after));
             looks
         });
-        rounds.skip(100).filter(|looks| *looks).count()
+        rounds.skip(200).filter(|looks| *looks).count()
     }
 
     #[test]
@@ -179,6 +193,17 @@ mod tests {
             (_, false) => 150,
         });
         assert!(looked < 10);
+    }
+
+    #[test]
+    fn what_was_learnt_before_is_soon_corrected() {
+        let looked = looked_where(|round, looks| match (round, looks) {
+            (..80, true) => 2500,
+            (..80, false) => 1500,
+            (_, true) => 150,
+            (_, false) => 600,
+        });
+        assert!(looked > 90);
     }
 
     #[test]

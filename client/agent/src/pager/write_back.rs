@@ -1,4 +1,7 @@
 //! Write-back: what was taken out goes from staging to far memory, unless its bytes are there already.
+//!
+//! A run of pages is written to all copies of its extent that answer. It is far once each of them has it or has failed; one
+//! that failed does not count as having it, and is filled later (`mover`).
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,11 +11,13 @@ use std::time::{Duration, Instant};
 use farpage_attach::control::{STAGING_AREAS, staging_offset};
 use farpage_fabric::LocalSlice;
 use farpage_fabric::memory::RegisteredMemory;
+use smallvec::SmallVec;
 
 use super::install::Installed;
 use super::links::{LinkError, Work};
 use super::{Fault, Pager};
 use crate::entry::{Entry, Slot, State};
+use crate::far::{MAX_COPIES, Place, Places, SlotRun};
 use crate::table::Page;
 
 /// A page in staging.
@@ -31,8 +36,60 @@ struct Staged {
 struct Run {
     first: usize,
     pages: Vec<Staged>,
-    slot: Slot,
-    posted: bool,
+    slots: SlotRun,
+    targets: SmallVec<[Target; MAX_COPIES]>,
+}
+
+/// One copy of a run's extent, and whether it has the run.
+#[derive(Debug)]
+struct Target {
+    place: Place,
+    write: Write,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Write {
+    Unsent,
+    UnderWay,
+    Done,
+    Failed,
+}
+
+impl Write {
+    fn is_over(self) -> bool {
+        matches!(self, Self::Done | Self::Failed)
+    }
+}
+
+impl Run {
+    fn new(first: usize, pages: Vec<Staged>, slots: SlotRun, targets: Places) -> Self {
+        let unsent = |place| Target {
+            place,
+            write: Write::Unsent,
+        };
+        Self {
+            first,
+            pages,
+            slots,
+            targets: targets.into_iter().map(unsent).collect(),
+        }
+    }
+
+    fn has(&self, write: Write) -> bool {
+        self.targets.iter().any(|target| target.write == write)
+    }
+
+    fn is_over(&self) -> bool {
+        self.targets.iter().all(|target| target.write.is_over())
+    }
+
+    fn is_unsent(&self) -> bool {
+        self.has(Write::Unsent)
+    }
+
+    fn slots(&self) -> impl Iterator<Item = Slot> + use<> {
+        std::iter::successors(Some(self.slots.first), |slot| slot.next()).take(self.pages.len())
+    }
 }
 
 /// One batch's pages in staging.
@@ -68,9 +125,9 @@ pub(crate) struct Staging {
     shared: VecDeque<Page>,
     /// Pages of mappings that are not plain read-write any more, to be dropped rather than moved.
     unmovable: VecDeque<Page>,
-    /// Pages that the program has locked, and when they were last tried.
+    /// Pages that the program has locked, and when one was last found to be.
     stuck: Vec<Page>,
-    stuck_tried: Option<Instant>,
+    stuck_found: Option<Instant>,
     /// What runs kept their pages in that are over, for the next ones.
     spare: Vec<Vec<Staged>>,
 }
@@ -82,9 +139,9 @@ impl Staging {
 
     /// Whether pages wait for a slot, or for their write to be posted.
     fn has_unsent(&self) -> bool {
-        self.areas.iter().any(|area| {
-            !area.homeless.is_empty() || area.runs.iter().flatten().any(|run| !run.posted)
-        })
+        self.areas
+            .iter()
+            .any(|area| !area.homeless.is_empty() || area.runs.iter().flatten().any(Run::is_unsent))
     }
 
     pub(super) fn is_busy(&self) -> bool {
@@ -121,17 +178,18 @@ impl Staging {
 
     pub(super) fn stuck_page(&mut self, page: Page) {
         self.stuck.push(page);
+        self.stuck_found = Some(Instant::now());
     }
 
-    /// The locked pages, to be tried again; none where that was done a moment ago.
+    /// The locked pages, to be tried again; none while others are being found to be locked. Trying all of them may take longer
+    /// than any pause between two tries, and that nothing is left which could go is only seen once all have been tried.
     pub(super) fn take_stuck(&mut self) -> Vec<Page> {
         if self
-            .stuck_tried
+            .stuck_found
             .is_some_and(|at| at.elapsed() < STUCK_RETRY)
         {
             return Vec::new();
         }
-        self.stuck_tried = Some(Instant::now());
         std::mem::take(&mut self.stuck)
     }
 
@@ -221,10 +279,8 @@ impl Pager {
             worked |= self.find_slots(area);
             let runs = self.staging.areas[area].runs.len();
             for number in 0..runs {
-                let unposted = self.staging.areas[area].runs[number]
-                    .as_ref()
-                    .is_some_and(|run| !run.posted);
-                if unposted {
+                let run = self.staging.areas[area].runs[number].as_ref();
+                if run.is_some_and(Run::is_unsent) {
                     worked |= self.post_run(area, number);
                 }
             }
@@ -234,7 +290,7 @@ impl Pager {
     }
 
     fn find_slots(&mut self, area: usize) -> bool {
-        let mut worked = false;
+        let (mut worked, copies) = (false, self.job.limits.copies);
         while let Some(first) = self.staging.areas[area].homeless.first().copied() {
             let homeless = &self.staging.areas[area].homeless;
             let neighbours = homeless
@@ -246,9 +302,10 @@ impl Pager {
             let run = if room == 0 {
                 None
             } else {
-                self.shared.far.take_run(room)
+                self.shared.far.take_run(room, copies)
             };
-            self.shared.spawner.wanted_far_memory(&self.shared.far);
+            let (spawner, far) = (&self.shared.spawner, &self.shared.far);
+            spawner.wanted_far_memory(far, copies);
             let Some(run) = run else {
                 if self.give_up_copies() {
                     continue;
@@ -260,20 +317,13 @@ impl Pager {
             let homeless = &mut self.staging.areas[area].homeless;
             pages.extend(homeless.drain(..usize::from(run.len)));
             self.job.charge_far(i64::from(run.len));
-            let mut slot = Some(run.first);
-            for staged in &pages {
-                if let Some(here) = slot {
-                    self.shared.far.set_hash(here, staged.hash);
-                    self.place.is_written_to(area, staged.index, here);
-                    slot = here.next();
-                }
+            let targets = self.shared.far.targets(run);
+            let run = Run::new(first.index, pages, run, targets);
+            for (slot, staged) in run.slots().zip(&run.pages) {
+                self.shared.far.set_hash(slot, staged.hash);
+                self.place.is_written_to(area, staged.index, slot);
             }
-            let run = Some(Run {
-                first: first.index,
-                pages,
-                slot: run.first,
-                posted: false,
-            });
+            let run = Some(run);
             self.shortage.end();
             let runs = &mut self.staging.areas[area].runs;
             match runs.iter_mut().find(|place| place.is_none()) {
@@ -299,8 +349,9 @@ impl Pager {
         self.shortage.go_on();
     }
 
+    /// Posts what of a run's writes can be. A copy whose node cannot be reached is done without where there is another.
     fn post_run(&mut self, area: usize, number: usize) -> bool {
-        let Some(run) = self.staging.areas[area].runs[number].as_ref() else {
+        let Some(run) = self.staging.areas[area].runs[number].as_mut() else {
             return false;
         };
         let Some(frames) = self.fetches.memory() else {
@@ -311,40 +362,75 @@ impl Pager {
             offset: staging_offset(area, run.first) as u64,
             len: run.pages.len() as u32 * 4096,
         };
-        let (pages, slot) = (run.pages.len() as u64, run.slot);
-        let work = Work::Write {
-            area: area as u8,
-            index: number as u8,
-        };
-        match self
-            .links
-            .write(&self.shared.far, &frames, work, from, slot)
-        {
-            Ok(()) => {
-                if let Some(run) = self.staging.areas[area].runs[number].as_mut() {
-                    run.posted = true;
+        let slots = run.slots;
+        let is_new = run.targets.iter().all(|it| it.write == Write::Unsent);
+        let mut away = SmallVec::<[usize; MAX_COPIES]>::new();
+        for (index, target) in run.targets.iter_mut().enumerate() {
+            if target.write != Write::Unsent {
+                continue;
+            }
+            let work = Work::Write {
+                area: area as u8,
+                index: number as u8,
+                target: index as u8,
+            };
+            match self.links.write(&frames, work, from, &target.place) {
+                Ok(()) => target.write = Write::UnderWay,
+                Err(LinkError::Busy) => {}
+                Err(LinkError::Away) => away.push(index),
+                Err(LinkError::Unreachable) => {
+                    target.write = Write::Failed;
+                    self.shared.far.written(slots, target.place.copy, false);
                 }
-                self.job
-                    .counters
-                    .pages_written_back
-                    .fetch_add(pages, Relaxed);
-                true
             }
-            Err(LinkError::Busy) => false,
-            Err(LinkError::Unreachable) => {
-                self.write_failed(area, number);
-                false
+        }
+        let others = run.targets.iter().enumerate();
+        let mut others = others.filter(|(index, _)| !away.contains(index));
+        if others.any(|(_, target)| target.write != Write::Failed) {
+            for index in away {
+                run.targets[index].write = Write::Failed;
+                let copy = run.targets[index].place.copy;
+                self.shared.far.written(slots, copy, false);
             }
+        }
+        let sent = is_new && run.has(Write::UnderWay);
+        if sent {
+            self.job
+                .counters
+                .pages_written_back
+                .fetch_add(slots.len.into(), Relaxed);
+        }
+        self.finish_run(area, number);
+        sent
+    }
+
+    /// A write to one of a run's targets has completed.
+    pub(super) fn write_done(&mut self, area: usize, number: usize, target: usize, ok: bool) {
+        if !ok {
+            self.links.reconnect_later();
+        }
+        let runs = &mut self.staging.areas[area].runs;
+        let run = runs.get_mut(number).and_then(Option::as_mut);
+        let Some(run) = run else { return };
+        if let Some(target) = run.targets.get_mut(target) {
+            target.write = if ok { Write::Done } else { Write::Failed };
+            self.shared.far.written(run.slots, target.place.copy, ok);
+        }
+        self.finish_run(area, number);
+    }
+
+    /// Where all of a run's writes are over, its pages are far if any copy has them.
+    fn finish_run(&mut self, area: usize, number: usize) {
+        let runs = &self.staging.areas[area].runs;
+        let run = runs.get(number).and_then(Option::as_ref);
+        match run.filter(|run| run.is_over()) {
+            Some(run) if run.has(Write::Done) => self.run_is_far(area, number),
+            Some(_) => self.write_failed(area, number),
+            None => {}
         }
     }
 
-    /// A write has completed.
-    pub(super) fn write_done(&mut self, area: usize, number: usize, ok: bool) {
-        if !ok {
-            self.links.reconnect_later();
-            self.write_failed(area, number);
-            return;
-        }
+    fn run_is_far(&mut self, area: usize, number: usize) {
         let Some(mut run) = self.staging.areas[area]
             .runs
             .get_mut(number)
@@ -353,10 +439,7 @@ impl Pager {
             return;
         };
         let age = self.residents.age();
-        let mut slot = Some(run.slot);
-        for staged in &run.pages {
-            let Some(here) = slot else { break };
-            slot = here.next();
+        for (here, staged) in run.slots().zip(&run.pages) {
             let before = self.table.get(staged.page);
             let kept = if staged.live {
                 self.table
@@ -386,7 +469,7 @@ impl Pager {
         self.tidy_area(area);
     }
 
-    /// A write failed: its slots are given back and its pages look for others, on a node that answers.
+    /// No copy has a run: its slots are given back and its pages look for others, on nodes that answer.
     fn write_failed(&mut self, area: usize, number: usize) {
         let Some(run) = self.staging.areas[area]
             .runs
@@ -395,14 +478,14 @@ impl Pager {
         else {
             return;
         };
-        let mut slot = Some(run.slot);
+        for target in run.targets.iter().filter(|it| !it.write.is_over()) {
+            let copy = target.place.copy;
+            self.shared.far.written(run.slots, copy, false);
+        }
         for staged in &run.pages {
             self.place.is_not_written(area, staged.index);
-            if let Some(here) = slot {
-                self.release_slot(here);
-                slot = here.next();
-            }
         }
+        run.slots().for_each(|slot| self.release_slot(slot));
         self.staging.areas[area]
             .homeless
             .extend(run.pages.into_iter().filter(|staged| staged.live));
@@ -488,3 +571,22 @@ const STUCK_RETRY: Duration = Duration::from_secs(1);
 const FULL_REST: Duration = Duration::from_millis(5);
 /// How long the end of an address space waits for its last transfers.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// They were tried again by the clock alone. With thousands of them that was before all had been tried once, so that it was never
+    /// seen that nothing could go, and who locked all of its memory waited for room until the fault's deadline.
+    #[test]
+    fn locked_pages_rest_while_more_are_found() {
+        let mut staging = Staging::default();
+        let long_ago = Instant::now().checked_sub(2 * STUCK_RETRY);
+        staging.stuck_page(Page(1));
+        staging.stuck_found = long_ago;
+        staging.stuck_page(Page(2));
+        assert!(staging.take_stuck().is_empty());
+        staging.stuck_found = long_ago;
+        assert_eq!(staging.take_stuck(), [Page(1), Page(2)]);
+    }
+}

@@ -17,10 +17,13 @@ use farpage_core::table::{Cells, ChunkMemory, Heap};
 
 use crate::entry::Slot;
 use crate::sys::state::{MAX_CHUNKS, MAX_JOBS, MAX_SPACES, Ref, StateMemory};
-use records::{ExtentRecord, HashRecord, Header, JobRecord, SpaceRecord, space, undecided};
+use records::{
+    ExtentRecord, HashRecord, Header, HeldRecord, JobRecord, SpaceRecord, space, undecided,
+};
+pub use staging::{slot_of, slot_word};
 
 /// "farpageS" and the layout's number.
-const MAGIC: u64 = u64::from_le_bytes(*b"farpgS01");
+const MAGIC: u64 = u64::from_le_bytes(*b"farpgS02");
 
 /// Which of a kind of record are in use.
 #[derive(Debug, Default)]
@@ -119,6 +122,12 @@ impl State {
         let record = self.memory.extent(number)?;
         self.header.extents.fetch_max(number + 1, Ordering::AcqRel);
         Some(record)
+    }
+
+    /// Which slots a copy of an extent holds.
+    #[must_use]
+    pub fn held(&self, extent: u32, copy: usize) -> Option<Ref<HeldRecord>> {
+        self.memory.held(extent, copy)
     }
 
     /// What a slot holds.

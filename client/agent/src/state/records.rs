@@ -4,14 +4,19 @@
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 
 use farpage_attach::control::{BATCH_PAGES, STAGING_AREAS};
+use farpage_proto::limits;
 
+use crate::entry::PAGE_IN_EXTENT_BITS;
+use crate::far::{Grant, MAX_COPIES};
 use crate::job::Counters;
 use crate::latency::Latencies;
 
 /// Events of one address space that may be noted and not followed yet.
 pub const JOURNAL_SLOTS: usize = 64;
-/// Bytes of a node's address that are kept.
-pub const ADDRESS_BYTES: usize = 256;
+/// Words for a node's name.
+const NODE_WORDS: usize = limits::MAX_NAME.div_ceil(8);
+/// Words for a node's address.
+const ADDRESS_WORDS: usize = limits::MAX_ADDRESS.div_ceil(8);
 
 /// What there is one of.
 #[repr(C)]
@@ -29,6 +34,10 @@ pub struct Header {
     pub lease_ttl_ms: AtomicU64,
     /// The number of the grant request under way.
     pub grant_number: AtomicU64,
+    /// The slots that the mover is writing to: the first, in the words of [`super::slot_word`], and how many.
+    pub transfer: AtomicU64,
+    /// See [`Self::transfer`].
+    pub transfer_len: AtomicU64,
     /// The last address space's number.
     pub last_space: AtomicU64,
     /// How many records of each kind were ever in use.
@@ -63,6 +72,8 @@ pub struct JobRecord {
     pub far_pages: AtomicU64,
     /// See [`Self::local_pages`].
     pub fault_deadline_ms: AtomicU64,
+    /// See [`Self::local_pages`].
+    pub copies: AtomicU32,
     /// Who opened it, and when that process began.
     pub launcher: AtomicI32,
     /// Its first program.
@@ -180,8 +191,18 @@ pub mod extent {
     pub const FREE: u32 = 0;
     /// Held.
     pub const HELD: u32 = 1;
-    /// Its lease has ended; entries may name it yet.
-    pub const REVOKED: u32 = 2;
+}
+
+/// The state of a copy's record.
+pub mod copy {
+    /// Not held.
+    pub const FREE: u32 = 0;
+    /// Held.
+    pub const HELD: u32 = 1;
+    /// Its node came back empty.
+    pub const LOST: u32 = 2;
+    /// Its lease has ended; entries may name its extent yet.
+    pub const REVOKED: u32 = 3;
 }
 
 /// An extent.
@@ -190,49 +211,95 @@ pub mod extent {
 pub struct ExtentRecord {
     /// One of [`extent`].
     pub state: AtomicU32,
-    /// As in [`crate::far::Grant`].
-    pub index: AtomicU32,
-    /// As in [`crate::far::Grant`].
-    pub id: AtomicU64,
-    /// As in [`crate::far::Grant`].
-    pub key: AtomicU64,
-    /// As in [`crate::far::Grant`].
+    /// As in [`crate::far::Extent`].
+    pub goal: AtomicU32,
+    /// As in [`crate::far::Extent`].
     pub bytes: AtomicU64,
-    /// Bytes of the address.
-    pub address_len: AtomicU32,
-    /// The address.
-    pub address: [AtomicU64; ADDRESS_BYTES / 8],
+    /// Its copies. Which slots each holds is in a [`HeldRecord`].
+    pub copies: [CopyRecord; MAX_COPIES],
 }
 
-impl ExtentRecord {
-    /// Notes an address; false where it is longer than what is kept.
-    pub fn set_address(&self, address: &str) -> bool {
-        let bytes = address.as_bytes();
-        if bytes.len() > ADDRESS_BYTES {
-            return false;
+/// A copy of an extent.
+#[repr(C)]
+#[derive(Debug)]
+pub struct CopyRecord {
+    /// One of [`copy`].
+    pub state: AtomicU32,
+    /// As in [`Grant`].
+    pub index: AtomicU32,
+    /// As in [`Grant`].
+    pub id: AtomicU64,
+    /// As in [`Grant`].
+    pub key: AtomicU64,
+    /// As in [`Grant`].
+    pub node: Text<NODE_WORDS>,
+    /// As in [`Grant`].
+    pub address: Text<ADDRESS_WORDS>,
+}
+
+impl CopyRecord {
+    /// Whether all that a grant says can be noted.
+    #[must_use]
+    pub fn fits(grant: &Grant) -> bool {
+        grant.node.len() <= 8 * NODE_WORDS && grant.address.len() <= 8 * ADDRESS_WORDS
+    }
+
+    /// Notes a grant that fits. What it says counts from when the state does.
+    pub fn note(&self, grant: &Grant) {
+        self.index.store(grant.index, Ordering::Relaxed);
+        self.id.store(grant.id, Ordering::Relaxed);
+        self.key.store(grant.key, Ordering::Relaxed);
+        self.node.set(&grant.node);
+        self.address.set(&grant.address);
+    }
+
+    /// The grant noted, of an extent of this size.
+    #[must_use]
+    pub fn grant(&self, bytes: u64) -> Grant {
+        Grant {
+            id: self.id.load(Ordering::Relaxed),
+            node: self.node.get(),
+            address: self.address.get(),
+            index: self.index.load(Ordering::Relaxed),
+            key: self.key.load(Ordering::Relaxed),
+            bytes,
         }
-        for (word, chunk) in self.address.iter().zip(bytes.chunks(8)) {
+    }
+}
+
+/// A short text.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Text<const WORDS: usize> {
+    len: AtomicU64,
+    words: [AtomicU64; WORDS],
+}
+
+impl<const WORDS: usize> Text<WORDS> {
+    /// Notes a text, or what of it there is room for.
+    fn set(&self, text: &str) {
+        let bytes = text.as_bytes();
+        for (word, chunk) in self.words.iter().zip(bytes.chunks(8)) {
             let mut eight = [0; 8];
             eight[..chunk.len()].copy_from_slice(chunk);
             word.store(u64::from_ne_bytes(eight), Ordering::Relaxed);
         }
-        self.address_len
-            .store(bytes.len() as u32, Ordering::Relaxed);
-        true
+        self.len.store(bytes.len() as u64, Ordering::Relaxed);
     }
 
-    /// The address noted.
-    #[must_use]
-    pub fn address(&self) -> String {
-        let bytes: Vec<u8> = self
-            .address
-            .iter()
+    /// The text noted.
+    fn get(&self) -> String {
+        let words = self.words.iter();
+        let bytes: Vec<u8> = words
             .flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes())
-            .take(self.address_len.load(Ordering::Relaxed) as usize)
+            .take(self.len.load(Ordering::Relaxed) as usize)
             .collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 }
+
+/// Which slots a copy holds: a bit for each.
+pub type HeldRecord = [AtomicU64; (1 << PAGE_IN_EXTENT_BITS) / 64];
 
 /// Whose a chunk of a page table is.
 #[repr(C)]

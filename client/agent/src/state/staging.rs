@@ -15,6 +15,18 @@ use crate::table::Page;
 /// Says that a word names a slot.
 const NAMED: u64 = 1 << 63;
 
+/// A word that names a slot.
+#[must_use]
+pub fn slot_word(slot: Slot) -> u64 {
+    NAMED | u64::from(slot.extent()) << 16 | u64::from(slot.page())
+}
+
+/// The slot that a word names, if it names one.
+#[must_use]
+pub fn slot_of(word: u64) -> Option<Slot> {
+    (word & NAMED != 0).then(|| Slot::new(((word & !NAMED) >> 16) as u32, word as u16))?
+}
+
 impl SpacePlace {
     /// A batch is about to be handed to the helper.
     pub(crate) fn note_batch(&self, command: u32, method: u32, area: usize, pages: &[Page]) {
@@ -47,8 +59,7 @@ impl SpacePlace {
 
     /// A page is being written to a slot.
     pub(crate) fn is_written_to(&self, area: usize, index: usize, slot: Slot) {
-        let word = NAMED | u64::from(slot.extent()) << 16 | u64::from(slot.page());
-        self.set_slot(area, index, word);
+        self.set_slot(area, index, slot_word(slot));
     }
 
     /// It is not any more, as far as is known.
@@ -92,9 +103,6 @@ impl AreaRecord {
     #[must_use]
     pub fn slots_under_way(&self) -> Vec<Slot> {
         let words = self.slots.iter().map(|word| word.load(Ordering::Acquire));
-        words
-            .filter(|word| word & NAMED != 0)
-            .filter_map(|word| Slot::new(((word & !NAMED) >> 16) as u32, word as u16))
-            .collect()
+        words.filter_map(slot_of).collect()
     }
 }

@@ -13,8 +13,9 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::entry::{PAGE_IN_EXTENT_BITS, Slot};
+use crate::far::MAX_COPIES;
 use crate::state::records::{
-    ChunkRecord, ExtentRecord, HashRecord, Header, JobRecord, SpaceRecord,
+    ChunkRecord, ExtentRecord, HashRecord, Header, HeldRecord, JobRecord, SpaceRecord,
 };
 
 /// As many as the agent serves.
@@ -29,7 +30,7 @@ pub const MAX_CHUNKS: usize = 1 << 22;
 
 const JOB_BYTES: usize = 4096;
 const SPACE_BYTES: usize = 8192;
-const EXTENT_BYTES: usize = 512;
+const EXTENT_BYTES: usize = 2048;
 const HASHES_PER_EXTENT: usize = 1 << PAGE_IN_EXTENT_BITS;
 
 const JOBS_AT: usize = 4096;
@@ -38,9 +39,9 @@ const EXTENTS_AT: usize = SPACES_AT + MAX_SPACES * SPACE_BYTES;
 const RECORDS_AT: usize = EXTENTS_AT + MAX_EXTENTS * EXTENT_BYTES;
 const CHUNKS_AT: usize = RECORDS_AT + MAX_CHUNKS * size_of::<ChunkRecord>();
 const HASHES_AT: usize = CHUNKS_AT + MAX_CHUNKS * size_of::<Cells>();
+const HELD_AT: usize = HASHES_AT + MAX_EXTENTS * HASHES_PER_EXTENT * size_of::<HashRecord>();
 /// Bytes of the whole.
-pub const STATE_BYTES: usize =
-    HASHES_AT + MAX_EXTENTS * HASHES_PER_EXTENT * size_of::<HashRecord>();
+pub const STATE_BYTES: usize = HELD_AT + MAX_EXTENTS * MAX_COPIES * size_of::<HeldRecord>();
 
 const _: () = assert!(
     size_of::<Header>() <= JOBS_AT
@@ -161,6 +162,14 @@ impl StateMemory {
     pub fn extent(self: &Arc<Self>, number: u32) -> Option<Ref<ExtentRecord>> {
         let number = usize::try_from(number).ok().filter(|n| *n < MAX_EXTENTS)?;
         Some(self.at(EXTENTS_AT + number * EXTENT_BYTES))
+    }
+
+    /// Which slots a copy of an extent holds.
+    #[must_use]
+    pub fn held(self: &Arc<Self>, extent: u32, copy: usize) -> Option<Ref<HeldRecord>> {
+        let extent = usize::try_from(extent).ok().filter(|n| *n < MAX_EXTENTS)?;
+        let at = (copy < MAX_COPIES).then(|| extent * MAX_COPIES + copy)?;
+        Some(self.at(HELD_AT + at * size_of::<HeldRecord>()))
     }
 
     /// What a slot holds.

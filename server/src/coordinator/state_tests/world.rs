@@ -66,9 +66,11 @@ pub(super) enum Step {
     Grant {
         lease: usize,
         count: u32,
+        copies: u32,
         request: u64,
         lost: Vec<bool>,
     },
+    Drain(usize, bool),
     Release {
         lease: usize,
         which: Vec<usize>,
@@ -97,8 +99,9 @@ pub(super) fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => Just(Step::Open),
         3 => (0usize..4).prop_map(Step::Renew),
         1 => (0usize..4).prop_map(Step::Close),
-        6 => (0usize..4, 1u32..6, 0u64..5, lost())
-            .prop_map(|(lease, count, request, lost)| Step::Grant { lease, count, request, lost }),
+        6 => (0usize..4, 1u32..6, 1u32..4, 0u64..5, lost())
+            .prop_map(|(lease, count, copies, request, lost)| Step::Grant { lease, count, copies, request, lost }),
+        2 => (0usize..3, any::<bool>()).prop_map(|(at, undo)| Step::Drain(at, undo)),
         4 => (0usize..4, prop::collection::vec(0usize..8, 0..4)).prop_map(|(lease, which)| Step::Release { lease, which }),
         5 => lost().prop_map(|lost| Step::Revokes { lost }),
         1 => (0usize..64).prop_map(Step::Late),
@@ -112,6 +115,10 @@ pub(super) fn steps() -> impl Strategy<Value = Vec<Step>> {
             .prop_map(|(lease, count, dies)| Step::Interrupted { lease, count, dies }),
     ];
     prop::collection::vec(step, 1..80)
+}
+
+fn node_id(at: usize) -> NodeId {
+    NodeId::new(format!("n{at}")).unwrap()
 }
 
 pub(super) struct World {
@@ -207,9 +214,14 @@ impl World {
             Step::Grant {
                 lease,
                 count,
+                copies,
                 request,
                 lost,
-            } => self.grant(lease, count, request, &lost),
+            } => self.grant(lease, (count, copies), request, &lost),
+            Step::Drain(at, undo) => {
+                // A node that has not registered cannot be drained.
+                let _ = self.state.drain(&node_id(at), undo);
+            }
             Step::Interrupted { lease, count, dies } => self.interrupted(lease, count, dies),
             Step::Release { lease, which } => {
                 let Some(id) = self.lease(lease) else { return };
@@ -288,7 +300,7 @@ impl World {
     pub(super) fn registration(&self, at: usize) -> NodeRegistration {
         let node = &self.nodes[at];
         NodeRegistration {
-            id: NodeId::new(format!("n{at}")).unwrap(),
+            id: node_id(at),
             incarnation: Incarnation::new(node.life).unwrap(),
             capacity: ByteCount(EXTENT * 4),
             extent_bytes: ByteCount(EXTENT),
@@ -334,7 +346,7 @@ impl World {
         }
     }
 
-    fn grant(&mut self, lease: usize, count: u32, request: u64, lost: &[bool]) {
+    fn grant(&mut self, lease: usize, (count, copies): (u32, u32), request: u64, lost: &[bool]) {
         let now = Millis(self.now);
         let Some(lease) = self.lease(lease) else {
             return;
@@ -342,16 +354,32 @@ impl World {
         let request = GrantRequest {
             lease,
             count,
+            copies,
+            extent_bytes: None,
+            avoid: Vec::new(),
             fabric: None,
             request: RequestId::new(request).ok(),
         };
-        let keys: Vec<u64> = (0..count).map(|_| self.draw()).collect();
+        let keys: Vec<u64> = (0..count * copies).map(|_| self.draw()).collect();
+        let draining: BTreeSet<NodeId> = self
+            .state
+            .nodes
+            .0
+            .iter()
+            .filter(|(_, node)| node.record.draining)
+            .map(|(id, _)| id.clone())
+            .collect();
         match self
             .state
             .plan_grant(&request, true, &keys, &BTreeSet::new())
         {
             Ok(Plan::Ask(orders)) => {
-                assert_eq!(orders.len(), count as usize);
+                assert_eq!(orders.len(), (count * copies) as usize);
+                for set in orders.chunks(copies as usize) {
+                    let nodes: BTreeSet<_> = set.iter().map(|order| &order.node).collect();
+                    assert_eq!(nodes.len(), set.len(), "copies lie on different nodes");
+                    assert!(set.iter().all(|order| !draining.contains(&order.node)));
+                }
                 self.commit();
                 for (order, lost) in orders
                     .iter()
@@ -367,7 +395,7 @@ impl World {
                     if self.deliver(order) && !lost {
                         let grant = self
                             .state
-                            .grant_confirmed(order.extent, order.epoch, None)
+                            .grant_confirmed(order.extent, order.epoch, None, 0)
                             .unwrap();
                         self.commit();
                         let others = self.told.iter().filter(|(id, _)| **id != lease);
@@ -397,7 +425,12 @@ impl World {
                         .insert(grant.extent, grant);
                 }
             }
-            Err(GrantError::Exhausted { free_extents, .. }) => assert!(free_extents < count),
+            Err(GrantError::Exhausted {
+                free_extents, able, ..
+            }) => {
+                // Where some node has too few it may be that the others have much.
+                assert!(free_extents < count * copies || copies > 1, "{able} nodes");
+            }
             Err(GrantError::NoLease(_)) => drop(self.told.insert(lease, BTreeMap::new())),
             Err(error) => panic!("{error}"),
         }
@@ -410,6 +443,9 @@ impl World {
         let request = GrantRequest {
             lease,
             count,
+            copies: 1,
+            extent_bytes: None,
+            avoid: Vec::new(),
             fabric: None,
             request: None,
         };
@@ -442,7 +478,8 @@ impl World {
         }
         for order in orders {
             assert_eq!(
-                self.state.grant_confirmed(order.extent, order.epoch, None),
+                self.state
+                    .grant_confirmed(order.extent, order.epoch, None, 0),
                 None,
                 "nobody is told"
             );

@@ -1,0 +1,215 @@
+/* Every way in which a program makes another process, with its memory far. The one that makes it and the one that is made
+ * both keep their own, and what becomes another program has nothing of either. */
+#include "far.h"
+#include <spawn.h>
+
+extern char **environ;
+static char *shared;
+
+/* What a child that has its parent's memory does with it. */
+static void live(uint64_t salt)
+{
+	check(shared, DATA, 1, "inherited");
+	fill(shared, DATA / 4, salt);
+	push_far(shared + DATA / 2, DATA / 2);
+	check(shared, DATA / 4, salt, "written by the child");
+	check_from(shared + DATA / 4, DATA - DATA / 4, DATA / 4 / PAGE, 1, "inherited, beside what it wrote");
+}
+
+/* Who is nobody's child any more says by a pipe that all is well, and by its end that it has ended. */
+struct told {
+	int ends[2];
+};
+
+static void tell(struct told *told) { MUST(write(told->ends[1], "y", 1) == 1); }
+
+static void hear(struct told *told, const char *who)
+{
+	char said = 'n';
+	close(told->ends[1]);
+	if (read(told->ends[0], &said, 1) != 1 || said != 'y')
+		fail("%s said nothing", who);
+	MUST(read(told->ends[0], &said, 1) == 0);
+	close(told->ends[0]);
+}
+
+static void daemonized(void)
+{
+	shared = far_map(DATA, 1);
+	struct told told;
+	MUST(pipe(told.ends) == 0);
+	pid_t child = fork();
+	MUST(child >= 0);
+	if (!child) {
+		/* Its parent is this child, which ends in there. */
+		MUST(daemon(1, 1) == 0);
+		live(2);
+		tell(&told);
+		_exit(0);
+	}
+	wait_for(child, "who became a daemon");
+	check(shared, DATA, 1, "beside a daemon");
+	hear(&told, "the daemon");
+	check(shared, DATA, 1, "after the daemon");
+}
+
+/* Not by libc, and so without what it calls in a child; with a child of its own made in the same way. */
+static pid_t bare_clone(void)
+{
+	return (pid_t)syscall(SYS_clone, (unsigned long)SIGCHLD, NULL, NULL, NULL, NULL);
+}
+
+static void raw_clone(void)
+{
+	shared = far_map(DATA, 1);
+	pid_t child = bare_clone();
+	MUST(child >= 0);
+	if (!child) {
+		check(shared, DATA, 1, "in a child by clone");
+		fill(shared, DATA / 8, 2);
+		pid_t grandchild = bare_clone();
+		MUST(grandchild >= 0);
+		if (!grandchild) {
+			check(shared, DATA / 8, 2, "in a grandchild by clone");
+			fill_from(shared + DATA / 8, DATA / 8, DATA / 8 / PAGE, 3);
+			_exit(0);
+		}
+		wait_for(grandchild, "a grandchild by clone");
+		check(shared, DATA / 8, 2, "written by a child by clone");
+		check_from(shared + DATA / 8, DATA / 8, DATA / 8 / PAGE, 1, "beside what a grandchild wrote");
+		_exit(0);
+	}
+	check(shared, DATA, 1, "beside a child by clone");
+	wait_for(child, "a child by clone");
+	fill(shared, DATA, 4);
+	push_far(shared, DATA);
+	check(shared, DATA, 4, "after a child by clone");
+}
+
+/* Borrows this memory, and this thread with it, until it is another program. What it writes stays. */
+static void by_vfork(void)
+{
+	shared = far_map(DATA, 1);
+	for (int turn = 0; turn < 2; turn++) {
+		static volatile uint64_t *word;
+		word = (uint64_t *)(shared + (size_t)turn * 777 * PAGE) + 5;
+		pid_t child = vfork();
+		if (!child) {
+			/* A far page, for the borrower and by it. */
+			if (*word != word_of((uint64_t)turn * 777, 1, 5))
+				_exit(9);
+			*word = 42;
+			if (turn % 2)
+				_exit(0);
+			execl("/proc/self/exe", "another", "work", NULL);
+			_exit(8);
+		}
+		MUST(child > 0);
+		MUST(*word == 42);
+		*word = word_of((uint64_t)turn * 777, 1, 5);
+		wait_for(child, turn % 2 ? "who ended after vfork" : "who executed after vfork");
+		push_far(shared, DATA);
+	}
+	check(shared, DATA, 1, "after vfork");
+}
+
+static void by_posix_spawn(void)
+{
+	shared = far_map(DATA, 1);
+	char *words[] = {"another", "work", NULL};
+	pid_t child[2];
+	for (int i = 0; i < 2; i++)
+		MUST(posix_spawn(&child[i], "/proc/self/exe", NULL, NULL, words, environ) == 0);
+	check(shared, DATA, 1, "beside who was spawned");
+	for (int i = 0; i < 2; i++)
+		wait_for(child[i], "who was spawned");
+	MUST(system("true") == 0);
+	fill(shared, DATA, 2);
+	push_far(shared, DATA);
+	check(shared, DATA, 2, "after who was spawned");
+}
+
+static void fork_exec(void)
+{
+	shared = far_map(DATA, 1);
+	for (int turn = 0; turn < 2; turn++) {
+		pid_t child = fork();
+		MUST(child >= 0);
+		if (!child) {
+			/* At once, or with pages of its own. */
+			if (turn)
+				fill(shared, DATA / 4, 3);
+			execl("/proc/self/exe", "another", "work", NULL);
+			fail("exec");
+		}
+		check(shared, DATA, 1, "beside who executes");
+		wait_for(child, "who executes");
+	}
+	check(shared, DATA, 1, "after who executed");
+}
+
+static volatile int stop;
+static volatile size_t touched;
+
+static void *touch_all(void *number)
+{
+	for (uint64_t x = (uint64_t)number + 1; !stop; x = x * 6364136223846793005ull + 1442695040888963407ull) {
+		size_t page = (x >> 33) % (DATA / PAGE);
+		if (wrong_word(shared + page * PAGE, page, 1) >= 0)
+			fail("page %zu, read while others fork", page);
+		touched++;
+	}
+	return NULL;
+}
+
+static void *fork_often(void *number)
+{
+	for (uint64_t turn = 0; turn < 4; turn++) {
+		pid_t child = fork();
+		MUST(child >= 0);
+		if (!child) {
+			uint64_t salt = 10 + turn + 100 * (uint64_t)number;
+			/* A part each, which differs from turn to turn. */
+			size_t part = ((uint64_t)number * 4 + turn) % 16, from = part * (DATA / 16);
+			check_from(shared + from, DATA / 16, from / PAGE, 1, "inherited from a thread");
+			fill_from(shared + from, DATA / 16, from / PAGE, salt);
+			for (size_t page = 0; page < DATA / PAGE; page += 5)
+				if (wrong_word(shared + page * PAGE, page, page * PAGE / (DATA / 16) == part ? salt : 1) >= 0)
+					fail("page %zu in a thread's child", page);
+			_exit(0);
+		}
+		wait_for(child, "a thread's child");
+	}
+	return NULL;
+}
+
+/* Threads that fork, each by itself, while others wait for far pages all the time. */
+static void threads_fork(void)
+{
+	shared = far_map(DATA, 1);
+	pthread_t touching[3], forking[3];
+	for (long i = 0; i < 3; i++)
+		MUST(pthread_create(&touching[i], NULL, touch_all, (void *)i) == 0);
+	for (long i = 0; i < 3; i++)
+		MUST(pthread_create(&forking[i], NULL, fork_often, (void *)i) == 0);
+	for (int i = 0; i < 3; i++)
+		MUST(pthread_join(forking[i], NULL) == 0);
+	stop = 1;
+	for (int i = 0; i < 3; i++)
+		MUST(pthread_join(touching[i], NULL) == 0);
+	MUST(touched > 0);
+	check(shared, DATA, 1, "after threads forked");
+}
+
+/* What another program does. */
+static void work(void)
+{
+	char *at = far_map(DATA, 7);
+	check(at, DATA, 7, "another program's");
+}
+
+static const struct test_case cases[] = {
+	{"daemon", daemonized}, {"raw_clone", raw_clone}, {"vfork", by_vfork}, {"posix_spawn", by_posix_spawn},
+	{"fork_exec", fork_exec}, {"threads_fork", threads_fork}, {"work", work},
+};
+MAIN(cases)
