@@ -38,6 +38,10 @@ pub(crate) fn take_over(shared: &Shared, state: &Arc<State>) {
     let uffd = |place: &SpacePlace| place.uffd.load(Ordering::Acquire);
     let live: HashSet<i32> = left.spaces.iter().map(uffd).collect();
     let mut taken = Vec::new();
+    // Of those that are not taken over, too.
+    for place in &left.spaces {
+        place.rest_slots_under_way(|slot| shared.far.lay_to_rest(slot));
+    }
     for place in left.spaces {
         let id = place.id.load(Ordering::Relaxed);
         let chunks = chunks.remove(&id).unwrap_or_default();
@@ -61,9 +65,6 @@ pub(crate) fn take_over(shared: &Shared, state: &Arc<State>) {
                 space.job.charge_far(1);
             }
         }
-    }
-    for slot in taken.iter().flat_map(|space| space.pager.slots_under_way()) {
-        shared.far.lay_to_rest(slot);
     }
     shared.far.all_is_named();
     tracing::info!(

@@ -12,9 +12,9 @@ use farpage_proto::limits::MAX_REPLICAS;
 use smallvec::SmallVec;
 
 use super::PAGE;
-use super::slots::{FreeSlots, Held, SlotRecord};
+use super::slots::{FreeSlots, SlotBits, SlotRecord};
 use crate::state::State;
-use crate::state::records::{self, CopyRecord, ExtentRecord, extent};
+use crate::state::records::{self, CopyRecord, ExtentRecord, RESTING, extent};
 use crate::sys::state::Ref;
 
 /// Most copies of an extent: as many as a job may ask for, and one more while another takes the place of one.
@@ -90,7 +90,7 @@ pub(super) struct Copy {
     /// Its node is being drained: another copy is to take its place.
     pub(super) draining: bool,
     /// The slots whose bytes it holds.
-    pub(super) holds: Held,
+    pub(super) holds: SlotBits,
     /// Writes under way that have it among their targets.
     pub(super) writers: u32,
     /// What of it outlives the agent.
@@ -212,12 +212,16 @@ pub struct Extent {
     parts: Mutex<Parts>,
     /// What of it outlives the agent.
     record: Ref<ExtentRecord>,
+    /// Slots that a dead agent's request may still write to: nothing else goes there.
+    pub(super) rests: SlotBits,
 }
 
 impl Extent {
-    pub(super) fn new(number: u32, goal: u8, bytes: u64, record: Ref<ExtentRecord>) -> Self {
+    pub(super) fn new(number: u32, goal: u8, bytes: u64, state: &State) -> Option<Self> {
+        let record = state.extent(number)?;
         let slots = (bytes / PAGE) as usize;
-        Self {
+        let rests = SlotBits::of(state.bits(number, RESTING)?, slots);
+        Some(Self {
             number,
             goal,
             bytes,
@@ -228,7 +232,8 @@ impl Extent {
                 pinned: SmallVec::new(),
             }),
             record,
-        }
+            rests,
+        })
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Parts> {
@@ -245,7 +250,8 @@ impl Extent {
             return None;
         }
         record.note(&grant);
-        let holds = Held::none_of(state.held(self.number, place)?, self.slots.len());
+        let holds = SlotBits::of(state.bits(self.number, place)?, self.slots.len());
+        holds.clear_all();
         let copy = Copy {
             id,
             grant: Arc::new(grant),
@@ -276,7 +282,7 @@ impl Extent {
             condition,
             silent_since: None,
             draining: false,
-            holds: Held::of(state.held(self.number, place)?, self.slots.len()),
+            holds: SlotBits::of(state.bits(self.number, place)?, self.slots.len()),
             writers: 0,
             record,
         })
@@ -287,6 +293,7 @@ impl Extent {
         for copy in &self.record.copies {
             copy.state.store(records::copy::FREE, Ordering::Relaxed);
         }
+        self.rests.clear_all();
         let (goal, bytes) = (u32::from(self.goal), self.bytes);
         self.record.goal.store(goal, Ordering::Relaxed);
         self.record.bytes.store(bytes, Ordering::Relaxed);

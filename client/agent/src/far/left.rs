@@ -32,7 +32,9 @@ impl FarMemory {
             }
             let goal = record.goal.load(Ordering::Relaxed) as u8;
             let bytes = record.bytes.load(Ordering::Relaxed);
-            let extent = Arc::new(Extent::new(number, goal, bytes, record));
+            let Some(extent) = Extent::new(number, goal, bytes, &far.state).map(Arc::new) else {
+                break;
+            };
             far.update(&extent, |parts| {
                 let copies =
                     (0..MAX_COPIES).map(|at| extent.copy_left(&far.state, far.next_copy(), at));
@@ -62,34 +64,49 @@ impl FarMemory {
         named == Some(true)
     }
 
-    /// All entries have been asked: what copies hold beside that nobody will ask for. Before anything is copied or written.
-    pub fn all_is_named(&self) {
-        for extent in self.all().iter().flatten() {
-            let parts = extent.lock();
-            for (slot, record) in extent.slots.iter().enumerate() {
-                if record.references.load(Ordering::Relaxed) == 0 {
-                    parts.copies.iter().for_each(|copy| copy.holds.clear(slot));
-                }
-            }
-        }
-        self.rest_what_was_copied();
-    }
-
-    /// What a dead agent sent may still arrive, in any copy: nothing is to be put there for a while, unless somebody names it
-    /// already.
+    /// What a dead agent sent to a slot may still arrive, in any copy: nothing else is to be put there for a while. Counts from
+    /// [`Self::all_is_named`].
     pub fn lay_to_rest(&self, slot: Slot) {
-        let page = usize::from(slot.page());
-        let rests = self.record(slot, |extent, record| {
-            record.references.load(Ordering::Relaxed) == 0
-                && self.update(extent, |parts| parts.free.take_this(page))
+        self.record(slot, |extent, _| {
+            let _parts = extent.lock();
+            extent.rests.set(usize::from(slot.page()));
         });
-        if rests == Some(true) {
-            lock(&self.resting).push((Instant::now() + REST, slot));
+    }
+
+    /// All entries have been asked: what copies hold beside that nobody will ask for, and what rests begins to. A slot that is
+    /// named stays what it is, and is not given out when it is no longer. Before anything is copied or written.
+    pub fn all_is_named(&self) {
+        self.rest_what_was_copied();
+        let until = Instant::now() + REST;
+        for extent in self.all().iter().flatten() {
+            self.update(extent, |parts| {
+                for (slot, record) in (0u16..).zip(&extent.slots) {
+                    let (page, is_named) = (
+                        usize::from(slot),
+                        record.references.load(Ordering::Relaxed) > 0,
+                    );
+                    if !is_named {
+                        parts.copies.iter().for_each(|copy| copy.holds.clear(page));
+                    }
+                    if !extent.rests.has(page) {
+                        continue;
+                    }
+                    if is_named {
+                        parts.pinned.push(Pinned {
+                            slot,
+                            given_up: false,
+                        });
+                    } else {
+                        parts.free.take_this(page);
+                    }
+                    lock(&self.resting)
+                        .extend(Slot::new(extent.number, slot).map(|it| (until, it)));
+                }
+            });
         }
     }
 
-    /// The same of the slots that its mover was writing to: those that are named stay what they are, and are not given out when
-    /// they are no longer.
+    /// The slots that the dead agent's mover was writing to rest too.
     fn rest_what_was_copied(&self) {
         let header = self.state.header();
         let Some(first) = slot_of(header.transfer.load(Ordering::Acquire)) else {
@@ -98,22 +115,9 @@ impl FarMemory {
         let len = header.transfer_len.load(Ordering::Relaxed) as usize;
         let slots = std::iter::successors(Some(first), |slot| slot.next());
         for slot in slots.take(len.min(MAX_TRANSFER_SLOTS)) {
-            let is_pinned = self.record(slot, |extent, record| {
-                let is_named = record.references.load(Ordering::Relaxed) > 0;
-                if is_named {
-                    extent.lock().pinned.push(Pinned {
-                        slot: slot.page(),
-                        given_up: false,
-                    });
-                }
-                is_named
-            });
-            match is_pinned {
-                Some(true) => lock(&self.resting).push((Instant::now() + REST, slot)),
-                Some(false) => self.lay_to_rest(slot),
-                None => {}
-            }
+            self.lay_to_rest(slot);
         }
+        self.note_no_transfer();
     }
 
     /// Slots that have rested long enough are free, if nobody names them.
@@ -128,6 +132,7 @@ impl FarMemory {
             let page = usize::from(slot.page());
             self.record(slot, |extent, _| {
                 self.update(extent, |parts| {
+                    extent.rests.clear(page);
                     if parts.unpin(page).is_none() {
                         parts.free.give_back(page);
                     }

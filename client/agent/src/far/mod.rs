@@ -116,8 +116,7 @@ impl FarMemory {
         let number32 = u32::try_from(number)
             .ok()
             .filter(|number| *number < 1 << EXTENT_BITS)?;
-        let record = self.state.extent(number32)?;
-        let extent = Arc::new(Extent::new(number32, goal, bytes, record));
+        let extent = Arc::new(Extent::new(number32, goal, bytes, &self.state)?);
         extent.note();
         if number == extents.len() {
             extents.push(Some(Arc::clone(&extent)));

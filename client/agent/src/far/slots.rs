@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::state::records::{HashRecord, HeldRecord};
+use crate::state::records::{BitsRecord, HashRecord};
 use crate::sys::state::Ref;
 
 /// What is kept of each slot besides its hash and a bit for each copy of its extent, which are in the state: 16 bytes there, 4
@@ -17,28 +17,26 @@ const _: () = assert!(
     "metadata per far page"
 );
 
-/// The slots whose bytes a copy holds: bits in the state. They change under the lock of their extent.
+/// A bit for each slot of an extent, in the state. They change under the lock of their extent.
 #[derive(Debug)]
-pub(super) struct Held {
-    record: Ref<HeldRecord>,
+pub(super) struct SlotBits {
+    record: Ref<BitsRecord>,
     words: usize,
 }
 
-impl Held {
-    /// As the state has it, of a copy with so many slots.
-    pub(super) fn of(record: Ref<HeldRecord>, slots: usize) -> Self {
+impl SlotBits {
+    /// As the state has them, of an extent with so many slots.
+    pub(super) fn of(record: Ref<BitsRecord>, slots: usize) -> Self {
         Self {
             record,
             words: slots.div_ceil(64),
         }
     }
 
-    /// None, whatever another copy has left there.
-    pub(super) fn none_of(record: Ref<HeldRecord>, slots: usize) -> Self {
-        let held = Self::of(record, slots);
-        let words = held.record.iter().take(held.words);
-        words.for_each(|word| word.store(0, Ordering::Relaxed));
-        held
+    /// Clears them, whatever another extent or copy has left there.
+    pub(super) fn clear_all(&self) {
+        let words = self.record.iter().take(self.words);
+        words.for_each(|word| word.store(0, Ordering::Release));
     }
 
     pub(super) fn has(&self, slot: usize) -> bool {

@@ -271,18 +271,6 @@ impl Pager {
         left
     }
 
-    /// The slots that the agent before was writing to, each told once.
-    pub(crate) fn slots_under_way(&self) -> Vec<Slot> {
-        let mut slots = Vec::new();
-        for (area, record) in self.place.areas.iter().enumerate() {
-            slots.extend(record.slots_under_way());
-            for index in 0..BATCH_PAGES {
-                self.place.is_not_written(area, index);
-            }
-        }
-        slots
-    }
-
     /// Every slot that an entry names, once for each.
     pub(crate) fn named_slots(&self) -> impl Iterator<Item = Slot> + '_ {
         let everything = Page(0)..Page(u64::MAX >> 12);

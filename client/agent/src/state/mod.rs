@@ -18,7 +18,7 @@ use farpage_core::table::{Cells, ChunkMemory, Heap};
 use crate::entry::Slot;
 use crate::sys::state::{MAX_CHUNKS, MAX_JOBS, MAX_SPACES, Ref, StateMemory};
 use records::{
-    ExtentRecord, HashRecord, Header, HeldRecord, JobRecord, SpaceRecord, space, undecided,
+    BitsRecord, ExtentRecord, HashRecord, Header, JobRecord, SpaceRecord, space, undecided,
 };
 pub use staging::{slot_of, slot_word};
 
@@ -124,10 +124,10 @@ impl State {
         Some(record)
     }
 
-    /// Which slots a copy of an extent holds.
+    /// Bits for an extent's slots: those that its copy of this place holds, or those that rest.
     #[must_use]
-    pub fn held(&self, extent: u32, copy: usize) -> Option<Ref<HeldRecord>> {
-        self.memory.held(extent, copy)
+    pub fn bits(&self, extent: u32, which: usize) -> Option<Ref<BitsRecord>> {
+        self.memory.bits(extent, which)
     }
 
     /// What a slot holds.

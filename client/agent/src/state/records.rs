@@ -215,7 +215,7 @@ pub struct ExtentRecord {
     pub goal: AtomicU32,
     /// As in [`crate::far::Extent`].
     pub bytes: AtomicU64,
-    /// Its copies. Which slots each holds is in a [`HeldRecord`].
+    /// Its copies. Which slots each holds is in a [`BitsRecord`].
     pub copies: [CopyRecord; MAX_COPIES],
 }
 
@@ -298,8 +298,13 @@ impl<const WORDS: usize> Text<WORDS> {
     }
 }
 
-/// Which slots a copy holds: a bit for each.
-pub type HeldRecord = [AtomicU64; (1 << PAGE_IN_EXTENT_BITS) / 64];
+/// What an extent has bits for, one for each slot: which slots each copy holds, and which rest.
+pub const BITS_PER_EXTENT: usize = MAX_COPIES + 1;
+/// Which of an extent's bits say what rests ([`crate::far::FarMemory::lay_to_rest`]).
+pub const RESTING: usize = MAX_COPIES;
+
+/// A bit for each slot of an extent.
+pub type BitsRecord = [AtomicU64; (1 << PAGE_IN_EXTENT_BITS) / 64];
 
 /// Whose a chunk of a page table is.
 #[repr(C)]

@@ -80,6 +80,17 @@ impl SpacePlace {
         }
     }
 
+    /// Hands on the slots that an agent before was writing to, in whichever copies: whoever was handed the bytes may do so at any
+    /// time yet. Each is forgotten here once it is noted there.
+    pub(crate) fn rest_slots_under_way(&self, rest: impl Fn(Slot)) {
+        for word in self.areas.iter().flat_map(|area| &area.slots) {
+            if let Some(slot) = slot_of(word.load(Ordering::Acquire)) {
+                rest(slot);
+            }
+            word.store(0, Ordering::Release);
+        }
+    }
+
     fn set_slot(&self, area: usize, index: usize, word: u64) {
         if let Some(slot) = self.areas.get(area).and_then(|area| area.slots.get(index)) {
             slot.store(word, Ordering::Release);
@@ -97,12 +108,5 @@ impl AreaRecord {
             .filter(|(index, _)| live >> index & 1 == 1)
             .map(|(index, page)| (index, Page(page.load(Ordering::Relaxed))))
             .collect()
-    }
-
-    /// The slots that may be written to at any time yet, by whoever was handed the bytes.
-    #[must_use]
-    pub fn slots_under_way(&self) -> Vec<Slot> {
-        let words = self.slots.iter().map(|word| word.load(Ordering::Acquire));
-        words.filter_map(slot_of).collect()
     }
 }

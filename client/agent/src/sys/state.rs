@@ -13,9 +13,9 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::entry::{PAGE_IN_EXTENT_BITS, Slot};
-use crate::far::MAX_COPIES;
 use crate::state::records::{
-    ChunkRecord, ExtentRecord, HashRecord, Header, HeldRecord, JobRecord, SpaceRecord,
+    BITS_PER_EXTENT, BitsRecord, ChunkRecord, ExtentRecord, HashRecord, Header, JobRecord,
+    SpaceRecord,
 };
 
 /// As many as the agent serves.
@@ -39,9 +39,9 @@ const EXTENTS_AT: usize = SPACES_AT + MAX_SPACES * SPACE_BYTES;
 const RECORDS_AT: usize = EXTENTS_AT + MAX_EXTENTS * EXTENT_BYTES;
 const CHUNKS_AT: usize = RECORDS_AT + MAX_CHUNKS * size_of::<ChunkRecord>();
 const HASHES_AT: usize = CHUNKS_AT + MAX_CHUNKS * size_of::<Cells>();
-const HELD_AT: usize = HASHES_AT + MAX_EXTENTS * HASHES_PER_EXTENT * size_of::<HashRecord>();
+const BITS_AT: usize = HASHES_AT + MAX_EXTENTS * HASHES_PER_EXTENT * size_of::<HashRecord>();
 /// Bytes of the whole.
-pub const STATE_BYTES: usize = HELD_AT + MAX_EXTENTS * MAX_COPIES * size_of::<HeldRecord>();
+pub const STATE_BYTES: usize = BITS_AT + MAX_EXTENTS * BITS_PER_EXTENT * size_of::<BitsRecord>();
 
 const _: () = assert!(
     size_of::<Header>() <= JOBS_AT
@@ -164,12 +164,12 @@ impl StateMemory {
         Some(self.at(EXTENTS_AT + number * EXTENT_BYTES))
     }
 
-    /// Which slots a copy of an extent holds.
+    /// Some of an extent's bits.
     #[must_use]
-    pub fn held(self: &Arc<Self>, extent: u32, copy: usize) -> Option<Ref<HeldRecord>> {
+    pub fn bits(self: &Arc<Self>, extent: u32, which: usize) -> Option<Ref<BitsRecord>> {
         let extent = usize::try_from(extent).ok().filter(|n| *n < MAX_EXTENTS)?;
-        let at = (copy < MAX_COPIES).then(|| extent * MAX_COPIES + copy)?;
-        Some(self.at(HELD_AT + at * size_of::<HeldRecord>()))
+        let at = (which < BITS_PER_EXTENT).then(|| extent * BITS_PER_EXTENT + which)?;
+        Some(self.at(BITS_AT + at * size_of::<BitsRecord>()))
     }
 
     /// What a slot holds.
