@@ -43,7 +43,7 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
         return Err(AgentError::NoRdma);
     }
     let socket = args.socket.to_str().ok_or(AgentError::Socket)?.to_owned();
-    let metrics = Endpoint::start(args.metrics.metrics)?;
+    let metrics = Endpoint::start_again(args.metrics.metrics)?;
     // Held until the agent has ended: the memory goes after those who use it.
     let (_own_far_memory, coordinator) = match args.own_far_memory {
         Some(capacity) => {

@@ -138,7 +138,7 @@ impl ControlPlane {
             .block_on(lists)
             .map_err(|error| call(error, &plane.url))?;
         // What was granted without the state saying so yet, or not given back yet though no extent needs it.
-        let is_strange = |grant: &&ExtentGrant| !far.holds(u64::from(grant.extent.0));
+        let is_strange = |grant: &&ExtentGrant| !far.knows(u64::from(grant.extent.0));
         far.needs_not(grants.iter().filter(is_strange).map(as_grant));
         Ok(plane)
     }
@@ -319,7 +319,7 @@ impl ControlPlane {
         let result = self.runtime.block_on(self.grants.grant_extents(request));
         let answered = !matches!(result, Err(CallError::Unavailable(_)));
         let result = result.map(|mut grants| {
-            grants.retain(|grant| !far.holds(u64::from(grant.extent.0)));
+            grants.retain(|grant| !far.knows(u64::from(grant.extent.0)));
             keep(self, grants);
         });
         if answered {

@@ -220,7 +220,7 @@ impl Extent {
     pub(super) fn new(number: u32, goal: u8, bytes: u64, state: &State) -> Option<Self> {
         let record = state.extent(number)?;
         let slots = (bytes / PAGE) as usize;
-        let rests = SlotBits::of(state.bits(number, RESTING)?, slots);
+        let rests = SlotBits::of(state.bits(number)?, RESTING, slots);
         Some(Self {
             number,
             goal,
@@ -250,7 +250,7 @@ impl Extent {
             return None;
         }
         record.note(&grant);
-        let holds = SlotBits::of(state.bits(self.number, place)?, self.slots.len());
+        let holds = SlotBits::of(state.bits(self.number)?, place, self.slots.len());
         holds.clear_all();
         let copy = Copy {
             id,
@@ -282,7 +282,7 @@ impl Extent {
             condition,
             silent_since: None,
             draining: false,
-            holds: SlotBits::of(state.bits(self.number, place)?, self.slots.len()),
+            holds: SlotBits::of(state.bits(self.number)?, place, self.slots.len()),
             writers: 0,
             record,
         })

@@ -141,9 +141,12 @@ impl FarMemory {
         }
     }
 
-    /// Whether a grant of this id is held under the lease there is.
+    /// Whether a grant of this id is held under the lease there is, or about to be given back.
     #[must_use]
-    pub fn holds(&self, id: u64) -> bool {
+    pub fn knows(&self, id: u64) -> bool {
+        if lock(&self.left).iter().any(|grant| grant.id == id) {
+            return true;
+        }
         let is_it = |copy: &Copy| copy.grant.id == id && copy.condition != Condition::Revoked;
         let extents = self.all();
         let mut extents = extents.iter().flatten();

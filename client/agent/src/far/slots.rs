@@ -1,6 +1,6 @@
 //! Which slots of an extent nobody has, and what is kept of each that somebody has.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::state::records::{BitsRecord, HashRecord};
 use crate::sys::state::Ref;
@@ -21,44 +21,53 @@ const _: () = assert!(
 #[derive(Debug)]
 pub(super) struct SlotBits {
     record: Ref<BitsRecord>,
+    which: usize,
     words: usize,
 }
 
 impl SlotBits {
-    /// As the state has them, of an extent with so many slots.
-    pub(super) fn of(record: Ref<BitsRecord>, slots: usize) -> Self {
+    /// As the state has them: which of the bits that it has for a slot, of an extent with so many slots.
+    pub(super) fn of(record: Ref<BitsRecord>, which: usize, slots: usize) -> Self {
         Self {
             record,
+            which,
             words: slots.div_ceil(64),
         }
     }
 
+    fn word(&self, slot: usize) -> Option<&AtomicU64> {
+        self.record.get(slot / 64)?.get(self.which)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &AtomicU64> {
+        let words = self.record.iter().take(self.words);
+        words.filter_map(|words| words.get(self.which))
+    }
+
     /// Clears them, whatever another extent or copy has left there.
     pub(super) fn clear_all(&self) {
-        let words = self.record.iter().take(self.words);
-        words.for_each(|word| word.store(0, Ordering::Release));
+        self.all().for_each(|word| word.store(0, Ordering::Release));
     }
 
     pub(super) fn has(&self, slot: usize) -> bool {
-        let word = self.record.get(slot / 64);
+        let word = self.word(slot);
         word.is_some_and(|word| word.load(Ordering::Relaxed) >> (slot % 64) & 1 == 1)
     }
 
     pub(super) fn set(&self, slot: usize) {
-        if let Some(word) = self.record.get(slot / 64) {
+        if let Some(word) = self.word(slot) {
             word.fetch_or(1 << (slot % 64), Ordering::Release);
         }
     }
 
     pub(super) fn clear(&self, slot: usize) {
-        if let Some(word) = self.record.get(slot / 64) {
+        if let Some(word) = self.word(slot) {
             word.fetch_and(!(1 << (slot % 64)), Ordering::Release);
         }
     }
 
-    pub(super) fn words(&self) -> impl Iterator<Item = u64> + '_ {
-        let words = self.record.iter().take(self.words);
-        words.map(|word| word.load(Ordering::Relaxed))
+    pub(super) fn words(&self) -> impl Iterator<Item = u64> {
+        self.all().map(|word| word.load(Ordering::Relaxed))
     }
 }
 

@@ -294,7 +294,7 @@ fn the_next_agent_finds_what_each_copy_holds() {
     let far = FarMemory::left(state);
     assert!(far.is_named(all.first) && far.is_named(some) && !far.is_named(some));
     far.all_is_named();
-    assert!([1, 2, 3].into_iter().all(|id| far.holds(id)) && !far.holds(4));
+    assert!([1, 2, 3].into_iter().all(|id| far.knows(id)) && !far.knows(4));
     assert_eq!(
         (nodes_of(&far, all.first), nodes_of(&far, some)),
         (vec![1, 2], vec![1])
@@ -304,6 +304,11 @@ fn the_next_agent_finds_what_each_copy_holds() {
     let place = &far.places(some, 1)[0];
     assert_eq!(*place.grant, grant(1, 128));
     assert_eq!(far.references(some), 2);
+    // One that is to go back is not taken into use again.
+    far.needs_not([grant(4, 128)].into_iter());
+    assert!(far.knows(4));
+    assert_eq!(far.retire(|_| 0), [grant(4, 128)]);
+    assert!(!far.knows(4));
 }
 
 #[test]

@@ -124,10 +124,10 @@ impl State {
         Some(record)
     }
 
-    /// Bits for an extent's slots: those that its copy of this place holds, or those that rest.
+    /// Bits for an extent's slots.
     #[must_use]
-    pub fn bits(&self, extent: u32, which: usize) -> Option<Ref<BitsRecord>> {
-        self.memory.bits(extent, which)
+    pub fn bits(&self, extent: u32) -> Option<Ref<BitsRecord>> {
+        self.memory.bits(extent)
     }
 
     /// What a slot holds.

@@ -303,8 +303,8 @@ pub const BITS_PER_EXTENT: usize = MAX_COPIES + 1;
 /// Which of an extent's bits say what rests ([`crate::far::FarMemory::lay_to_rest`]).
 pub const RESTING: usize = MAX_COPIES;
 
-/// A bit for each slot of an extent.
-pub type BitsRecord = [AtomicU64; (1 << PAGE_IN_EXTENT_BITS) / 64];
+/// Bits for an extent's slots, those of the same slots side by side: an extent of 16 MiB has all of its bits in one page.
+pub type BitsRecord = [[AtomicU64; BITS_PER_EXTENT]; (1 << PAGE_IN_EXTENT_BITS) / 64];
 
 /// Whose a chunk of a page table is.
 #[repr(C)]

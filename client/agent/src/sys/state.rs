@@ -14,8 +14,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::entry::{PAGE_IN_EXTENT_BITS, Slot};
 use crate::state::records::{
-    BITS_PER_EXTENT, BitsRecord, ChunkRecord, ExtentRecord, HashRecord, Header, JobRecord,
-    SpaceRecord,
+    BitsRecord, ChunkRecord, ExtentRecord, HashRecord, Header, JobRecord, SpaceRecord,
 };
 
 /// As many as the agent serves.
@@ -41,7 +40,7 @@ const CHUNKS_AT: usize = RECORDS_AT + MAX_CHUNKS * size_of::<ChunkRecord>();
 const HASHES_AT: usize = CHUNKS_AT + MAX_CHUNKS * size_of::<Cells>();
 const BITS_AT: usize = HASHES_AT + MAX_EXTENTS * HASHES_PER_EXTENT * size_of::<HashRecord>();
 /// Bytes of the whole.
-pub const STATE_BYTES: usize = BITS_AT + MAX_EXTENTS * BITS_PER_EXTENT * size_of::<BitsRecord>();
+pub const STATE_BYTES: usize = BITS_AT + MAX_EXTENTS * size_of::<BitsRecord>();
 
 const _: () = assert!(
     size_of::<Header>() <= JOBS_AT
@@ -164,12 +163,11 @@ impl StateMemory {
         Some(self.at(EXTENTS_AT + number * EXTENT_BYTES))
     }
 
-    /// Some of an extent's bits.
+    /// Bits for an extent's slots.
     #[must_use]
-    pub fn bits(self: &Arc<Self>, extent: u32, which: usize) -> Option<Ref<BitsRecord>> {
+    pub fn bits(self: &Arc<Self>, extent: u32) -> Option<Ref<BitsRecord>> {
         let extent = usize::try_from(extent).ok().filter(|n| *n < MAX_EXTENTS)?;
-        let at = (which < BITS_PER_EXTENT).then(|| extent * BITS_PER_EXTENT + which)?;
-        Some(self.at(BITS_AT + at * size_of::<BitsRecord>()))
+        Some(self.at(BITS_AT + extent * size_of::<BitsRecord>()))
     }
 
     /// What a slot holds.
