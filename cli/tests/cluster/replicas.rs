@@ -71,7 +71,7 @@ pub(super) fn ends_well(cluster: &Cluster, program: Program, summary: &str) {
     assert_eq!(summary["pages_poisoned"], 0, "{summary}");
 }
 
-fn has_all_copies(cluster: &Cluster) -> bool {
+pub(super) fn has_all_copies(cluster: &Cluster) -> bool {
     cluster.status()["extents_below_replicas"] == 0
 }
 

@@ -8,12 +8,15 @@ use std::time::{Duration, SystemTime};
 use super::common::cluster::{Cluster, PATIENCE, PYTHON, USER, as_user, wait};
 use super::common::programs_in_c::compiled;
 use super::common::{alone, eventually, patience, without_program};
-use super::{LOCAL, PIECES, cannot_run};
+use super::{LOCAL, PIECES, cannot_run, replicas};
 
 /// How often the agent is killed under each set of programs.
 const KILLS: u32 = 20;
 /// The longest life of an agent between two kills, milliseconds: most of taking over falls into the shortest ones.
 const LONGEST_LIFE: u64 = 1200;
+/// How often under a program with copies, for each time that it changes its data; and at which of these a node is killed too.
+const KILLS_IN_A_TURN: u32 = 3;
+const LOSING_TURN: usize = 3;
 
 /// Numbers by lot, from a seed that is told.
 struct Lot(u64);
@@ -146,6 +149,44 @@ fn forking_programs_outlive_agents_that_are_killed() {
     }
     println!("killed {kills} times");
     ended_well(&cluster, forking, "tree");
+    cluster.stop();
+}
+
+/// Each page on two of three nodes, in a program that changes its data and forks. A node is killed while there is no agent.
+#[test]
+fn copies_outlive_agents_that_are_killed() {
+    if cannot_run("copies_outlive_agents_that_are_killed") {
+        return;
+    }
+    let _alone = alone();
+    let mut lot = Lot::new("copies_outlive_agents_that_are_killed");
+    let mut cluster = Cluster::start("tcp", &["128M", "128M", "128M"]);
+    let native = replicas::expected(&cluster);
+    let mut program = replicas::changing(&cluster, "2", "summary");
+    program.built();
+    for (turn, native) in native.iter().enumerate() {
+        program.ask();
+        for kill in 0..KILLS_IN_A_TURN {
+            std::thread::sleep(Duration::from_millis(lot.below(LONGEST_LIFE)));
+            cluster.agent.as_mut().unwrap().kill();
+            if (turn, kill) == (LOSING_TURN, 0) {
+                cluster.nodes[1].kill();
+            }
+            cluster.start_agent(&[]);
+        }
+        assert_eq!(
+            program.line_within(patience(PATIENCE)).as_ref(),
+            Some(native)
+        );
+        if turn == LOSING_TURN {
+            // Of what was on the killed node another copy is made, by whichever agent.
+            eventually("each extent has two copies again", || {
+                replicas::has_all_copies(&cluster)
+            });
+        }
+    }
+    replicas::ends_well(&cluster, program, "summary");
+    cluster.nodes.remove(1);
     cluster.stop();
 }
 

@@ -78,13 +78,12 @@ impl FarMemory {
     pub fn all_is_named(&self) {
         self.rest_what_was_copied();
         let until = Instant::now() + REST;
+        let mut resting = Vec::new();
         for extent in self.all().iter().flatten() {
             self.update(extent, |parts| {
-                for (slot, record) in (0u16..).zip(&extent.slots) {
-                    let (page, is_named) = (
-                        usize::from(slot),
-                        record.references.load(Ordering::Relaxed) > 0,
-                    );
+                for (slot, record) in (0..=u16::MAX).zip(&extent.slots) {
+                    let is_named = record.references.load(Ordering::Relaxed) > 0;
+                    let page = usize::from(slot);
                     if !is_named {
                         parts.copies.iter().for_each(|copy| copy.holds.clear(page));
                     }
@@ -99,11 +98,11 @@ impl FarMemory {
                     } else {
                         parts.free.take_this(page);
                     }
-                    lock(&self.resting)
-                        .extend(Slot::new(extent.number, slot).map(|it| (until, it)));
+                    resting.extend(Slot::new(extent.number, slot).map(|it| (until, it)));
                 }
             });
         }
+        lock(&self.resting).append(&mut resting);
     }
 
     /// The slots that the dead agent's mover was writing to rest too.
@@ -127,8 +126,10 @@ impl FarMemory {
 
     /// Those that rest no longer than this.
     pub(super) fn end_rests_until(&self, now: Instant) {
-        let mut resting = lock(&self.resting);
-        for (_, slot) in resting.extract_if(.., |(until, _)| *until <= now) {
+        let due: Vec<_> = lock(&self.resting)
+            .extract_if(.., |(until, _)| *until <= now)
+            .collect();
+        for (_, slot) in due {
             let page = usize::from(slot.page());
             self.record(slot, |extent, _| {
                 self.update(extent, |parts| {
