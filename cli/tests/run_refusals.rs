@@ -13,7 +13,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use common::{farpage, farpage_run, skip, sys};
+use common::{copy_program, farpage, farpage_run, skip, sys};
 
 fn farpage_with(flags: &[&str]) -> Output {
     Command::new(farpage())
@@ -252,7 +252,7 @@ fn static_programs_are_refused() {
 fn setuid_programs_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let program = folder.path().join("true");
-    fs::copy("/bin/true", &program).unwrap();
+    copy_program(Path::new("/bin/true"), &program);
     for mode in [0o4755, 0o2755] {
         fs::set_permissions(&program, Permissions::from_mode(mode)).unwrap();
         let out = run(&[program.to_str().unwrap()]);
@@ -276,10 +276,10 @@ fn an_account_without_privilege_is_told_the_remedy() {
     let folder = tempfile::tempdir().unwrap();
     fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
     let copy = folder.path().join("farpage");
-    fs::copy(farpage(), &copy).unwrap();
+    copy_program(&farpage(), &copy);
     let shim = "libfarpage_preload.so";
     let built = farpage().with_file_name(shim);
-    fs::copy(built, folder.path().join(shim)).unwrap();
+    copy_program(&built, &folder.path().join(shim));
     let as_nobody = |flags: &[&str]| {
         let mut command = Command::new("setpriv");
         command

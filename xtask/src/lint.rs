@@ -47,6 +47,7 @@ fn shell(tally: &mut Tally) {
         "rdma-up",
         "check",
         "lab-control",
+        "bench-fault",
     ];
     let scripts = scripts.map(|name| format!("deploy/softroce/{name}"));
     check(tally, "shellcheck", Step::new("shellcheck").args(scripts));

@@ -247,6 +247,8 @@ mod tests {
             "local_peak_bytes",
             "far_peak_bytes",
             "far_slots_in_use_at_exit",
+            "replicas",
+            "extents_below_replicas",
             "processes_left",
             "fabric",
             "processes",

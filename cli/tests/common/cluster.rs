@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use super::{farpage, marked, patience, sys};
+use super::{copy_program, farpage, marked, patience, sys};
 
 /// The user who runs programs: nobody.
 pub const USER: u32 = 65534;
@@ -109,7 +109,7 @@ impl Cluster {
         let built = farpage();
         for name in ["farpage", "libfarpage_preload.so"] {
             let copy = folder.path().join(name);
-            std::fs::copy(built.with_file_name(name), &copy).unwrap();
+            copy_program(&built.with_file_name(name), &copy);
             std::fs::set_permissions(&copy, Permissions::from_mode(0o755)).unwrap();
         }
         std::fs::write(folder.path().join("program.py"), BUILD_AND_CHECK).unwrap();

@@ -139,9 +139,21 @@ pub fn patience(usual: Duration) -> Duration {
     seconds.map_or(usual, |seconds| usual.max(Duration::from_secs(seconds)))
 }
 
+/// Copies a program to be run. Another process does it: a child that some other test forks right now would keep ours open for
+/// writing, and what is open for writing cannot be run (ETXTBSY).
+pub fn copy_program(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg(from).arg(to).status().unwrap();
+    assert!(copied.success(), "{copied}");
+}
+
 /// Waits until something holds, and fails the test with `what` if it does not in time.
-pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + patience(Duration::from_secs(10));
+pub fn eventually(what: &str, holds: impl FnMut() -> bool) {
+    eventually_within(Duration::from_secs(10), what, holds);
+}
+
+/// The same for what takes its time by design.
+pub fn eventually_within(usual: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience(usual);
     while !holds() {
         assert!(Instant::now() < deadline, "not in time: {what}");
         std::thread::sleep(Duration::from_millis(5));
