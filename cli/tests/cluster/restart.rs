@@ -7,7 +7,9 @@ use std::time::{Duration, SystemTime};
 
 use super::common::cluster::{Cluster, PATIENCE, PYTHON, USER, as_user, wait};
 use super::common::programs_in_c::compiled;
-use super::common::{alone, eventually, patience, without_program};
+use super::common::{
+    alone, copy_program, eventually, eventually_within, patience, without_program,
+};
 use super::{LOCAL, PIECES, cannot_run, replicas};
 
 /// How often the agent is killed under each set of programs.
@@ -42,7 +44,7 @@ impl Lot {
 /// A program of `bench/c` where the unprivileged user can run it.
 fn program(cluster: &Cluster, name: &str) -> PathBuf {
     let copy = cluster.path(name);
-    std::fs::copy(compiled(name), &copy).unwrap();
+    copy_program(&compiled(name), &copy);
     copy
 }
 
@@ -180,7 +182,7 @@ fn copies_outlive_agents_that_are_killed() {
         );
         if turn == LOSING_TURN {
             // Of what was on the killed node another copy is made, by whichever agent.
-            eventually("each extent has two copies again", || {
+            eventually_within(replicas::COPIED, "each extent has two copies again", || {
                 replicas::has_all_copies(&cluster)
             });
         }
