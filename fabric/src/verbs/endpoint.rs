@@ -29,9 +29,6 @@ use crate::wire::WireError;
 /// this one should not be felt beside it. Who sleeps is woken by it.
 const HEAR_EVERY: u32 = 1024;
 
-/// A poll after a sleep counts for so many: who sleeps for each answer polls seldom.
-const SLEEP_COUNTS: u32 = 64;
-
 /// A responder that takes longer over a key or a lane is stopped or broken.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -63,9 +60,7 @@ pub struct VerbsEndpoint {
     /// Bytes of frames that the socket did not take yet, in whole frames when first put here.
     output: VecDeque<u8>,
     watching_output: bool,
-    /// Polls since the control connection was last looked at.
-    unheard: u32,
-    slept: bool,
+    polls: u32,
     armed: bool,
     dead: Option<WorkError>,
     window: usize,
@@ -147,8 +142,7 @@ impl VerbsEndpoint {
             received: 0,
             output: VecDeque::new(),
             watching_output: false,
-            unheard: HEAR_EVERY,
-            slept: false,
+            polls: 0,
             armed: false,
             dead: None,
             window,
@@ -348,18 +342,14 @@ impl VerbsEndpoint {
     }
 
     fn progress(&mut self) -> Result<(), WorkError> {
-        let answered = self.take_completions()? > 0;
-        if answered {
-            self.take_notification();
+        if self.take_completions()? > 0 {
+            self.take_notifications();
         }
-        let slept = std::mem::take(&mut self.slept);
-        self.unheard += if slept { SLEEP_COUNTS } else { 1 };
         let asked = self.lanes.iter().any(Lane::has_questions);
-        // Who was not woken by an answer was woken by the control connection.
-        if asked || self.unheard >= HEAR_EVERY || slept && !answered {
-            self.unheard = 0;
+        if asked || self.polls.is_multiple_of(HEAR_EVERY) {
             self.hear()?;
         }
+        self.polls = self.polls.wrapping_add(1);
         self.advance()?;
         let late = |lane: &Lane| {
             lane.oldest_question()
@@ -372,15 +362,15 @@ impl VerbsEndpoint {
     }
 
     /// Who has taken what it was woken for is not to be woken for it again.
-    fn take_notification(&mut self) {
-        if self.armed && self.link.completions.take_notification() {
+    fn take_notifications(&mut self) {
+        if self.armed && self.link.completions.take_notifications() {
             self.armed = false;
         }
     }
 
     /// Sees to it that the next completion wakes a sleeper, and looks once more: what came before the arming does not.
     fn await_completions(&mut self) -> Result<(), WorkError> {
-        self.take_notification();
+        self.take_notifications();
         if !self.armed {
             self.link
                 .completions
@@ -388,7 +378,8 @@ impl VerbsEndpoint {
                 .map_err(|_| WorkError::Disconnected)?;
             self.armed = true;
         }
-        self.slept = true;
+        // What wakes the sleeper may be the control connection.
+        self.polls = 0;
         self.take_completions()?;
         self.advance()
     }

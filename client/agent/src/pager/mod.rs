@@ -401,9 +401,7 @@ impl Pager {
                 self.links.look_at_idle(&mut self.completions);
             }
             self.uffd_has_news |= woken.by(Source::Uffd);
-            // Whoever has news of the program itself, or of nothing, looks whether it still runs. Answers say nothing of it.
-            due = woken.by(Source::Process)
-                || !woken.by(Source::Uffd) && !woken.by_nobody_but(Source::Link);
+            due = woken.by(Source::Process) || !woken.by(Source::Uffd);
         }
         if let Some(helper) = &self.helper {
             helper.control().agent_sleeps.store(0, Ordering::SeqCst);

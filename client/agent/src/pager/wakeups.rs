@@ -32,10 +32,6 @@ impl Woken {
     pub(super) fn by(self, source: Source) -> bool {
         self.0 & source as u64 != 0
     }
-
-    pub(super) fn by_nobody_but(self, source: Source) -> bool {
-        self.0 == source as u64
-    }
 }
 
 /// More than watched descriptors ever have news at once; the others are told at the next sleep.

@@ -118,22 +118,29 @@ impl CompletionQueue {
         check(unsafe { ibv_req_notify_cq(self.raw.as_ptr(), 0) })
     }
 
-    /// Takes a notification, if one is there. Returns whether: the queue is no longer armed then. One arming makes one.
-    pub(crate) fn take_notification(&self) -> bool {
-        let (mut queue, mut context) = (ptr::null_mut(), ptr::null_mut());
-        // SAFETY: a live channel, nonblocking, and room for the two answers.
-        let result = unsafe {
-            (self.context.library.get_cq_event)(
-                self.channel.as_ptr(),
-                &raw mut queue,
-                &raw mut context,
-            )
-        };
-        if result == 0 {
-            // SAFETY: the channel has this one queue, which one event was taken from and not acknowledged yet.
-            unsafe { (self.context.library.ack_cq_events)(self.raw.as_ptr(), 1) };
+    /// Takes the notifications that are there. Returns whether there was one: the queue is no longer armed then.
+    pub(crate) fn take_notifications(&self) -> bool {
+        let mut count = 0;
+        loop {
+            let (mut queue, mut context) = (ptr::null_mut(), ptr::null_mut());
+            // SAFETY: a live channel, nonblocking, and room for the two answers.
+            let result = unsafe {
+                (self.context.library.get_cq_event)(
+                    self.channel.as_ptr(),
+                    &raw mut queue,
+                    &raw mut context,
+                )
+            };
+            if result != 0 {
+                break;
+            }
+            count += 1;
         }
-        result == 0
+        if count > 0 {
+            // SAFETY: the channel has this one queue, which so many events were taken from and not acknowledged yet.
+            unsafe { (self.context.library.ack_cq_events)(self.raw.as_ptr(), count) };
+        }
+        count > 0
     }
 }
 
