@@ -365,7 +365,14 @@ impl Lane {
                 self.close();
                 Ok(())
             }
-            Status::Failed => Err(WorkError::Disconnected),
+            Status::Failed(code) => {
+                tracing::debug!(
+                    lane = self.number,
+                    why = link.completions.name_of(code),
+                    "a queue pair has failed"
+                );
+                Err(WorkError::Disconnected)
+            }
         }
     }
 

@@ -24,6 +24,9 @@ const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 /// A node that has answered nothing for so long, of what was asked of it, is not waited for where others have the same bytes.
 /// A thread waits for this once, and a node that is only slow is given up in vain: both should be rare.
 const SILENT_AFTER: Duration = Duration::from_millis(500);
+/// A connection that owes an answer for so long will not give it: by itself RDMA gives up after some seconds, and a kernel that has
+/// lost a request never does. It is made anew, unless it carries writes, which might still arrive behind those that are sent again.
+const OWED_FOR_EVER: Duration = Duration::from_secs(15);
 
 /// What a work request was for. Its 64 bits come back in the completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,8 +95,8 @@ struct Link {
     retry_at: Option<Instant>,
     /// Since when no attempt has succeeded.
     away_since: Option<Instant>,
-    /// What was posted and has not completed.
-    in_flight: Vec<WorkId>,
+    /// What was posted and has not completed, and when it was posted.
+    in_flight: Vec<(WorkId, Instant)>,
     /// When the last of it completed; else when the first of it was posted.
     answered: Instant,
     dirty: bool,
@@ -279,15 +282,23 @@ impl Links {
         total
     }
 
-    /// Gives up connections to nodes that have been silent for long: what was asked of them has failed.
-    fn give_up_silent(&mut self, out: &mut Vec<Completion>) {
-        let silent =
-            |link: &&mut Link| !link.in_flight.is_empty() && link.answered.elapsed() > SILENT_AFTER;
+    /// Gives up connections to nodes that have been silent for long: what was asked of them has failed. Where there are other
+    /// copies that is sooner.
+    fn give_up_silent(&mut self, has_others: bool, out: &mut Vec<Completion>) {
+        if !self.any_in_flight() {
+            return;
+        }
+        let now = Instant::now();
+        let waited = |since: Instant| now.saturating_duration_since(since);
+        let silent = |link: &&mut Link| {
+            !link.in_flight.is_empty()
+                && (has_others && waited(link.answered) > SILENT_AFTER || link.owes_for_ever(now))
+        };
         for link in self.links.iter_mut().filter(silent) {
             // Nothing that it may still send or receive is wanted, and nothing of ours is touched by it any more.
             link.endpoint = None;
             link.failed("it does not answer");
-            let failed = link.in_flight.drain(..).map(|id| Completion {
+            let failed = link.in_flight.drain(..).map(|(id, _)| Completion {
                 id,
                 result: Err(WorkError::Disconnected),
             });
@@ -478,9 +489,16 @@ impl Link {
 
     /// A request has completed.
     fn is_over(&mut self, id: WorkId) {
-        if let Some(at) = self.in_flight.iter().position(|it| *it == id) {
+        if let Some(at) = self.in_flight.iter().position(|(it, _)| *it == id) {
             self.in_flight.swap_remove(at);
         }
+    }
+
+    fn owes_for_ever(&self, now: Instant) -> bool {
+        let is_write = |id: WorkId| matches!(Work::of(id), Work::Write { .. });
+        let old = |since: Instant| now.saturating_duration_since(since) > OWED_FOR_EVER;
+        self.in_flight.iter().any(|(_, since)| old(*since))
+            && !self.in_flight.iter().any(|(id, _)| is_write(*id))
     }
 
     fn post(
@@ -491,10 +509,11 @@ impl Link {
         let endpoint = self.endpoint.as_deref_mut().ok_or(LinkError::Unreachable)?;
         match post(endpoint) {
             Ok(()) => {
+                let now = Instant::now();
                 if self.in_flight.is_empty() {
-                    self.answered = Instant::now();
+                    self.answered = now;
                 }
-                self.in_flight.push(id);
+                self.in_flight.push((id, now));
                 self.dirty = true;
                 Ok(())
             }
@@ -513,9 +532,8 @@ impl Pager {
     pub(super) fn poll_links(&mut self) -> bool {
         let mut completions = std::mem::take(&mut self.completions);
         self.links.poll(&mut completions);
-        if self.job.limits.copies > 1 {
-            self.links.give_up_silent(&mut completions);
-        }
+        let has_others = self.job.limits.copies > 1;
+        self.links.give_up_silent(has_others, &mut completions);
         let worked = !completions.is_empty();
         for completion in completions.drain(..) {
             if let Err(error) = completion.result {

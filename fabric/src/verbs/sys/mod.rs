@@ -79,6 +79,7 @@ functions! {
     create_qp(*mut ibv_pd, *mut ibv_qp_init_attr) -> *mut ibv_qp;
     modify_qp(*mut ibv_qp, *mut ibv_qp_attr, c_int) -> c_int;
     destroy_qp(*mut ibv_qp) -> c_int;
+    wc_status_str(c_uint) -> *const std::ffi::c_char;
 }
 
 /// The library, loaded once; later calls repeat what the first one found.

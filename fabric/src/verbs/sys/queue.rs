@@ -1,5 +1,6 @@
 //! Queue pairs, and the completion queues that they report to.
 
+use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -25,8 +26,8 @@ pub(crate) enum Status {
     Done,
     /// The responder's device refused: the key, the range, or what was asked.
     Refused,
-    /// Anything else: no answer, a flushed queue, a local fault.
-    Failed,
+    /// Anything else: no answer, a flushed queue, a local fault. Which, by the verbs' code.
+    Failed(ibv_wc_status::Type),
 }
 
 /// One entry of a completion queue.
@@ -118,6 +119,13 @@ impl CompletionQueue {
         check(unsafe { ibv_req_notify_cq(self.raw.as_ptr(), 0) })
     }
 
+    /// What the library calls a failure.
+    pub(crate) fn name_of(&self, code: ibv_wc_status::Type) -> &'static str {
+        // SAFETY: takes any number, and returns a constant, terminated text of a library that is never unloaded.
+        let text = unsafe { CStr::from_ptr((self.context.library.wc_status_str)(code)) };
+        text.to_str().unwrap_or("unknown")
+    }
+
     /// Takes the notifications that are there. Returns whether there was one: the queue is no longer armed then.
     pub(crate) fn take_notifications(&self) -> bool {
         let mut count = 0;
@@ -168,7 +176,7 @@ fn status(code: ibv_wc_status::Type) -> Status {
         ibv_wc_status::IBV_WC_REM_ACCESS_ERR
         | ibv_wc_status::IBV_WC_REM_INV_REQ_ERR
         | ibv_wc_status::IBV_WC_REM_OP_ERR => Status::Refused,
-        _ => Status::Failed,
+        other => Status::Failed(other),
     }
 }
 
