@@ -30,6 +30,12 @@ impl Pager {
             page = format_args!("{:#x}", fault.page.address()),
             pid = self.pid(),
             why,
+            waited = ?fault.began.elapsed(),
+            entry = ?self.table.get(fault.page),
+            room = self.room(),
+            batch = self.take_out.is_some(),
+            staged = self.staging.is_busy(),
+            nodes = %self.links.condition(),
             "a fault ends in SIGBUS"
         );
         self.deliver_sigbus(fault);

@@ -358,6 +358,23 @@ impl Links {
         far.places(slot, 1).iter().all(is_away)
     }
 
+    /// Each node and how it is reached, for the log.
+    pub(super) fn condition(&self) -> String {
+        let links = self.links.iter().map(|link| {
+            let endpoint = link.endpoint.as_ref();
+            let is_up = endpoint.is_some_and(Endpoint::is_connected);
+            let oldest = link.in_flight.iter().map(|(_, since)| since.elapsed());
+            format!(
+                "{} {}, {} requests under way, the oldest for {:?}",
+                link.address,
+                if is_up { "connected" } else { "not connected" },
+                link.in_flight.len(),
+                oldest.max().unwrap_or_default()
+            )
+        });
+        links.collect::<Vec<_>>().join("; ")
+    }
+
     /// Sees to it that answers wake this pager. False where one is there already.
     pub(super) fn arm(&mut self) -> bool {
         let waiting = self.links.iter_mut();
