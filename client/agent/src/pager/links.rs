@@ -99,6 +99,8 @@ struct Link {
     in_flight: Vec<(WorkId, Instant)>,
     /// When the last of it completed; else when the first of it was posted.
     answered: Instant,
+    /// The last that went wrong, for the log.
+    last_error: Option<WorkError>,
     dirty: bool,
     /// For its answers; none where they come with the asking (shared memory).
     patience: Option<Patience>,
@@ -164,6 +166,7 @@ impl Links {
                     away_since: None,
                     in_flight: Vec::with_capacity(WINDOW),
                     answered: Instant::now(),
+                    last_error: None,
                     dirty: false,
                     patience: None,
                 });
@@ -270,6 +273,7 @@ impl Links {
                 let fresh = out.get(before..).unwrap_or_default();
                 for completion in fresh {
                     link.is_over(completion.id);
+                    link.last_error = completion.result.err().or(link.last_error);
                 }
                 if let Some(patience) = &mut link.patience
                     && fresh.iter().any(|completion| is_waited_for(completion.id))
@@ -365,11 +369,12 @@ impl Links {
             let is_up = endpoint.is_some_and(Endpoint::is_connected);
             let oldest = link.in_flight.iter().map(|(_, since)| since.elapsed());
             format!(
-                "{} {}, {} requests under way, the oldest for {:?}",
+                "{} {}, {} requests under way, the oldest for {:?}, last error {:?}",
                 link.address,
                 if is_up { "connected" } else { "not connected" },
                 link.in_flight.len(),
-                oldest.max().unwrap_or_default()
+                oldest.max().unwrap_or_default(),
+                link.last_error
             )
         });
         links.collect::<Vec<_>>().join("; ")
