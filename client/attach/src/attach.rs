@@ -76,8 +76,24 @@ pub fn attach(
     parent: u64,
     keep_socket: bool,
 ) -> Result<Attached, AttachError> {
+    let mut patience = Patience::default();
+    loop {
+        match attempt(path, kind, job, parent, keep_socket) {
+            Err(error) if patience.waits_for_the_next_agent(&error) => {}
+            result => return result,
+        }
+    }
+}
+
+fn attempt(
+    path: &[u8],
+    kind: u32,
+    job: u64,
+    parent: u64,
+    keep_socket: bool,
+) -> Result<Attached, AttachError> {
     let fd = socket::connect(path).map_err(AttachError::Unreachable)?;
-    let result = handshake(fd, kind, job, parent);
+    let result = handshake(path, fd, kind, job, parent);
     if !keep_socket || result.is_err() {
         calls::close(fd);
     }
@@ -87,7 +103,65 @@ pub fn attach(
     })
 }
 
-fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, AttachError> {
+/// How long the next agent is waited for.
+#[derive(Default)]
+struct Patience {
+    waited_ms: u64,
+}
+
+impl Patience {
+    /// Whether the agent was killed, as it seems, and another may come: waits a little if so.
+    fn waits_for_the_next_agent(&mut self, error: &AttachError) -> bool {
+        const EPIPE: u32 = 32;
+        const ECONNRESET: u32 = 104;
+        const ECONNREFUSED: u32 = 111;
+        let is_gone = matches!(
+            error,
+            AttachError::Unreachable(Errno(ECONNREFUSED))
+                | AttachError::Handshake(Errno(ECONNRESET | EPIPE))
+        );
+        if !is_gone || self.waited_ms >= AGENT_DEADLINE_MS {
+            return false;
+        }
+        calls::sleep_ms(AGENT_POLL_MS);
+        self.waited_ms += AGENT_POLL_MS;
+        true
+    }
+}
+
+/// How long a program that attaches waits for the next agent: longer than the agent's own default of how long it may take.
+const AGENT_DEADLINE_MS: u64 = 15_000;
+const AGENT_POLL_MS: u64 = 20;
+
+/// The agent was killed before it said that we are attached, but after it told us what we are: the next one knows whether we are.
+fn confirm(path: &[u8], job: u64, space: u64, helper: i32) -> Result<(), AttachError> {
+    let mut hello = Packet::new(tag::HELLO);
+    (hello.kind, hello.job, hello.parent) = (crate::message::kind::CONFIRM, job, space);
+    hello.helper = helper as u64;
+    let mut patience = Patience::default();
+    loop {
+        let asked = socket::connect(path)
+            .map_err(AttachError::Unreachable)
+            .and_then(|fd| {
+                let sent = socket::send(fd, &hello, &[]).map_err(AttachError::Handshake);
+                let done = sent.and_then(|()| expect(fd, tag::DONE).map(drop));
+                calls::close(fd);
+                done
+            });
+        match asked {
+            Err(error) if patience.waits_for_the_next_agent(&error) => {}
+            result => return result,
+        }
+    }
+}
+
+fn handshake(
+    path: &[u8],
+    fd: i32,
+    kind: u32,
+    job: u64,
+    parent: u64,
+) -> Result<Attached, AttachError> {
     let mut hello = Packet::new(tag::HELLO);
     (hello.kind, hello.job, hello.parent) = (kind, job, parent);
     socket::send(fd, &hello, &[]).map_err(AttachError::Handshake)?;
@@ -130,10 +204,23 @@ fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, Atta
         let mut up = Packet::new(tag::HELPER_UP);
         up.helper = helper as u64;
         let sent = socket::send(fd, &up, &[]).map_err(AttachError::Handshake);
-        let done = sent.and_then(|()| expect(fd, tag::DONE));
+        let done = sent.and_then(|()| expect(fd, tag::DONE).map(drop));
         drop((uffds, drains, given));
+        const ECONNRESET: u32 = 104;
+        const EPIPE: u32 = 32;
+        let done = match done {
+            Err(AttachError::Handshake(Errno(ECONNRESET | EPIPE))) => {
+                match confirm(path, job, go.job, helper) {
+                    // It does not know us: from the beginning.
+                    Err(AttachError::Refused(..)) => Err(AttachError::Handshake(Errno(ECONNRESET))),
+                    result => result,
+                }
+            }
+            done => done,
+        };
         if let Err(error) = done {
             calls::kill(helper, 9);
+            calls::reap_clone(helper);
             return Err(error);
         }
         Ok(Attached {

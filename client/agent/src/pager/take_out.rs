@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use farpage_attach::control::{BATCH_PAGES, Control, method, outcome, staging_offset};
 use smallvec::SmallVec;
 
-use super::Pager;
+use super::{Noted, Pager};
 use crate::entry::Entry;
+use crate::state::records::undecided;
 use crate::sys::uffd::Message;
 use crate::table::{Page, pages_of};
 
@@ -52,11 +53,31 @@ pub(crate) struct TakeOut {
     since: Instant,
     /// Of which pages the events of our own drops are still to be read (kernels without `UFFDIO_MOVE`): one bit each.
     drops_unread: u64,
+    /// What became of which pages is in the table already, done by the agent before this one: one bit each.
+    settled: u64,
 }
 
 const _: () = assert!(BATCH_PAGES <= u64::BITS as usize);
 
 impl TakeOut {
+    /// The batch that another agent has handed over.
+    pub(super) fn left(command: u32, how: u32, area: usize, pages: Batch, settled: u64) -> Self {
+        Self {
+            command,
+            pages,
+            area,
+            method: how,
+            since: Instant::now(),
+            drops_unread: 0,
+            settled,
+        }
+    }
+
+    /// Pages of which it is still to be seen what became.
+    pub(super) fn unsettled(&self) -> u64 {
+        self.pages.len() as u64 - u64::from(self.settled.count_ones())
+    }
+
     /// Takes the next event about a page for the one of our own drop. Returns false where that was read before, or the page
     /// is not of this batch.
     fn is_own_drop(&mut self, page: Page) -> bool {
@@ -187,6 +208,7 @@ impl Pager {
             self.turn_round(&pages);
             return false;
         };
+        self.place.note_batch(command, how, area, &pages);
         write_batch(control, &pages, area, how);
         helper.publish(command);
         self.take_out = Some(TakeOut {
@@ -196,6 +218,7 @@ impl Pager {
             method: how,
             since: Instant::now(),
             drops_unread: 0,
+            settled: 0,
         });
         true
     }
@@ -216,6 +239,11 @@ impl Pager {
             return false;
         };
         let command = self.gate.batch_without_moves();
+        // Which events are of our own drops the next agent could not tell.
+        self.place
+            .undecided
+            .fetch_or(undecided::EVENTS, Ordering::AcqRel);
+        self.place.note_batch(command, method::DROP, area, &pages);
         write_batch(helper.control(), &pages, area, method::DROP);
         helper.publish(command);
         self.take_out = Some(TakeOut {
@@ -225,6 +253,7 @@ impl Pager {
             method: method::DROP,
             since: Instant::now(),
             drops_unread: u64::MAX,
+            settled: 0,
         });
         true
     }
@@ -285,16 +314,26 @@ impl Pager {
     /// What the program itself discarded, of what the kernel says was. The helper's drops say the same as the program's: of
     /// pages that are being dropped the first to come is taken for the helper's, the second for the program's. Which is
     /// which does not matter, since these pages are touched by nobody before the batch is over.
-    pub(super) fn without_own_drops(&mut self, range: Range<u64>, messages: &mut Vec<Message>) {
+    pub(super) fn without_own_drops(
+        &mut self,
+        range: Range<u64>,
+        at: Option<u32>,
+        messages: &mut Vec<Noted>,
+    ) {
         let pages = pages_of(range.clone());
         let pages = || (pages.start.0..pages.end.0).map(Page);
+        let note = |range| Noted {
+            message: Message::Remove(range),
+            at: None,
+        };
         match &mut self.take_out {
-            Some(batch) if pages().all(|page| batch.bit(page) != 0) => messages.extend(
-                pages()
-                    .filter(|page| !batch.is_own_drop(*page))
-                    .map(|page| Message::Remove(addresses(&[page]))),
-            ),
-            _ => messages.push(Message::Remove(range)),
+            Some(batch) if pages().all(|page| batch.bit(page) != 0) => {
+                let theirs = pages().filter(|page| !batch.is_own_drop(*page));
+                messages.extend(theirs.map(|page| note(addresses(&[page]))));
+                // As noted it is not what is to be followed; while pages are being dropped nobody takes over.
+                self.journal.done(at);
+            }
+            _ => messages.push(Noted { at, ..note(range) }),
         }
     }
 
@@ -333,11 +372,15 @@ impl Pager {
         // Those that another way takes need no rest.
         let unmovable = outcomes.contains(&libc::EINVAL.unsigned_abs());
         for (index, (page, outcome)) in batch.pages.iter().zip(outcomes).enumerate() {
+            if batch.settled >> index & 1 == 1 {
+                continue;
+            }
             if outcome == outcome::TAKEN {
                 taken.push((index, *page));
                 continue;
             }
             self.not_taken(*page, outcome, batch.method);
+            self.place.left_staging(batch.area, index);
             if batch.method == method::DROP && batch.drops_unread & batch.bit(*page) == 0 {
                 // What was read as our drop's event was the program's own.
                 self.discard_to_zeros(*page..page.plus(1));
@@ -440,7 +483,7 @@ impl Pager {
 
     /// Waits until nothing is being taken out or written back. Events are read only for our own drops, and what
     /// else comes is returned, in order, to be handled afterwards.
-    pub(super) fn settle(&mut self, deadline: Duration) -> Vec<Message> {
+    pub(super) fn settle(&mut self, deadline: Duration) -> Vec<Noted> {
         let began = Instant::now();
         let mut kept = Vec::new();
         while (self.take_out.is_some() || self.staging.is_busy()) && !self.closing {

@@ -150,6 +150,18 @@ impl Staging {
         self.areas.iter().any(|area| !area.is_empty())
     }
 
+    /// A page that another agent left in an area: it has no slot yet.
+    pub(super) fn take_up(&mut self, area: usize, index: usize, page: Page, hash: u128) {
+        if let Some(area) = self.areas.get_mut(area) {
+            area.homeless.push(Staged {
+                index,
+                page,
+                hash,
+                live: true,
+            });
+        }
+    }
+
     pub(super) fn shared_page(&mut self, page: Page) {
         self.shared.push_back(page);
     }
@@ -212,6 +224,7 @@ impl Pager {
         for (index, page) in taken {
             let entry = self.table.get(*page);
             if entry.state() != State::Evicting {
+                self.place.left_staging(area, *index);
                 continue; // Discarded or moved meanwhile.
             }
             let offset = staging_offset(area, *index) as u64;
@@ -221,6 +234,7 @@ impl Pager {
             self.note_taken_out(*page, entry, hash);
             if hash == self.fetches.zero_hash() && is_zero(&memory, offset) {
                 self.table.change(*page, |entry| entry.evicted_as_zero(age));
+                self.place.left_staging(area, *index);
                 self.release_slot_of(entry);
                 self.soft_dirty.forget(*page);
             } else if entry
@@ -228,6 +242,7 @@ impl Pager {
                 .is_some_and(|slot| self.is_good_copy(slot, hash))
             {
                 self.table.change(*page, |entry| entry.evicted_clean(age));
+                self.place.left_staging(area, *index);
                 self.soft_dirty.forget(*page);
             } else {
                 // A copy that it has is stale.
@@ -241,6 +256,8 @@ impl Pager {
             }
         }
         self.staging.areas[area].homeless = changed;
+        // Before any of them goes home again: up to here all of this could be done once more.
+        self.place.batch_is_over();
         self.post_writes();
     }
 
@@ -306,6 +323,7 @@ impl Pager {
             let run = Run::new(first.index, pages, run, targets);
             for (slot, staged) in run.slots().zip(&run.pages) {
                 self.shared.far.set_hash(slot, staged.hash);
+                self.place.is_written_to(area, staged.index, slot);
             }
             let run = Some(run);
             self.shortage.end();
@@ -446,6 +464,7 @@ impl Pager {
                     self.release_slot(here);
                 }
             }
+            self.place.left_staging(area, staged.index);
         }
         run.pages.clear();
         self.staging.spare.push(run.pages);
@@ -464,6 +483,9 @@ impl Pager {
         for target in run.targets.iter().filter(|it| !it.write.is_over()) {
             let copy = target.place.copy;
             self.shared.far.written(run.slots, copy, false);
+        }
+        for staged in &run.pages {
+            self.place.is_not_written(area, staged.index);
         }
         run.slots().for_each(|slot| self.release_slot(slot));
         self.staging.areas[area]
@@ -515,8 +537,9 @@ impl Pager {
 
     /// A page in staging was discarded, moved or turned round: its write no longer decides where it is.
     pub(super) fn forget_staged(&mut self, page: Page) {
-        if let Some((_, staged)) = self.staging.find(page) {
+        if let Some((area, staged)) = self.staging.find(page) {
             staged.live = false;
+            self.place.is_no_more_in_staging(area, staged.index);
         }
         for area in &mut self.staging.areas {
             area.homeless.retain(|staged| staged.live);
