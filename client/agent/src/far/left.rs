@@ -156,6 +156,8 @@ impl FarMemory {
 
     /// Grants of the lease that no extent needs: they are given back with the next ([`Self::retire`]).
     pub fn needs_not(&self, grants: impl Iterator<Item = Grant>) {
+        // Before the list is held: who chooses them asks it whether each is known ([`Self::knows`]).
+        let grants: Vec<Grant> = grants.collect();
         lock(&self.left).extend(grants);
     }
 

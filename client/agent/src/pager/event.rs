@@ -121,7 +121,8 @@ impl Pager {
         kept
     }
 
-    /// Messages that came while something had to be settled first: faults wait, events are followed.
+    /// Messages that came while something had to be settled first: faults wait, events are followed when all that were read
+    /// before them have been ([`Self::follow_later`]).
     pub(super) fn keep_messages(&mut self, kept: Vec<Noted>) {
         for noted in kept {
             match noted.message {
@@ -137,7 +138,16 @@ impl Pager {
                     thread,
                     std::time::Instant::now(),
                 )),
-                message => self.follow(Noted { message, ..noted }),
+                message => self.later.push(Noted { message, ..noted }),
+            }
+        }
+    }
+
+    /// Follows what came while other events were followed, in order.
+    pub(super) fn follow_later(&mut self) {
+        while !self.later.is_empty() {
+            for noted in std::mem::take(&mut self.later) {
+                self.follow(noted);
             }
         }
     }

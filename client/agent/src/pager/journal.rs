@@ -15,6 +15,8 @@ use crate::sys::uffd::{MAX_MESSAGES, Message, Uffd};
 const SLOTS: u32 = JOURNAL_SLOTS as u32;
 /// In the first word of a slot, which the kernel leaves zero there: the move's target has been cleared.
 const BEGUN: u64 = 1 << 32;
+/// Likewise: which pages of a discarded range our own drops account for is known, and in the last word.
+const SORTED: u64 = 1 << 33;
 
 /// A message, and where it is noted; nowhere if it is a fault.
 #[derive(Debug)]
@@ -127,6 +129,21 @@ impl Journal {
         }
     }
 
+    /// Which pages of a discarded range our own drops account for, from its first page on: one bit each.
+    pub(crate) fn sort(&self, at: Option<u32>, own: u64) {
+        if let Some(at) = at {
+            let [kind, .., last] = self.slot(at);
+            last.store(own, Ordering::Relaxed);
+            kind.fetch_or(SORTED, Ordering::AcqRel);
+        }
+    }
+
+    /// What [`Self::sort`] noted, by this agent or by one before it.
+    pub(crate) fn sorted(&self, at: Option<u32>) -> Option<u64> {
+        let [kind, .., own] = self.slot(at?);
+        (kind.load(Ordering::Acquire) & SORTED != 0).then(|| own.load(Ordering::Relaxed))
+    }
+
     /// Whether everything that was read has been followed.
     pub(crate) fn is_empty(&self) -> bool {
         self.head == self.next
@@ -151,11 +168,30 @@ mod tests {
     use crate::state::State;
 
     const UNMAP: u64 = 0x16;
+    const REMOVE: u64 = 0x15;
 
     fn write(record: &SpaceRecord, at: usize, words: [u64; 4]) {
         for (place, word) in record.journal[at].iter().zip(words) {
             place.store(word, Ordering::Relaxed);
         }
+    }
+
+    /// An agent that was killed while pages were being dropped could not be followed by another: which events were the
+    /// program's own was nowhere.
+    #[test]
+    fn which_discards_are_of_our_own_drops_outlives_the_agent() {
+        let place = State::create().unwrap().new_space().unwrap();
+        write(&place, 0, [REMOVE, 4096, 3 * 4096, 0]);
+        write(&place, 1, [REMOVE, 4096, 2 * 4096, 0]);
+        let mut journal = Journal::new(place.record().clone());
+        let left = journal.left(&HashSet::new());
+        assert_eq!(journal.sorted(left[0].at), None);
+        journal.sort(left[0].at, 0b10);
+        let mut next = Journal::new(place.record().clone());
+        let left = next.left(&HashSet::new());
+        assert!(matches!(&left[0].message, Message::Remove(range) if *range == (4096..3 * 4096)));
+        assert_eq!(next.sorted(left[0].at), Some(0b10));
+        assert_eq!(next.sorted(left[1].at), None);
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //! (victims, helper) → [`write_back`] (hash, slot, write); [`shortage`] is of slots. [`event`] and [`fork`] follow the
 //! program; [`register`] finds what to manage; [`soft_dirty`] says what was written.
 
+mod batch;
 pub(crate) mod dial;
 mod event;
 mod failure;
@@ -24,6 +25,7 @@ mod links;
 mod patience;
 mod recovered;
 mod register;
+mod run;
 mod shortage;
 mod soft_dirty;
 mod survey;
@@ -56,6 +58,7 @@ use patience::Patience;
 use waiting::Starved;
 use wakeups::Source;
 
+pub(crate) use batch::TakeOut;
 pub(crate) use fault::Fault;
 pub(crate) use fetch::Fetches;
 pub(crate) use fork::Inheritance;
@@ -68,7 +71,7 @@ pub(crate) use shortage::Shortage;
 pub use soft_dirty::Question;
 pub(crate) use soft_dirty::SoftDirty;
 pub(crate) use survey::Survey;
-pub(crate) use take_out::{FREE_LEAST, TakeOut};
+pub(crate) use take_out::FREE_LEAST;
 pub(crate) use wakeups::Wakeups;
 pub(crate) use write_back::Staging;
 
@@ -115,6 +118,8 @@ pub struct Pager {
     journal: Journal,
     /// Events that another agent read and did not follow.
     left: Vec<Noted>,
+    /// Events that came while others that were read before them are being followed.
+    later: Vec<Noted>,
     /// Whether another agent had it, and its table is still to be compared with what is present.
     is_recovered: bool,
     /// Whether events have been read that the table does not follow yet. Nothing is installed meanwhile: a fork that has
@@ -197,6 +202,7 @@ impl Pager {
             journal: Journal::new(place.record().clone()),
             place,
             left: Vec::new(),
+            later: Vec::new(),
             is_recovered: false,
             registered: Registered::default(),
             inheritance: Inheritance::Known,
@@ -302,6 +308,7 @@ impl Pager {
                 message => self.follow(Noted { message, ..noted }),
             }
         }
+        self.follow_later();
         self.following = false;
         self.messages = messages;
         if !faults.is_empty() {

@@ -13,8 +13,8 @@ use std::sync::atomic::Ordering;
 
 use farpage_attach::control::{BATCH_PAGES, STAGING_AREAS, method, staging_offset};
 
-use super::take_out::{Batch, TakeOut};
-use super::{Inheritance, Journal, Pager, Registered, Shared, SoftDirty};
+use super::batch::{Batch, TakeOut};
+use super::{Inheritance, Journal, Noted, Pager, Registered, Shared, SoftDirty};
 use crate::entry::{Entry, Slot, State};
 use crate::gate::Gate;
 use crate::job::Job;
@@ -74,7 +74,7 @@ pub(crate) enum NotRecovered {
     Gone,
     /// See [`SpaceRecord::undecided`].
     #[error(
-        "the agent died while pages of it were being dropped, and which of its own calls were followed is not known"
+        "the agent died while it could not note what it had read and what it knew, having too much of it"
     )]
     Undecided,
     /// Its helper ended without an agent.
@@ -174,6 +174,7 @@ impl Pager {
     /// Brings every entry to a state that this pager can go on from.
     fn settle_what_was_left(&mut self, soft_dirty: bool) {
         let mut on_their_way = self.take_up_batch();
+        self.sort_what_was_left();
         for area in 0..STAGING_AREAS {
             on_their_way.extend(self.take_up_area(area));
         }
@@ -218,7 +219,10 @@ impl Pager {
         };
         let was_handed_over = helper.control().command.load(Ordering::Acquire) == command;
         let is_under_way = self.place.batch.load(Ordering::Acquire);
-        self.gate = Gate::resumed(command, is_under_way && was_handed_over);
+        let how = self.place.method.load(Ordering::Relaxed);
+        // Nothing moves where pages are dropped: there the helper waits for its events to be read.
+        let moves = is_under_way && was_handed_over && how != method::DROP;
+        self.gate = Gate::resumed(command, moves);
         if !is_under_way {
             return HashSet::new();
         }
@@ -246,8 +250,22 @@ impl Pager {
         let unsettled = pages.iter().enumerate();
         let unsettled = unsettled.filter(|(index, _)| settled >> index & 1 == 0);
         let unsettled = unsettled.map(|(_, page)| *page).collect();
-        self.take_out = Some(TakeOut::left(command, method::MOVE, area, pages, settled));
+        let unread = self.place.drops_unread.load(Ordering::Acquire);
+        let batch = TakeOut::left(command, how, area, pages, unread, settled);
+        self.take_out = Some(batch);
         unsettled
+    }
+
+    /// Of the events that are left, those of our own drops are not the program's.
+    fn sort_what_was_left(&mut self) {
+        let mut left = Vec::new();
+        for noted in std::mem::take(&mut self.left) {
+            match noted.message {
+                Message::Remove(range) => self.without_own_drops(range, noted.at, &mut left),
+                message => left.push(Noted { message, ..noted }),
+            }
+        }
+        self.left = left;
     }
 
     /// A staging area whose batch is over: what of it is still nowhere else waits for a slot again.
@@ -286,6 +304,7 @@ impl Pager {
         let left = std::mem::take(&mut self.left);
         self.following = true;
         self.keep_messages(left);
+        self.follow_later();
         self.following = false;
         self.uffd.wake_all();
         if let Some(helper) = &self.helper {

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use farpage_attach::control::{BATCH_PAGES, Control, method, outcome, staging_offset};
 use smallvec::SmallVec;
 
+use super::batch::{Batch, TakeOut, each};
 use super::{Noted, Pager};
 use crate::entry::Entry;
-use crate::state::records::undecided;
 use crate::sys::uffd::Message;
 use crate::table::{Page, pages_of};
 
@@ -39,67 +39,6 @@ const HELPER_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Pages that are copied at once from the program's memory to staging.
 const COPY_PAGES: usize = 4;
-
-/// The pages of a batch, in the order of their addresses. No batch needs memory from the allocator, as no fault does.
-pub(super) type Batch = SmallVec<[Page; BATCH_PAGES]>;
-
-/// A batch with the helper.
-#[derive(Debug)]
-pub(crate) struct TakeOut {
-    pub(super) command: u32,
-    pub(super) pages: Batch,
-    pub(super) area: usize,
-    method: u32,
-    since: Instant,
-    /// Of which pages the events of our own drops are still to be read (kernels without `UFFDIO_MOVE`): one bit each.
-    drops_unread: u64,
-    /// What became of which pages is in the table already, done by the agent before this one: one bit each.
-    settled: u64,
-}
-
-const _: () = assert!(BATCH_PAGES <= u64::BITS as usize);
-
-impl TakeOut {
-    /// The batch that another agent has handed over.
-    pub(super) fn left(command: u32, how: u32, area: usize, pages: Batch, settled: u64) -> Self {
-        Self {
-            command,
-            pages,
-            area,
-            method: how,
-            since: Instant::now(),
-            drops_unread: 0,
-            settled,
-        }
-    }
-
-    /// Pages of which it is still to be seen what became.
-    pub(super) fn unsettled(&self) -> u64 {
-        self.pages.len() as u64 - u64::from(self.settled.count_ones())
-    }
-
-    /// Takes the next event about a page for the one of our own drop. Returns false where that was read before, or the page
-    /// is not of this batch.
-    fn is_own_drop(&mut self, page: Page) -> bool {
-        let bit = self.bit(page);
-        let unread = self.drops_unread & bit != 0;
-        self.drops_unread &= !bit;
-        unread
-    }
-
-    fn bit(&self, page: Page) -> u64 {
-        match self.pages.binary_search(&page) {
-            Ok(index) => 1 << index,
-            Err(_) => 0,
-        }
-    }
-
-    /// Whether the moves are over.
-    pub(super) fn is_taken(&self, control: Option<&Control>) -> bool {
-        self.method == method::DROP
-            || control.is_none_or(|control| control.taken.load(Ordering::Acquire) == self.command)
-    }
-}
 
 impl Pager {
     /// Starts a batch if frames are short. Returns whether it did.
@@ -211,15 +150,7 @@ impl Pager {
         self.place.note_batch(command, how, area, &pages);
         write_batch(control, &pages, area, how);
         helper.publish(command);
-        self.take_out = Some(TakeOut {
-            command,
-            pages,
-            area,
-            method: how,
-            since: Instant::now(),
-            drops_unread: 0,
-            settled: 0,
-        });
+        self.take_out = Some(TakeOut::new(command, how, area, pages));
         true
     }
 
@@ -239,22 +170,10 @@ impl Pager {
             return false;
         };
         let command = self.gate.batch_without_moves();
-        // Which events are of our own drops the next agent could not tell.
-        self.place
-            .undecided
-            .fetch_or(undecided::EVENTS, Ordering::AcqRel);
         self.place.note_batch(command, method::DROP, area, &pages);
         write_batch(helper.control(), &pages, area, method::DROP);
         helper.publish(command);
-        self.take_out = Some(TakeOut {
-            command,
-            pages,
-            area,
-            method: method::DROP,
-            since: Instant::now(),
-            drops_unread: u64::MAX,
-            settled: 0,
-        });
+        self.take_out = Some(TakeOut::new(command, method::DROP, area, pages));
         true
     }
 
@@ -321,19 +240,32 @@ impl Pager {
         messages: &mut Vec<Noted>,
     ) {
         let pages = pages_of(range.clone());
-        let pages = || (pages.start.0..pages.end.0).map(Page);
-        let note = |range| Noted {
+        let note = |range, at| Noted {
             message: Message::Remove(range),
-            at: None,
+            at,
         };
-        match &mut self.take_out {
-            Some(batch) if pages().all(|page| batch.bit(page) != 0) => {
-                let theirs = pages().filter(|page| !batch.is_own_drop(*page));
-                messages.extend(theirs.map(|page| note(addresses(&[page]))));
-                // As noted it is not what is to be followed; while pages are being dropped nobody takes over.
-                self.journal.done(at);
-            }
-            _ => messages.push(Noted { at, ..note(range) }),
+        let known = self.journal.sorted(at);
+        let own = known.or_else(|| self.take_out.as_ref()?.own_drops(&pages));
+        let Some(own) = own else {
+            messages.push(note(range, at));
+            return;
+        };
+        // The event says so itself before the batch does: whoever takes over in between comes to the same.
+        self.journal.sort(at, own);
+        if let Some(batch) = &mut self.take_out {
+            batch.drops_are_read(&pages, own);
+            self.place
+                .drops_unread
+                .store(batch.drops_unread, Ordering::Release);
+        }
+        let theirs = each(&pages).take(BATCH_PAGES).enumerate();
+        let theirs = theirs.filter(|(index, _)| own >> index & 1 == 0);
+        let from = messages.len();
+        messages.extend(theirs.map(|(_, page)| note(addresses(&[page]), None)));
+        match messages.get_mut(from..) {
+            // All of it has been followed once the last has.
+            Some([.., last]) => last.at = at,
+            _ => self.journal.done(at),
         }
     }
 
@@ -379,12 +311,13 @@ impl Pager {
                 taken.push((index, *page));
                 continue;
             }
-            self.not_taken(*page, outcome, batch.method);
-            self.place.left_staging(batch.area, index);
             if batch.method == method::DROP && batch.drops_unread & batch.bit(*page) == 0 {
-                // What was read as our drop's event was the program's own.
+                // What was read as our drop's event was the program's own. First: a page that counts as here is not looked
+                // after by whoever takes over.
                 self.discard_to_zeros(*page..page.plus(1));
             }
+            self.not_taken(*page, outcome, batch.method);
+            self.place.left_staging(batch.area, index);
         }
         if taken.is_empty() && !unmovable {
             self.rest_until = Some(Instant::now() + REST);

@@ -15,84 +15,11 @@ use smallvec::SmallVec;
 
 use super::install::Installed;
 use super::links::{LinkError, Work};
+use super::run::{Run, Staged, Write};
 use super::{Fault, Pager};
 use crate::entry::{Entry, Slot, State};
-use crate::far::{MAX_COPIES, Place, Places, SlotRun};
+use crate::far::MAX_COPIES;
 use crate::table::Page;
-
-/// A page in staging.
-#[derive(Clone, Copy, Debug)]
-struct Staged {
-    /// Its place in the area.
-    index: usize,
-    page: Page,
-    hash: u128,
-    /// Still what the page is: not discarded, not turned round.
-    live: bool,
-}
-
-/// Neighbouring staged pages on their way to neighbouring slots.
-#[derive(Debug)]
-struct Run {
-    first: usize,
-    pages: Vec<Staged>,
-    slots: SlotRun,
-    targets: SmallVec<[Target; MAX_COPIES]>,
-}
-
-/// One copy of a run's extent, and whether it has the run.
-#[derive(Debug)]
-struct Target {
-    place: Place,
-    write: Write,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Write {
-    Unsent,
-    UnderWay,
-    Done,
-    Failed,
-}
-
-impl Write {
-    fn is_over(self) -> bool {
-        matches!(self, Self::Done | Self::Failed)
-    }
-}
-
-impl Run {
-    fn new(first: usize, pages: Vec<Staged>, slots: SlotRun, targets: Places) -> Self {
-        let unsent = |place| Target {
-            place,
-            write: Write::Unsent,
-        };
-        Self {
-            first,
-            pages,
-            slots,
-            targets: targets.into_iter().map(unsent).collect(),
-        }
-    }
-
-    fn has(&self, write: Write) -> bool {
-        self.targets.iter().any(|target| target.write == write)
-    }
-
-    fn is_over(&self) -> bool {
-        self.targets.iter().all(|target| target.write.is_over())
-    }
-
-    /// Whether something is to be posted. Where all copies fell silent just when its slots were taken that is nothing, and
-    /// posting it ends it.
-    fn is_unsent(&self) -> bool {
-        self.targets.is_empty() || self.has(Write::Unsent)
-    }
-
-    fn slots(&self) -> impl Iterator<Item = Slot> + use<> {
-        std::iter::successors(Some(self.slots.first), |slot| slot.next()).take(self.pages.len())
-    }
-}
 
 /// One batch's pages in staging.
 #[derive(Debug, Default)]
@@ -577,14 +504,6 @@ const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Its staging area stayed taken for good.
-    #[test]
-    fn a_run_without_targets_is_posted_and_so_ended() {
-        let first = Slot::new(0, 0).unwrap();
-        let run = Run::new(0, Vec::new(), SlotRun { first, len: 1 }, Places::new());
-        assert!(run.is_unsent() && run.is_over());
-    }
 
     /// They were tried again by the clock alone. With thousands of them that was before all had been tried once, so that it was never
     /// seen that nothing could go, and who locked all of its memory waited for room until the fault's deadline.

@@ -23,7 +23,7 @@ use records::{
 pub use staging::{slot_of, slot_word};
 
 /// "farpageS" and the layout's number.
-const MAGIC: u64 = u64::from_le_bytes(*b"farpgS02");
+const MAGIC: u64 = u64::from_le_bytes(*b"farpgS03");
 
 /// Which of a kind of record are in use.
 #[derive(Debug, Default)]

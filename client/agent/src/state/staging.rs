@@ -44,12 +44,14 @@ impl SpacePlace {
         self.area.store(area as u32, Ordering::Relaxed);
         self.batch_pages
             .store(pages.len() as u32, Ordering::Relaxed);
+        self.drops_unread.store(u64::MAX, Ordering::Relaxed);
         let bits = match pages.len() {
             BATCH_PAGES.. => u64::MAX,
             less => (1 << less) - 1,
         };
-        record.live.store(bits, Ordering::Release);
+        // In this order: bits of a batch that there is not would say that its pages lie in staging.
         self.batch.store(true, Ordering::Release);
+        record.live.store(bits, Ordering::Release);
     }
 
     /// What became of each page of the batch is known, and those that are in staging are in it for no batch's sake.
