@@ -73,7 +73,7 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
         Some(metrics) => daemon::say(&format!("ready, {}\n", metrics.open(observer))),
         None => daemon::say(READY),
     };
-    Ok(serve(config, &stop, ready)?)
+    Ok(serve(&config, &stop, ready)?)
 }
 
 /// The group that may come in: none where the agent is one run's own. A missing default group is no error, since

@@ -55,7 +55,7 @@ fn a_fault_asks_the_allocator_for_nothing() {
                 replicas: 1,
                 exit_on_eof: None,
             };
-            serve(config, &stop, |_| ready.store(true, Ordering::Release)).unwrap();
+            serve(&config, &stop, |_| ready.store(true, Ordering::Release)).unwrap();
         }
     });
     eventually("the agent is ready", || ready.load(Ordering::Acquire));

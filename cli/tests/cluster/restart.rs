@@ -16,6 +16,8 @@ use super::{LOCAL, PIECES, cannot_run, replicas};
 const KILLS: u32 = 20;
 /// The longest life of an agent between two kills, milliseconds: most of taking over falls into the shortest ones.
 const LONGEST_LIFE: u64 = 1200;
+/// How long calls are drawn by lot.
+const CALLS_SECONDS: &str = "15";
 /// How often under a program with copies, for each time that it changes its data; and at which of these a node is killed too.
 const KILLS_IN_A_TURN: u32 = 3;
 const LOSING_TURN: usize = 3;
@@ -77,6 +79,19 @@ fn kill_and_restart(cluster: &mut Cluster, lot: &mut Lot) {
         std::thread::sleep(Duration::from_millis(lot.below(200)));
         cluster.start_agent(&[]);
     }
+}
+
+/// The same at most as often, until a program ends.
+fn kill_while_it_runs(cluster: &mut Cluster, lot: &mut Lot, program: &mut Child) {
+    let mut kills = 0;
+    while program.try_wait().unwrap().is_none() && kills < KILLS {
+        std::thread::sleep(Duration::from_millis(lot.below(LONGEST_LIFE)));
+        cluster.agent.as_mut().unwrap().kill();
+        cluster.start_agent(&[]);
+        kills += 1;
+    }
+    println!("killed {kills} times");
+    assert!(kills > 0);
 }
 
 fn descriptors(cluster: &Cluster) -> usize {
@@ -142,15 +157,29 @@ fn forking_programs_outlive_agents_that_are_killed() {
     let seed = lot.below(1000).to_string();
     let words = [tree.as_str(), "verify", "short", &seed];
     let mut forking = start(&cluster, "16M", "tree", &words);
-    let mut kills = 0;
-    while forking.try_wait().unwrap().is_none() && kills < KILLS {
-        std::thread::sleep(Duration::from_millis(lot.below(LONGEST_LIFE)));
-        cluster.agent.as_mut().unwrap().kill();
-        cluster.start_agent(&[]);
-        kills += 1;
-    }
-    println!("killed {kills} times");
+    kill_while_it_runs(&mut cluster, &mut lot, &mut forking);
     ended_well(&cluster, forking, "tree");
+    cluster.stop();
+}
+
+/// Mappings come, go, move, lose and regain permissions, and processes fork, against a model. Much of that memory cannot be moved
+/// out, so that agents are killed while pages are dropped too: each such kill once ended a program.
+#[test]
+fn memory_calls_by_lot_outlive_agents_that_are_killed() {
+    if cannot_run("memory_calls_by_lot_outlive_agents_that_are_killed")
+        || without_program("memory_calls_by_lot_outlive_agents_that_are_killed", "cc")
+    {
+        return;
+    }
+    let _alone = alone();
+    let mut lot = Lot::new("memory_calls_by_lot_outlive_agents_that_are_killed");
+    let mut cluster = Cluster::start("tcp", &["256M", "256M"]);
+    let calls = program(&cluster, "random_calls").display().to_string();
+    let seed = lot.below(1000).to_string();
+    let words = [calls.as_str(), "run", CALLS_SECONDS, &seed];
+    let mut calling = start(&cluster, "16M", "calls", &words);
+    kill_while_it_runs(&mut cluster, &mut lot, &mut calling);
+    ended_well(&cluster, calling, "calls");
     cluster.stop();
 }
 

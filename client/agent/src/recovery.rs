@@ -97,7 +97,7 @@ fn take_space(
     }
     let pager = Pager::recovered(
         shared.clone(),
-        Arc::clone(job),
+        job,
         Arc::clone(&handle),
         place,
         chunks,

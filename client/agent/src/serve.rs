@@ -94,7 +94,7 @@ pub enum AgentError {
 /// # Errors
 /// [`AgentError`] at the start.
 pub fn serve(
-    config: AgentConfig,
+    config: &AgentConfig,
     stop: &Arc<AtomicBool>,
     ready: impl FnOnce(Observer),
 ) -> Result<(), AgentError> {
@@ -104,10 +104,10 @@ pub fn serve(
         crate::sys::process::FIRST,
     );
     // The door first: a second agent for the same socket must not take a lease.
-    let (listener, _socket_file) = open_door(&config)?;
+    let (listener, _socket_file) = open_door(config)?;
     // Never dropped: when this agent fails, its keeper needs what it has for the next one.
-    let kept = ManuallyDrop::new(Kept::open(&config)?);
-    let (far, plane) = join(&config, &kept)?;
+    let kept = ManuallyDrop::new(Kept::open(config)?);
+    let (far, plane) = join(config, &kept)?;
     let spaces = Arc::new(Spaces::new(Arc::clone(&kept.state), config.replicas));
     let shared = Shared {
         far: Arc::clone(&far),

@@ -92,7 +92,7 @@ impl Pager {
     /// [`NotRecovered`]; a program that runs must be ended.
     pub(crate) fn recovered(
         shared: Shared,
-        job: Arc<Job>,
+        job: &Arc<Job>,
         handle: Arc<SpaceHandle>,
         place: SpacePlace,
         chunks: Vec<(u64, Chunk)>,
@@ -107,7 +107,7 @@ impl Pager {
         let record = place.record().clone();
         // Before any uffd is closed: without it what is far would read as zeros.
         let end = |why: NotRecovered| {
-            end_program(&record, &why, has_forked.then_some(&*job));
+            end_program(&record, &why, has_forked.then_some(&**job));
             why
         };
         if place.undecided.load(Ordering::Acquire) != 0 {
@@ -148,7 +148,7 @@ impl Pager {
             Some((offer, _)) => ranges_left(offer).map_err(|error| end(error.into()))?,
             None => Registered::default(),
         };
-        let mut pager = Self::new(shared, Arc::clone(&job), handle, None, uffd, place)
+        let mut pager = Self::new(shared, Arc::clone(job), handle, None, uffd, place)
             .map_err(|error| end(error.into()))?;
         for (number, chunk) in chunks {
             pager.table.adopt(number, chunk);
@@ -251,6 +251,14 @@ impl Pager {
         let unsettled = unsettled.filter(|(index, _)| settled >> index & 1 == 0);
         let unsettled = unsettled.map(|(_, page)| *page).collect();
         let unread = self.place.drops_unread.load(Ordering::Acquire);
+        tracing::debug!(
+            space = self.handle.id,
+            how,
+            pages = pages.len(),
+            unread,
+            settled,
+            "a batch was under way"
+        );
         let batch = TakeOut::left(command, how, area, pages, unread, settled);
         self.take_out = Some(batch);
         unsettled
