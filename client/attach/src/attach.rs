@@ -30,6 +30,23 @@ pub enum AttachError {
     System(&'static str, Errno),
 }
 
+impl AttachError {
+    /// Whether nobody listens on that socket any more though it was waited for: what a forked child inherited far has nobody who
+    /// would bring it. Of a name in the abstract namespace that is not known: the process may have left its network namespace.
+    #[must_use]
+    pub fn is_of_a_dead_agent(&self, path: &[u8]) -> bool {
+        !is_abstract(path) && matches!(self, Self::Unreachable(Errno(ECONNREFUSED)))
+    }
+}
+
+fn is_abstract(path: &[u8]) -> bool {
+    path.first() == Some(&b'@')
+}
+
+const EPIPE: u32 = 32;
+const ECONNRESET: u32 = 104;
+const ECONNREFUSED: u32 = 111;
+
 /// A process that is attached.
 #[derive(Clone, Copy, Debug)]
 pub struct Attached {
@@ -76,7 +93,7 @@ pub fn attach(
     parent: u64,
     keep_socket: bool,
 ) -> Result<Attached, AttachError> {
-    let mut patience = Patience::default();
+    let mut patience = Patience::of(path);
     loop {
         match attempt(path, kind, job, parent, keep_socket) {
             Err(error) if patience.waits_for_the_next_agent(&error) => {}
@@ -103,28 +120,34 @@ fn attempt(
     })
 }
 
-/// How long the next agent is waited for.
-#[derive(Default)]
+/// How long the next agent is waited for yet.
 struct Patience {
-    waited_ms: u64,
+    left_ms: u64,
 }
 
 impl Patience {
+    /// None comes to the name of a run's own agent. In another network namespace nobody listens on it either, and each fork
+    /// would wait in vain.
+    fn of(path: &[u8]) -> Self {
+        let left_ms = match is_abstract(path) {
+            true => 0,
+            false => AGENT_DEADLINE_MS,
+        };
+        Self { left_ms }
+    }
+
     /// Whether the agent was killed, as it seems, and another may come: waits a little if so.
     fn waits_for_the_next_agent(&mut self, error: &AttachError) -> bool {
-        const EPIPE: u32 = 32;
-        const ECONNRESET: u32 = 104;
-        const ECONNREFUSED: u32 = 111;
         let is_gone = matches!(
             error,
             AttachError::Unreachable(Errno(ECONNREFUSED))
                 | AttachError::Handshake(Errno(ECONNRESET | EPIPE))
         );
-        if !is_gone || self.waited_ms >= AGENT_DEADLINE_MS {
+        if !is_gone || self.left_ms == 0 {
             return false;
         }
         calls::sleep_ms(AGENT_POLL_MS);
-        self.waited_ms += AGENT_POLL_MS;
+        self.left_ms = self.left_ms.saturating_sub(AGENT_POLL_MS);
         true
     }
 }
@@ -138,7 +161,7 @@ fn confirm(path: &[u8], job: u64, space: u64, helper: i32) -> Result<(), AttachE
     let mut hello = Packet::new(tag::HELLO);
     (hello.kind, hello.job, hello.parent) = (crate::message::kind::CONFIRM, job, space);
     hello.helper = helper as u64;
-    let mut patience = Patience::default();
+    let mut patience = Patience::of(path);
     loop {
         let asked = socket::connect(path)
             .map_err(AttachError::Unreachable)
@@ -206,8 +229,6 @@ fn handshake(
         let sent = socket::send(fd, &up, &[]).map_err(AttachError::Handshake);
         let done = sent.and_then(|()| expect(fd, tag::DONE).map(drop));
         drop((uffds, drains, given));
-        const ECONNRESET: u32 = 104;
-        const EPIPE: u32 = 32;
         let done = match done {
             Err(AttachError::Handshake(Errno(ECONNRESET | EPIPE))) => {
                 match confirm(path, job, go.job, helper) {
