@@ -1,12 +1,11 @@
 //! An agent that is killed and started again under programs that run: nothing lost, nothing zeroed, nobody ended.
 
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, SystemTime};
 
-use super::common::cluster::{Cluster, PATIENCE, PYTHON, Program, USER, as_user, wait};
+use super::common::cluster::{Cluster, PATIENCE, PYTHON, USER, as_user, wait};
 use super::common::programs_in_c::compiled;
 use super::common::{
     alone, copy_program, eventually, eventually_within, patience, without_program,
@@ -17,8 +16,6 @@ use super::{LOCAL, PIECES, cannot_run, replicas};
 const KILLS: u32 = 20;
 /// The longest life of an agent between two kills, milliseconds: most of taking over falls into the shortest ones.
 const LONGEST_LIFE: u64 = 1200;
-/// A child waits 15 s for an agent.
-const CHILD_ENDED: Duration = Duration::from_secs(40);
 /// How long calls are drawn by lot.
 const CALLS_SECONDS: &str = "15";
 /// How often under a program with copies, for each time that it changes its data; and at which of these a node is killed too.
@@ -260,61 +257,6 @@ fn without_a_next_agent_programs_end_at_the_deadline() {
     let (status, errors) = program.end();
     assert_eq!(status.signal(), Some(libc::SIGKILL), "{status}: {errors}");
     eventually("the keeper has ended", || !keeper.exists());
-    cluster.agent = None;
-    for node in &mut cluster.nodes {
-        node.stop();
-    }
-    cluster.coordinator.as_mut().unwrap().stop();
-    cluster.assert_nothing_runs();
-}
-
-/// Holds data far; on a line of input it forks, and the child says in a file what it finds.
-const FORKS_WHEN_ASKED: &str = r#"
-import os, sys
-data = [bytes([1 + at % 250]) * 65536 for at in range(600)]
-print("built", flush=True)
-sys.stdin.readline()
-if os.fork() == 0:
-    right = sum(piece[40000] == 1 + at % 250 for at, piece in enumerate(data))
-    open(sys.argv[1], "w").write(str(right))
-else:
-    os.wait()
-"#;
-
-/// It had no helper yet that would have ended it, and found zeros where its pages had been far.
-#[test]
-fn a_child_forked_without_an_agent_and_without_a_next_one_is_ended_too() {
-    if cannot_run("a_child_forked_without_an_agent_and_without_a_next_one_is_ended_too") {
-        return;
-    }
-    let _alone = alone();
-    let mut cluster = Cluster::start("tcp", &["64M"]);
-    cluster.agent.as_mut().unwrap().stop();
-    cluster.start_agent(&["--takeover-deadline", "2"]);
-    let script = cluster.path("forks.py");
-    std::fs::write(&script, FORKS_WHEN_ASKED).unwrap();
-    let found = cluster.path("found");
-    std::fs::write(&found, "").unwrap();
-    std::fs::set_permissions(&found, std::fs::Permissions::from_mode(0o666)).unwrap();
-    let mut command = cluster.run_command(LOCAL, "summary");
-    command.args(["--", PYTHON]).arg(&script).arg(&found);
-    let mut program = Program::start(command);
-    program.built();
-    cluster.agent.as_mut().unwrap().kill();
-    program.ask();
-    let (status, errors) = program.end();
-    assert_eq!(status.signal(), Some(libc::SIGKILL), "{status}: {errors}");
-    // A child that is still there waits for an agent.
-    let script = script.display().to_string();
-    eventually_within(CHILD_ENDED, "the child has ended", || {
-        !Command::new("pgrep")
-            .args(["-f", &script])
-            .output()
-            .unwrap()
-            .status
-            .success()
-    });
-    assert_eq!(std::fs::read_to_string(&found).unwrap(), "");
     cluster.agent = None;
     for node in &mut cluster.nodes {
         node.stop();
