@@ -43,7 +43,7 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
         return Err(AgentError::NoRdma);
     }
     let socket = args.socket.to_str().ok_or(AgentError::Socket)?.to_owned();
-    let metrics = Endpoint::start(args.metrics.metrics)?;
+    let metrics = Endpoint::start_again(args.metrics.metrics)?;
     // Held until the agent has ended: the memory goes after those who use it.
     let (_own_far_memory, coordinator) = match args.own_far_memory {
         Some(capacity) => {
@@ -59,6 +59,11 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
         id: args.id.clone().unwrap_or_else(daemon::default_id),
         fabric: args.fabric.map(Fabric::kind),
         fault_deadline: Duration::from_secs(args.fault_deadline),
+        // An agent of one run's own has no successor: the run ends with it.
+        takeover_deadline: args
+            .own_far_memory
+            .is_none()
+            .then(|| Duration::from_secs(args.takeover_deadline)),
         replicas: args.own_replicas,
         exit_on_eof: args.lifeline.map(crate::sys::take_descriptor).transpose()?,
     };
@@ -68,7 +73,7 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
         Some(metrics) => daemon::say(&format!("ready, {}\n", metrics.open(observer))),
         None => daemon::say(READY),
     };
-    Ok(serve(config, &stop, ready)?)
+    Ok(serve(&config, &stop, ready)?)
 }
 
 /// The group that may come in: none where the agent is one run's own. A missing default group is no error, since

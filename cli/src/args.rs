@@ -287,6 +287,10 @@ pub(crate) struct AgentArgs {
     /// do not say
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = fault_deadline())]
     pub(crate) fault_deadline: u64,
+    /// How long programs wait for the next agent on this socket when this one is killed, before they are ended; no longer than
+    /// four fifths of the lease's time
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    pub(crate) takeover_deadline: u64,
     #[command(flatten)]
     pub(crate) metrics: MetricsArgs,
     /// Bring up a coordinator and a memory node of this capacity for this agent alone

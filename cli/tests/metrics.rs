@@ -156,6 +156,57 @@ fn grants_agree(cluster: &Cluster) {
     assert_eq!(lent, [256 << 20, 256 << 20]);
 }
 
+fn parent_and_child(cluster: &Cluster) -> Program {
+    let path = compiled("accounting");
+    let mut command = cluster.farpage();
+    command
+        .args(["run", "--summary", "none", "--local", &LOCAL.to_string()])
+        .arg("--agent")
+        .arg(cluster.socket())
+        .args(["--", path.to_str().unwrap(), "parent_and_child"]);
+    Program::start(command)
+}
+
+/// Killed each time that the program holds still.
+#[test]
+fn the_next_agent_tells_the_same_at_the_same_address() {
+    let test = "the_next_agent_tells_the_same_at_the_same_address";
+    if without_far_memory(test) || without_program(test, "cc") {
+        return;
+    }
+    let _alone = alone();
+    let mut cluster = cluster();
+    let said = cluster.agent.as_ref().unwrap().said.trim().to_owned();
+    let (_, url) = said.rsplit_once("http://").unwrap();
+    let (address, _) = url.split_once('/').unwrap();
+    let mut words = cluster.agent_arguments();
+    words.extend(["--metrics", address].map(str::to_owned));
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let mut program = parent_and_child(&cluster);
+    for who in ["filled", "far", "child", "written", "alone", "discarded"] {
+        let (pid, touched) = program.holds(who);
+        agree(&cluster, pid, touched);
+        let before = Page::of(cluster.agent.as_ref().unwrap());
+        cluster.agent.as_mut().unwrap().kill();
+        let next = cluster.daemon(&words);
+        assert_eq!(next.said.trim(), said);
+        cluster.agent = Some(next);
+        agree(&cluster, pid, touched);
+        let after = Page::of(cluster.agent.as_ref().unwrap());
+        for name in ["jobs", "faults_total", "pages_fetched_total"] {
+            let name = format!("farpage_agent_{name}");
+            assert!(after.one(&name) >= before.one(&name), "{name}\n{}", after.0);
+        }
+        program.goes_on();
+    }
+    program.end();
+    eventually("no slot is in use", || {
+        let page = Page::of(cluster.agent.as_ref().unwrap());
+        page.one("farpage_agent_slots_used") == 0
+    });
+    cluster.stop();
+}
+
 #[test]
 fn all_three_agree_with_proc_and_status_and_forget_what_is_gone() {
     let test = "all_three_agree_with_proc_and_status_and_forget_what_is_gone";
@@ -163,18 +214,11 @@ fn all_three_agree_with_proc_and_status_and_forget_what_is_gone() {
         return;
     }
     let _alone = alone();
-    let path = compiled("accounting");
     let cluster = cluster();
     let scrape = || Page::of(cluster.agent.as_ref().unwrap());
     assert!(scrape().series("farpage_process_local_bytes").is_empty());
 
-    let mut command = cluster.farpage();
-    command
-        .args(["run", "--summary", "none", "--local", &LOCAL.to_string()])
-        .arg("--agent")
-        .arg(cluster.socket())
-        .args(["--", path.to_str().unwrap(), "parent_and_child"]);
-    let mut program = Program::start(command);
+    let mut program = parent_and_child(&cluster);
     let (mut parent, mut page) = (0, scrape());
     for who in ["filled", "far", "child", "written", "alone", "discarded"] {
         let (pid, touched) = program.holds(who);

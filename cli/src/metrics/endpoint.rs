@@ -18,7 +18,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::{Mutex, Notify, Semaphore};
 
 use super::page;
 
@@ -37,6 +37,11 @@ const ACCEPT_REST: Duration = Duration::from_millis(100);
 const REST_SHARE: u32 = 10;
 const SHORTEST_REST: Duration = Duration::from_millis(10);
 const LONGEST_REST: Duration = Duration::from_secs(1);
+
+/// How long the address of a process that was killed may be taken yet: until what it had is closed.
+const DEAD_LISTENER_DEADLINE: Duration = Duration::from_secs(5);
+/// How often it is tried meanwhile.
+const DEAD_LISTENER_POLL: Duration = Duration::from_millis(5);
 
 /// Who makes pages.
 pub(crate) trait Source: Send + Sync + 'static {
@@ -57,44 +62,88 @@ pub(crate) enum MetricsError {
 pub(crate) struct Endpoint<S> {
     at: SocketAddr,
     source: Arc<OnceLock<S>>,
+    opened: Arc<Notify>,
+}
+
+/// When whoever asks is let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Begin {
+    AtOnce,
+    Opened,
 }
 
 impl<S: Source> Endpoint<S> {
     /// Serves at an address, where one is given. Until there is a source whoever asks is told to come again.
     pub(crate) fn start(at: Option<SocketAddr>) -> Result<Option<Self>, MetricsError> {
-        at.map(Self::start_at).transpose()
+        at.map(|at| Self::start_at(at, Begin::AtOnce, Duration::ZERO))
+            .transpose()
     }
 
-    fn start_at(wanted: SocketAddr) -> Result<Self, MetricsError> {
+    /// The same of a process that takes over from one that was killed, which may hold the address for a moment yet. Whoever asks
+    /// waits until there is a source: a connection must not take the number of a descriptor that is to be handed over.
+    pub(crate) fn start_again(at: Option<SocketAddr>) -> Result<Option<Self>, MetricsError> {
+        at.map(|at| Self::start_at(at, Begin::Opened, DEAD_LISTENER_DEADLINE))
+            .transpose()
+    }
+
+    fn start_at(
+        wanted: SocketAddr,
+        begin: Begin,
+        patience: Duration,
+    ) -> Result<Self, MetricsError> {
         let listen = |error| MetricsError::Listen(wanted, error);
-        let listener = TcpListener::bind(wanted).map_err(listen)?;
+        let listener = bind(wanted, patience).map_err(listen)?;
         let at = listener.local_addr().map_err(listen)?;
         listener.set_nonblocking(true).map_err(listen)?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(MetricsError::Thread)?;
-        let source = Arc::new(OnceLock::new());
+        let (source, opened) = (Arc::new(OnceLock::new()), Arc::new(Notify::new()));
         let pages = Arc::new(Pages {
             source: Arc::clone(&source),
             next: Mutex::new(Instant::now()),
         });
         std::thread::Builder::new()
             .name("metrics".into())
-            .spawn(move || {
-                if let Err(error) = runtime.block_on(accept(listener, pages)) {
-                    tracing::error!(%error, "metrics are not served");
+            .spawn({
+                let opened = Arc::clone(&opened);
+                let serves = async move {
+                    if begin == Begin::Opened {
+                        opened.notified().await;
+                    }
+                    accept(listener, pages).await
+                };
+                move || {
+                    if let Err(error) = runtime.block_on(serves) {
+                        tracing::error!(%error, "metrics are not served");
+                    }
                 }
             })
             .map_err(MetricsError::Thread)?;
         tracing::info!(%at, "metrics are served");
-        Ok(Self { at, source })
+        Ok(Self { at, source, opened })
     }
 
     /// Has the source asked from now on. Returns where, as it is said in a line.
     pub(crate) fn open(self, source: S) -> String {
         let _ = self.source.set(source);
+        self.opened.notify_one();
         format!("metrics at http://{}/metrics", self.at)
+    }
+}
+
+fn bind(wanted: SocketAddr, patience: Duration) -> io::Result<TcpListener> {
+    let began = Instant::now();
+    loop {
+        match TcpListener::bind(wanted) {
+            Err(error)
+                if error.kind() == io::ErrorKind::AddrInUse && began.elapsed() < patience =>
+            {
+                std::thread::sleep(DEAD_LISTENER_POLL);
+            }
+            result => return result,
+        }
     }
 }
 
@@ -336,6 +385,22 @@ mod tests {
         while answer(at, GET).is_empty() {
             assert!(Instant::now() < deadline, "their places are not free again");
         }
+    }
+
+    #[test]
+    fn an_address_that_is_free_soon_is_waited_for_and_nobody_let_in_before_there_is_a_source() {
+        let before = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let at = before.local_addr().unwrap();
+        let starting = std::thread::spawn(move || Endpoint::start_again(Some(at)));
+        drop(before);
+        let endpoint: Endpoint<Counting> = starting.join().unwrap().unwrap().unwrap();
+        let mut asking = connect(at);
+        asking.write_all(GET).unwrap();
+        asking.shutdown(Shutdown::Write).unwrap();
+        endpoint.open(Counting::default());
+        let mut answer = String::new();
+        asking.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
 
     #[test]

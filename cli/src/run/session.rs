@@ -82,7 +82,7 @@ impl Session {
             replicas: u32::from(options.replicas),
             fault_deadline: options.fault_deadline,
         };
-        let job =
+        let mut job =
             JobClient::open(&socket, &terms).map_err(|source| match (&options.agent, source) {
                 (Some(socket), source @ ClientError::Unreachable(_)) => SessionError::NoAgent {
                     socket: socket.clone(),
@@ -90,6 +90,9 @@ impl Session {
                 },
                 (_, source) => SessionError::Agent(source),
             })?;
+        if agent.is_none() {
+            job.waits_for_the_next_agent();
+        }
         let existing = std::env::var_os("LD_PRELOAD");
         let environment = vec![
             (

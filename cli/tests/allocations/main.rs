@@ -51,10 +51,11 @@ fn a_fault_asks_the_allocator_for_nothing() {
                 id: "allocations".into(),
                 fabric: None,
                 fault_deadline: Duration::from_secs(60),
+                takeover_deadline: None,
                 replicas: 1,
                 exit_on_eof: None,
             };
-            serve(config, &stop, |_| ready.store(true, Ordering::Release)).unwrap();
+            serve(&config, &stop, |_| ready.store(true, Ordering::Release)).unwrap();
         }
     });
     eventually("the agent is ready", || ready.load(Ordering::Acquire));

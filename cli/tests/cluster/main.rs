@@ -15,6 +15,7 @@ mod failures;
 mod output;
 mod pool;
 mod replicas;
+mod restart;
 mod strangers;
 
 use common::cluster::{Cluster, PYTHON};

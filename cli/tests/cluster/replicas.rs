@@ -11,7 +11,7 @@ use super::common::{alone, eventually, eventually_within, patience, sys};
 use super::{LOCAL, PIECES, cannot_run, granted};
 
 /// A node that is silent may come back: its extents are copied elsewhere after ten seconds, and that goes on beside other work.
-const COPIED: Duration = Duration::from_secs(60);
+pub(super) const COPIED: Duration = Duration::from_secs(60);
 
 /// Builds data as `BUILD_AND_CHECK` does; for each line of input it changes a third of it, forks a child that changes its own
 /// and hashes it, and prints the child's hash and its own.
@@ -74,7 +74,7 @@ pub(super) fn ends_well(cluster: &Cluster, program: Program, summary: &str) {
     assert_eq!(summary["pages_poisoned"], 0, "{summary}");
 }
 
-fn has_all_copies(cluster: &Cluster) -> bool {
+pub(super) fn has_all_copies(cluster: &Cluster) -> bool {
     cluster.status()["extents_below_replicas"] == 0
 }
 

@@ -3,7 +3,8 @@
 pub use farpage_attach::message::{JOB_VARIABLE, SOCKET_VARIABLE};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use farpage_attach::message::{Packet, kind, tag};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
@@ -12,6 +13,10 @@ use crate::protocol::{Account, JobReply, JobRequest, Lowered, MAX_PACKET, Proces
 
 /// How long the agent may take to answer. An account waits for the last address spaces.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long the next agent is waited for: longer than an agent's own default of how long it may take.
+const NEXT_AGENT_DEADLINE: Duration = Duration::from_secs(20);
+const NEXT_AGENT_POLL: Duration = Duration::from_millis(50);
 
 /// How a request to the agent failed.
 #[derive(Debug, thiserror::Error)]
@@ -49,9 +54,12 @@ pub struct Terms {
 /// An open job. Dropping it without [`JobClient::finish`] ends the job's programs.
 #[derive(Debug)]
 pub struct JobClient {
-    socket: OwnedFd,
+    /// Made anew with the next agent.
+    socket: Mutex<OwnedFd>,
+    path: String,
     token: String,
     lowered: Option<Lowered>,
+    patience: Duration,
 }
 
 impl JobClient {
@@ -71,10 +79,43 @@ impl JobClient {
             },
         )? {
             JobReply::Opened { token, lowered } => Ok(Self {
-                socket,
+                socket: Mutex::new(socket),
+                path: path.to_owned(),
                 token,
                 lowered,
+                patience: Duration::ZERO,
             }),
+            JobReply::Refused { reason } => Err(ClientError::Refused(reason)),
+            _ => Err(ClientError::Malformed),
+        }
+    }
+
+    /// From now on an agent that does not answer was killed, and the next one is waited for.
+    pub fn waits_for_the_next_agent(&mut self) {
+        self.patience = NEXT_AGENT_DEADLINE;
+    }
+
+    /// Asks, and asks again of the next agent if this one was killed. No request does anything else when it is made twice.
+    fn ask(&self, request: &JobRequest) -> Result<JobReply, ClientError> {
+        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let began = Instant::now();
+        let mut reply = ask(&socket, request);
+        while matches!(reply, Err(ClientError::Unreachable(_))) && began.elapsed() < self.patience {
+            std::thread::sleep(NEXT_AGENT_POLL);
+            reply = self.resume().and_then(|next| {
+                *socket = next;
+                ask(&socket, request)
+            });
+        }
+        reply
+    }
+
+    /// Comes back to the job at the next agent.
+    fn resume(&self) -> Result<OwnedFd, ClientError> {
+        let socket = hello(&self.path, kind::JOB)?;
+        let token = self.token.clone();
+        match ask(&socket, &JobRequest::Resume { token })? {
+            JobReply::Opened { .. } => Ok(socket),
             JobReply::Refused { reason } => Err(ClientError::Refused(reason)),
             _ => Err(ClientError::Malformed),
         }
@@ -97,7 +138,7 @@ impl JobClient {
     /// # Errors
     /// [`ClientError`].
     pub fn started(&self, pid: i32) -> Result<(), ClientError> {
-        ask(&self.socket, &JobRequest::Started { pid }).map(drop)
+        self.ask(&JobRequest::Started { pid }).map(drop)
     }
 
     /// The first program has ended: asks for the account.
@@ -105,7 +146,7 @@ impl JobClient {
     /// # Errors
     /// [`ClientError`].
     pub fn finish(self) -> Result<Account, ClientError> {
-        match ask(&self.socket, &JobRequest::Finish)? {
+        match self.ask(&JobRequest::Finish)? {
             JobReply::Account(account) => Ok(*account),
             JobReply::Refused { reason } => Err(ClientError::Refused(reason)),
             _ => Err(ClientError::Malformed),

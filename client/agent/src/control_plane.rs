@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use farpage_proto::client::{CallError, Coordinator, OpenedLease};
@@ -12,13 +13,14 @@ use farpage_proto::lease::{ExtentGrant, GrantRequest, LeaseRequest};
 use farpage_proto::report::{self, AgentReport};
 use farpage_proto::transport::{ConnectError, EndpointUrl, connect};
 use farpage_proto::{
-    AgentId, ByteCount, ExtentId, FabricKind, FieldError, HostName, NodeId, RequestId, Tenant,
-    limits, v1,
+    AgentId, ByteCount, ExtentId, FabricKind, FieldError, HostName, LeaseId, NodeId, RequestId,
+    Tenant, limits, v1,
 };
 
 use crate::far::{FarMemory, Grant};
 use crate::protocol::ProcessFigures;
 use crate::spaces::Spaces;
+use crate::state::State;
 
 /// How long any one call may take, except a grant.
 const CALL_DEADLINE: Duration = Duration::from_secs(5);
@@ -73,8 +75,9 @@ pub struct ControlPlane {
     /// The same connection with the longer deadline.
     grants: Coordinator,
     lease: OpenedLease,
-    /// The number of the grant request under way: kept until it is answered, so that a lost answer loses no extent.
-    grant_number: u64,
+    /// Where the lease is kept, and the number of the grant request under way: the same until what was granted is kept too, so
+    /// that neither a lost answer nor the agent's end loses an extent.
+    state: Arc<State>,
     /// The request for a further copy of an extent, of this number, that no answer has come to.
     unanswered: Option<(GrantRequest, u32)>,
     /// The last complaint of each kind.
@@ -90,6 +93,61 @@ impl ControlPlane {
         url: EndpointUrl,
         agent_id: String,
         fabric: Option<FabricKind>,
+        state: Arc<State>,
+    ) -> Result<Self, ControlError> {
+        let mut plane = Self::connect(url, agent_id, fabric, state)?;
+        plane.state.header().grant_number.store(1, Relaxed);
+        plane.open_lease().map_err(|error| ControlError::Call {
+            url: plane.url.clone(),
+            error,
+        })?;
+        Ok(plane)
+    }
+
+    /// Connects and goes on with the lease of an agent that died, and with what it held. Where the lease has ended meanwhile,
+    /// what lay under it is lost.
+    ///
+    /// # Errors
+    /// [`ControlError`], with what to do.
+    pub fn resume(
+        url: EndpointUrl,
+        agent_id: String,
+        fabric: Option<FabricKind>,
+        state: Arc<State>,
+        far: &FarMemory,
+    ) -> Result<Self, ControlError> {
+        let mut plane = Self::connect(url, agent_id, fabric, state)?;
+        let call = |error, url: &EndpointUrl| ControlError::Call {
+            url: url.clone(),
+            error,
+        };
+        match plane.renew_lease(far) {
+            Ok(()) => {}
+            Err(CallError::Gone(_)) => {
+                tracing::warn!("the lease has ended, and what lay under it is lost");
+                far.lose_all();
+                plane
+                    .open_lease()
+                    .map_err(|error| call(error, &plane.url))?;
+            }
+            Err(error) => return Err(call(error, &plane.url)),
+        }
+        let lists = plane.coordinator.list_grants(plane.lease.id, fabric);
+        let grants = plane
+            .runtime
+            .block_on(lists)
+            .map_err(|error| call(error, &plane.url))?;
+        // What was granted without the state saying so yet, or not given back yet though no extent needs it.
+        let is_strange = |grant: &&ExtentGrant| !far.knows(u64::from(grant.extent.0));
+        far.needs_not(grants.iter().filter(is_strange).map(as_grant));
+        Ok(plane)
+    }
+
+    fn connect(
+        url: EndpointUrl,
+        agent_id: String,
+        fabric: Option<FabricKind>,
+        state: Arc<State>,
     ) -> Result<Self, ControlError> {
         let request = LeaseRequest {
             agent: AgentId::new(agent_id).map_err(ControlError::Name)?,
@@ -101,12 +159,12 @@ impl ControlPlane {
             .build()?;
         let channel = runtime.block_on(connect(&url, CALL_DEADLINE))?;
         let coordinator = Coordinator::over(channel.clone(), CALL_DEADLINE);
-        let lease = runtime
-            .block_on(coordinator.open_lease(request.clone()))
-            .map_err(|error| ControlError::Call {
-                url: url.clone(),
-                error,
-            })?;
+        let header = state.header();
+        let lease = OpenedLease {
+            // None yet reads as one that nobody has.
+            id: LeaseId::from_random(header.lease.load(Relaxed)),
+            ttl: Duration::from_millis(header.lease_ttl_ms.load(Relaxed)),
+        };
         Ok(Self {
             runtime,
             url,
@@ -115,7 +173,7 @@ impl ControlPlane {
             coordinator,
             grants: Coordinator::over(channel, GRANT_DEADLINE),
             lease,
-            grant_number: 1,
+            state,
             unanswered: None,
             complaints: HashMap::new(),
         })
@@ -157,6 +215,7 @@ impl ControlPlane {
             if turned.elapsed() > TURN_INTERVAL.min(self.lease.ttl / 4) {
                 turned = Instant::now();
                 self.renew(far);
+                far.end_rests();
                 self.further_copies(far);
                 self.give_back(far, &spaces.copies());
                 self.report(far, spaces);
@@ -203,28 +262,74 @@ impl ControlPlane {
             extent_bytes: None,
             avoid: Vec::new(),
             fabric: self.fabric,
-            request: RequestId::new(self.grant_number).ok(),
+            request: self.grant_number(),
         };
-        let grants = self.ask_for(request)?;
-        for set in grants.chunk_by(|one, next| one.set == next.set) {
-            let set: Vec<Grant> = set.iter().map(as_grant).collect();
-            if far.add(goal, set.clone()).is_none() {
-                tracing::error!(
-                    ?set,
-                    "an extent of a size or number that this agent cannot address"
-                );
+        self.ask_for(far, request, |_, grants| {
+            for set in grants.chunk_by(|one, next| one.set == next.set) {
+                let set: Vec<Grant> = set.iter().map(as_grant).collect();
+                if far.add(goal, set.clone()).is_none() {
+                    tracing::error!(
+                        ?set,
+                        "an extent of a size or number that this agent cannot address"
+                    );
+                }
             }
-        }
+        })
+    }
+
+    fn open_lease(&mut self) -> Result<(), CallError> {
+        let opening = self.coordinator.open_lease(self.request.clone());
+        self.lease = self.runtime.block_on(opening)?;
+        self.note_lease();
         Ok(())
     }
 
-    /// The number of a request is kept until it is answered, so that it must be the same one then: another has another.
-    fn ask_for(&mut self, request: GrantRequest) -> Result<Vec<ExtentGrant>, CallError> {
+    fn note_lease(&self) {
+        let header = self.state.header();
+        let ttl = u64::try_from(self.lease.ttl.as_millis()).unwrap_or(u64::MAX);
+        header.lease_ttl_ms.store(ttl, Relaxed);
+        header.lease.store(self.lease.id.get(), Relaxed);
+    }
+
+    fn renew_lease(&mut self, far: &FarMemory) -> Result<(), CallError> {
+        let renewing = self.coordinator.renew_lease(self.lease.id);
+        let renewal = self.runtime.block_on(renewing)?;
+        self.lease.ttl = renewal.ttl;
+        self.note_lease();
+        let ids = |extents: Vec<ExtentId>| -> Vec<u64> {
+            extents.into_iter().map(|id| u64::from(id.0)).collect()
+        };
+        far.heard_of_nodes(
+            &ids(renewal.lost),
+            &ids(renewal.unreachable),
+            &ids(renewal.draining),
+        );
+        Ok(())
+    }
+
+    /// Asks for extents and has those kept that are not yet. The number of a request stays until it is answered and what it
+    /// granted is kept, so that it must be the same one then: another has another. After a restart it may be the answer to what
+    /// the agent before asked.
+    fn ask_for(
+        &mut self,
+        far: &FarMemory,
+        request: GrantRequest,
+        keep: impl FnOnce(&mut Self, Vec<ExtentGrant>),
+    ) -> Result<(), CallError> {
         let result = self.runtime.block_on(self.grants.grant_extents(request));
-        if !matches!(result, Err(CallError::Unavailable(_))) {
-            self.grant_number += 1;
+        let answered = !matches!(result, Err(CallError::Unavailable(_)));
+        let result = result.map(|mut grants| {
+            grants.retain(|grant| !far.knows(u64::from(grant.extent.0)));
+            keep(self, grants);
+        });
+        if answered {
+            self.state.header().grant_number.fetch_add(1, Relaxed);
         }
         result
+    }
+
+    fn grant_number(&self) -> Option<RequestId> {
+        RequestId::new(self.state.header().grant_number.load(Relaxed)).ok()
     }
 
     /// Asks for further copies of extents that have too few. What cannot be had now is asked for again at the next turn.
@@ -243,7 +348,7 @@ impl ControlPlane {
                     .filter_map(|node| NodeId::new(node.clone()).ok())
                     .collect(),
                 fabric: self.fabric,
-                request: RequestId::new(self.grant_number).ok(),
+                request: self.grant_number(),
             };
             self.unanswered = Some((request, wanted.number));
             if let Err(error) = self.ask_again(far) {
@@ -258,49 +363,28 @@ impl ControlPlane {
         let Some((request, number)) = self.unanswered.take() else {
             return Ok(());
         };
-        match self.ask_for(request.clone()) {
-            Ok(grants) => {
-                for grant in grants {
-                    if !far.add_copy(number, as_grant(&grant)) {
-                        self.release(vec![grant.extent]);
-                    }
+        let result = self.ask_for(far, request.clone(), |plane, grants| {
+            for grant in grants {
+                if !far.add_copy(number, as_grant(&grant)) {
+                    plane.release(vec![grant.extent]);
                 }
-                Ok(())
             }
-            Err(error) => {
-                let unanswered = matches!(error, CallError::Unavailable(_));
-                self.unanswered = unanswered.then_some((request, number));
-                Err(error)
-            }
+        });
+        if matches!(result, Err(CallError::Unavailable(_))) {
+            self.unanswered = Some((request, number));
         }
+        result
     }
 
     fn renew(&mut self, far: &FarMemory) {
-        match self
-            .runtime
-            .block_on(self.coordinator.renew_lease(self.lease.id))
-        {
-            Ok(renewal) => {
-                self.lease.ttl = renewal.ttl;
-                let ids = |extents: Vec<ExtentId>| -> Vec<u64> {
-                    extents.into_iter().map(|id| u64::from(id.0)).collect()
-                };
-                far.heard_of_nodes(
-                    &ids(renewal.lost),
-                    &ids(renewal.unreachable),
-                    &ids(renewal.draining),
-                );
-            }
+        match self.renew_lease(far) {
+            Ok(()) => {}
             Err(error @ CallError::Gone(_)) => {
                 self.complain("the lease has ended, and what lay under it is lost", &error);
                 far.lose_all();
                 self.unanswered = None;
-                match self
-                    .runtime
-                    .block_on(self.coordinator.open_lease(self.request.clone()))
-                {
-                    Ok(lease) => self.lease = lease,
-                    Err(error) => self.complain("no new lease", &error),
+                if let Err(error) = self.open_lease() {
+                    self.complain("no new lease", &error);
                 }
             }
             Err(error) => self.complain("programs run on with what is granted", &error),

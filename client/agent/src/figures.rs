@@ -125,6 +125,15 @@ mod tests {
     use super::*;
     use crate::far::Grant;
     use crate::mailbox::SpaceHandle;
+    use crate::state::State;
+
+    fn observed() -> (Arc<Spaces>, Arc<FarMemory>, Observer) {
+        let state = State::create().unwrap();
+        let spaces = Arc::new(Spaces::new(Arc::clone(&state), 1));
+        let far = Arc::new(FarMemory::new(state));
+        let observer = Observer::new(Arc::clone(&spaces), Arc::clone(&far));
+        (spaces, far, observer)
+    }
 
     fn open(spaces: &Spaces) -> Arc<Job> {
         let deadline = Duration::from_secs(1);
@@ -138,8 +147,7 @@ mod tests {
 
     #[test]
     fn what_was_counted_for_a_job_outlives_it() {
-        let spaces = Arc::new(Spaces::default());
-        let observer = Observer::new(Arc::clone(&spaces), Arc::default());
+        let (spaces, _, observer) = observed();
         let (first, second) = (open(&spaces), open(&spaces));
         first.counters.faults.store(5, Ordering::Relaxed);
         first.latencies.add(Duration::from_micros(3));
@@ -155,8 +163,7 @@ mod tests {
 
     #[test]
     fn extents_are_told_by_what_was_heard_of_them() {
-        let far = Arc::new(FarMemory::default());
-        let observer = Observer::new(Arc::default(), Arc::clone(&far));
+        let (_, far, observer) = observed();
         let counts = |held, unreachable, lost| ExtentCounts {
             held,
             unreachable,
@@ -185,8 +192,7 @@ mod tests {
 
     #[test]
     fn a_process_is_told_once_and_goes_with_its_address_space() {
-        let spaces = Arc::new(Spaces::default());
-        let observer = Observer::new(Arc::clone(&spaces), Arc::default());
+        let (spaces, _, observer) = observed();
         let job = open(&spaces);
         // Of one pid before and after it replaced its program, and a child that nobody knows yet.
         for (id, pid, far) in [(1, 4_194_305, 7), (2, 4_194_305, 9), (3, 0, 0)] {

@@ -1,6 +1,6 @@
 //! A job: the process tree of one `farpage run`, its limits, and what was counted for it.
 
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,6 +9,9 @@ use crate::latency::Latencies;
 use crate::mailbox::SpaceHandle;
 use crate::protocol::{Account, ProcessPeaks};
 use crate::sharing::Sharing;
+use crate::state::JobPlace;
+use crate::state::records::JobRecord;
+use crate::sys::state::Ref;
 
 /// How long an account waits for address spaces whose process has ended.
 const ACCOUNT_DEADLINE: Duration = Duration::from_secs(5);
@@ -34,6 +37,7 @@ pub struct Limits {
 
 /// Counters of a job. All are totals since its start unless they say otherwise.
 #[derive(Debug, Default)]
+#[repr(C)]
 pub struct Counters {
     /// Page faults answered.
     pub faults: AtomicU64,
@@ -67,9 +71,9 @@ pub struct Job {
     /// What memory cgroups leave to it.
     pub ceiling: Ceiling,
     /// What was counted.
-    pub counters: Counters,
+    pub counters: Ref<Counters>,
     /// How long faults took, from their message to the wake-up.
-    pub latencies: Latencies,
+    pub latencies: Ref<Latencies>,
     /// What of it is counted more than once.
     pub sharing: Sharing,
     /// Resident pages that tables know of, over all address spaces.
@@ -78,48 +82,77 @@ pub struct Job {
     unmanaged: AtomicU64,
     /// Slots that entries of this job name, each once per table.
     far_used: AtomicI64,
-    far_peak: AtomicU64,
-    local_peak: AtomicU64,
-    unmanaged_peak: AtomicU64,
-    armed: AtomicBool,
     armed_at: OnceLock<Instant>,
-    launcher: AtomicI32,
-    root: AtomicI32,
+    /// Whether its launcher is there: the one that opened it under this agent, or has come back to it.
+    is_held: AtomicBool,
     failure: OnceLock<String>,
     loss: OnceLock<String>,
-    regions_only: AtomicBool,
     spaces: Mutex<Vec<Arc<SpaceHandle>>>,
     /// Of processes that have ended, the largest.
     ended: Mutex<Vec<ProcessPeaks>>,
+    /// Where the rest of it lies, which outlives the agent.
+    place: JobPlace,
 }
 
 impl Job {
     /// A job without processes.
     #[must_use]
-    pub fn new(token: u64, uid: u32, limits: Limits) -> Self {
+    pub fn new(token: u64, uid: u32, limits: Limits, place: JobPlace) -> Self {
+        let deadline = limits.fault_deadline.as_millis();
+        place.token.store(token, Ordering::Relaxed);
+        place.uid.store(uid, Ordering::Relaxed);
+        place
+            .local_pages
+            .store(limits.local_pages, Ordering::Relaxed);
+        place.far_pages.store(limits.far_pages, Ordering::Relaxed);
+        place.copies.store(limits.copies.into(), Ordering::Relaxed);
+        place.fault_deadline_ms.store(
+            u64::try_from(deadline).unwrap_or(u64::MAX),
+            Ordering::Relaxed,
+        );
+        place.live.store(true, Ordering::Release);
+        let job = Self::over(place);
+        job.is_held.store(true, Ordering::Release);
+        job
+    }
+
+    /// A job that another agent has left: what its place says, without processes yet.
+    #[must_use]
+    pub fn over(place: JobPlace) -> Self {
+        let record: &Ref<JobRecord> = place.record();
+        let load = |word: &AtomicU64| word.load(Ordering::Relaxed);
+        let token = load(&record.token);
+        let uid = record.uid.load(Ordering::Relaxed);
+        let limits = Limits {
+            local_pages: load(&record.local_pages),
+            far_pages: load(&record.far_pages),
+            copies: record.copies.load(Ordering::Relaxed) as u8,
+            fault_deadline: Duration::from_millis(load(&record.fault_deadline_ms)),
+        };
+        let armed_at = OnceLock::new();
+        if record.armed.load(Ordering::Acquire) {
+            let _ = armed_at.set(Instant::now());
+        }
+        let counters = record.part(|record| &record.counters);
+        let latencies = record.part(|record| &record.latencies);
         Self {
             token,
             uid,
             limits,
             ceiling: Ceiling::default(),
-            counters: Counters::default(),
-            latencies: Latencies::default(),
+            counters,
+            latencies,
             sharing: Sharing::default(),
             managed: AtomicI64::new(0),
             unmanaged: AtomicU64::new(0),
             far_used: AtomicI64::new(0),
-            far_peak: AtomicU64::new(0),
-            local_peak: AtomicU64::new(0),
-            unmanaged_peak: AtomicU64::new(0),
-            armed: AtomicBool::new(false),
-            armed_at: OnceLock::new(),
-            launcher: AtomicI32::new(0),
-            root: AtomicI32::new(0),
+            armed_at,
+            is_held: AtomicBool::new(false),
             failure: OnceLock::new(),
             loss: OnceLock::new(),
-            regions_only: AtomicBool::new(false),
             spaces: Mutex::new(Vec::new()),
             ended: Mutex::new(Vec::new()),
+            place,
         }
     }
 
@@ -186,7 +219,8 @@ impl Job {
     /// Counts slots taken (positive) or freed (negative).
     pub fn charge_far(&self, slots: i64) {
         let used = self.far_used.fetch_add(slots, Ordering::Relaxed) + slots;
-        self.far_peak
+        self.place
+            .far_peak
             .fetch_max(used.max(0) as u64, Ordering::Relaxed);
     }
 
@@ -211,55 +245,96 @@ impl Job {
             .get()
             .is_some_and(|at| at.elapsed() > ADOPTION)
         {
-            self.unmanaged_peak.fetch_max(unmanaged, Ordering::Relaxed);
+            self.place
+                .unmanaged_peak
+                .fetch_max(unmanaged, Ordering::Relaxed);
         }
-        self.local_peak.fetch_max(measured, Ordering::Relaxed);
+        self.place.local_peak.fetch_max(measured, Ordering::Relaxed);
     }
 
     /// Most pages resident at any sample.
     #[must_use]
     pub fn local_peak(&self) -> u64 {
-        self.local_peak.load(Ordering::Relaxed)
+        self.place.local_peak.load(Ordering::Relaxed)
     }
 
     /// Most slot references at any time.
     #[must_use]
     pub fn far_peak(&self) -> u64 {
-        self.far_peak.load(Ordering::Relaxed)
+        self.place.far_peak.load(Ordering::Relaxed)
     }
 
     /// Most resident pages that no table knew of while memory was managed.
     #[must_use]
     pub fn unmanaged_peak(&self) -> u64 {
-        self.unmanaged_peak.load(Ordering::Relaxed)
+        self.place.unmanaged_peak.load(Ordering::Relaxed)
     }
 
     /// Whether memory is managed already (it is left alone while it fits).
     #[must_use]
     pub fn is_armed(&self) -> bool {
-        self.armed.load(Ordering::Acquire)
+        self.place.armed.load(Ordering::Acquire)
     }
 
     /// Begins managing memory; returns whether this call was the first.
     pub fn arm(&self) -> bool {
         let _ = self.armed_at.set(Instant::now());
-        !self.armed.swap(true, Ordering::AcqRel)
+        !self.place.armed.swap(true, Ordering::AcqRel)
     }
 
     /// The pid of the first program; the tree is its.
     #[must_use]
     pub fn root(&self) -> Option<i32> {
-        Some(self.root.load(Ordering::Relaxed)).filter(|pid| *pid > 0)
+        Some(self.place.root.load(Ordering::Relaxed)).filter(|pid| *pid > 0)
     }
 
     /// The first program runs under this pid.
     pub fn started(&self, pid: i32) {
-        self.root.store(pid, Ordering::Relaxed);
+        self.place.root.store(pid, Ordering::Relaxed);
     }
 
     /// The process that opened it runs under this pid: where it is, its program begins.
     pub fn opened_by(&self, pid: i32) {
-        self.launcher.store(pid, Ordering::Relaxed);
+        let start = crate::sys::process::start_time(pid).unwrap_or(0);
+        self.place.launcher_start.store(start, Ordering::Relaxed);
+        self.place.launcher.store(pid, Ordering::Relaxed);
+    }
+
+    /// Whether the process that opened it still runs.
+    #[must_use]
+    pub fn has_launcher(&self) -> bool {
+        let pid = self.place.launcher.load(Ordering::Relaxed);
+        let start = self.place.launcher_start.load(Ordering::Relaxed);
+        crate::sys::process::is_running(pid) && crate::sys::process::start_time(pid) == Some(start)
+    }
+
+    /// Its launcher has come back to it: returns whether it was this process that opened it, and nobody has it.
+    #[must_use]
+    pub fn resume(&self, pid: i32) -> bool {
+        pid == self.place.launcher.load(Ordering::Relaxed) && self.hold()
+    }
+
+    /// Takes it in hand; returns whether nobody had.
+    #[must_use]
+    pub fn hold(&self) -> bool {
+        !self.is_held.swap(true, Ordering::AcqRel)
+    }
+
+    /// Whether its launcher is there.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.is_held.load(Ordering::Acquire)
+    }
+
+    /// Its launcher has asked for the account: who is left of it lives on.
+    pub fn finish(&self) {
+        self.place.finished.store(true, Ordering::Release);
+    }
+
+    /// Whether its launcher has.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.place.finished.load(Ordering::Acquire)
     }
 
     /// Its processes as far as they attached; who opened it, before any has.
@@ -272,7 +347,7 @@ impl Job {
             .collect();
         // Later the launcher's place says nothing: when the last has ended, the account tells what held for it.
         if self.counters.processes.load(Ordering::Relaxed) == 0 {
-            return vec![self.launcher.load(Ordering::Relaxed)];
+            return vec![self.place.launcher.load(Ordering::Relaxed)];
         }
         attached
     }
@@ -297,18 +372,23 @@ impl Job {
     /// the program outlives it.
     #[must_use]
     pub fn is_for_regions(&self) -> bool {
-        self.regions_only.load(Ordering::Acquire)
+        self.place.regions_only.load(Ordering::Acquire)
     }
 
     /// Makes it a library's.
     pub fn for_regions(&self) {
-        self.regions_only.store(true, Ordering::Release);
+        self.place.regions_only.store(true, Ordering::Release);
         self.arm();
     }
 
     /// A process joined.
     pub fn add(&self, space: Arc<SpaceHandle>) {
         self.counters.processes.fetch_add(1, Ordering::Relaxed);
+        self.add_again(space);
+    }
+
+    /// The same of one that had joined before another agent died.
+    pub fn add_again(&self, space: Arc<SpaceHandle>) {
         self.lock().push(space);
     }
 

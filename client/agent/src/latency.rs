@@ -13,8 +13,9 @@ const LAST_BOUND: u32 = 36;
 
 /// Counts of durations by their logarithm.
 #[derive(Debug)]
+#[repr(C)]
 pub struct Latencies {
-    counts: Box<[AtomicU64; BUCKETS]>,
+    counts: [AtomicU64; BUCKETS],
 }
 
 /// How many durations fell between bounds that double, for whoever adds several such up.
@@ -30,7 +31,7 @@ pub struct Histogram {
 impl Default for Latencies {
     fn default() -> Self {
         Self {
-            counts: Box::new(std::array::from_fn(|_| AtomicU64::new(0))),
+            counts: std::array::from_fn(|_| AtomicU64::new(0)),
         }
     }
 }

@@ -7,8 +7,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 
 use crate::pager::Question;
+use crate::state::records::SpaceRecord;
 use crate::sys::control::SharedBlock;
 use crate::sys::process::Process;
+use crate::sys::state::Ref;
 use crate::sys::uffd::Uffd;
 
 /// Most requests waiting for one pager; the sender is told when there are more.
@@ -133,6 +135,7 @@ pub struct SpaceHandle {
     /// Whether a fork has given it slots that others name too.
     has_forked: AtomicBool,
     control: OnceLock<SharedBlock>,
+    record: OnceLock<Ref<SpaceRecord>>,
     doorbell: OwnedFd,
 }
 
@@ -155,6 +158,7 @@ impl SpaceHandle {
             regions_only: AtomicBool::new(false),
             has_forked: AtomicBool::new(false),
             control: OnceLock::new(),
+            record: OnceLock::new(),
             doorbell: rustix::event::eventfd(0, flags)?,
         })
     }
@@ -199,6 +203,12 @@ impl SpaceHandle {
         self.regions_only.store(true, Ordering::Release);
     }
 
+    /// Whether it is so.
+    #[must_use]
+    pub fn manages_regions_only(&self) -> bool {
+        self.regions_only.load(Ordering::Acquire)
+    }
+
     /// From now on some of its slots may be others' too.
     pub fn forked(&self) {
         self.has_forked.store(true, Ordering::Relaxed);
@@ -238,6 +248,27 @@ impl SpaceHandle {
     /// The program's control block, once it has one.
     pub fn set_control(&self, block: SharedBlock) {
         let _ = self.control.set(block);
+    }
+
+    /// Its place in the state.
+    pub fn set_record(&self, record: Ref<SpaceRecord>) {
+        let _ = self.record.set(record);
+    }
+
+    /// Notes for the next agent that its helper runs, and so that the handshake has come to its end.
+    pub fn helper_runs(&self, helper: &Process) {
+        if let Some(record) = self.record.get() {
+            let start = helper.start_time().unwrap_or(0);
+            record.helper_start.store(start, Ordering::Relaxed);
+            record.helper.store(helper.pid(), Ordering::Release);
+        }
+    }
+
+    /// Whether its helper is this process.
+    #[must_use]
+    pub fn has_helper(&self, pid: i32) -> bool {
+        let helper = |record: &Ref<SpaceRecord>| record.helper.load(Ordering::Acquire);
+        self.record.get().map(helper) == Some(pid)
     }
 
     /// Makes the program's allocations wait, or lets them go on.

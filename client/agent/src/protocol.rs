@@ -27,6 +27,11 @@ pub enum JobRequest {
         #[serde(default)]
         fault_deadline_s: Option<u64>,
     },
+    /// Goes on with a job that was opened at an agent which has died since, by the process that opened it.
+    Resume {
+        /// The job's token, hexadecimal.
+        token: String,
+    },
     /// The first program of the job runs under this pid.
     Started {
         /// Its pid.

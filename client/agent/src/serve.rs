@@ -1,10 +1,11 @@
 //! The agent's life: probe the kernel, join the cluster, open the door, serve until told to end.
 
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use farpage_proto::FabricKind;
 use farpage_proto::transport::EndpointUrl;
@@ -13,10 +14,16 @@ use crate::control_plane::{ControlError, ControlPlane};
 use crate::door::{Admission, Door};
 use crate::far::FarMemory;
 use crate::figures::Observer;
+use crate::keeper::Keeper;
 use crate::kernel::{Kernel, KernelError};
 use crate::pager::Shared;
 use crate::spaces::Spaces;
+use crate::state::State;
 
+/// How long an agent that was killed may seem to live: until the kernel has taken it apart.
+const DYING_DEADLINE: Duration = Duration::from_millis(500);
+/// How long the socket of an agent that was killed may be open yet.
+const DEAD_DOOR_DEADLINE: Duration = Duration::from_secs(5);
 /// How often the end is looked for.
 const END_POLL: Duration = Duration::from_millis(5);
 
@@ -35,6 +42,8 @@ pub struct AgentConfig {
     pub fabric: Option<FabricKind>,
     /// How long a fault may wait for its page, in jobs that do not say.
     pub fault_deadline: Duration,
+    /// How long programs wait for the next agent when this one is killed; nobody takes over where none is given.
+    pub takeover_deadline: Option<Duration>,
     /// On how many nodes jobs are likely to want each page: the first extents are asked for so.
     pub replicas: u8,
     /// End when this reports end-of-file and the last program has ended: its other end is the launcher's.
@@ -64,6 +73,16 @@ pub enum AgentError {
         /// Why.
         error: io::Error,
     },
+    /// What an agent that died has left cannot be had.
+    #[error(
+        "what the agent before this one has left cannot be taken over: {0}; its programs end when its keeper's time is over"
+    )]
+    TakeOver(io::Error),
+    /// No memory or process for what is to outlive the agent.
+    #[error(
+        "cannot keep what is to outlive this agent: {0}; check the limits on memory and processes"
+    )]
+    State(io::Error),
     /// A thread cannot be started.
     #[error("cannot start a thread: {0}; check the limits on processes")]
     Thread(io::Error),
@@ -75,7 +94,7 @@ pub enum AgentError {
 /// # Errors
 /// [`AgentError`] at the start.
 pub fn serve(
-    config: AgentConfig,
+    config: &AgentConfig,
     stop: &Arc<AtomicBool>,
     ready: impl FnOnce(Observer),
 ) -> Result<(), AgentError> {
@@ -84,18 +103,22 @@ pub fn serve(
         std::process::id().cast_signed(),
         crate::sys::process::FIRST,
     );
-    let far = Arc::new(FarMemory::default());
     // The door first: a second agent for the same socket must not take a lease.
-    let (listener, _socket_file) = open_door(&config)?;
-    let mut plane = ControlPlane::join(config.coordinator, config.id, config.fabric)?;
-    plane.first_extents(&far, config.replicas)?;
-    let spaces = Arc::new(Spaces::expecting(config.replicas));
+    let (listener, _socket_file) = open_door(config)?;
+    // Never dropped: when this agent fails, its keeper needs what it has for the next one.
+    let kept = ManuallyDrop::new(Kept::open(config)?);
+    let (far, plane) = join(config, &kept)?;
+    let spaces = Arc::new(Spaces::new(Arc::clone(&kept.state), config.replicas));
+    let shared = Shared {
+        far: Arc::clone(&far),
+        spawner: Arc::clone(&spaces),
+        kernel,
+    };
+    if kept.is_left {
+        crate::recovery::take_over(&shared, &kept.state);
+    }
     let door = Arc::new(Door {
-        shared: Shared {
-            far: Arc::clone(&far),
-            spawner: Arc::clone(&spaces),
-            kernel,
-        },
+        shared,
         device: device.into(),
         admission: Admission {
             own_uid: rustix::process::geteuid().as_raw(),
@@ -132,10 +155,68 @@ pub fn serve(
         let (spaces, ended) = (Arc::clone(&spaces), Arc::clone(&ended));
         move || plane.run(&far, &spaces, &|| ended.load(Ordering::Acquire))
     })?;
+    let alone_since = &kept.state.header().alone_since_ms;
+    alone_since.store(0, Ordering::Release);
     ready(observer);
     wait_for_end(stop, config.exit_on_eof.as_ref(), &spaces);
     let _ = control.join();
+    if let Some(keeper) = &kept.keeper {
+        keeper.end();
+    }
     Ok(())
+}
+
+/// What outlives this agent, and who holds it then.
+struct Kept {
+    state: Arc<State>,
+    /// Whether an agent that died has left it.
+    is_left: bool,
+    keeper: Option<Keeper>,
+}
+
+impl Kept {
+    fn open(config: &AgentConfig) -> Result<Self, AgentError> {
+        let Some(deadline) = config.takeover_deadline else {
+            let state = State::create().map_err(AgentError::State)?;
+            return Ok(Self {
+                state,
+                is_left: false,
+                keeper: None,
+            });
+        };
+        crate::sys::descriptors::raise_limit();
+        let mut keeper = Keeper::start(&config.socket, deadline).map_err(AgentError::State)?;
+        let left = keeper.take_over().map_err(AgentError::TakeOver)?;
+        let is_left = left.is_some();
+        let state = match left {
+            Some(state) => state,
+            None => {
+                let state = State::create().map_err(AgentError::State)?;
+                keeper.hold(&state);
+                state
+            }
+        };
+        Ok(Self {
+            state,
+            is_left,
+            keeper: Some(keeper),
+        })
+    }
+}
+
+/// Joins the cluster, anew or with the lease and the extents of an agent that died.
+fn join(config: &AgentConfig, kept: &Kept) -> Result<(Arc<FarMemory>, ControlPlane), AgentError> {
+    let state = Arc::clone(&kept.state);
+    let (url, id) = (config.coordinator.clone(), config.id.clone());
+    if kept.is_left {
+        let far = FarMemory::left(Arc::clone(&state));
+        let plane = ControlPlane::resume(url, id, config.fabric, state, &far)?;
+        return Ok((Arc::new(far), plane));
+    }
+    let far = FarMemory::new(Arc::clone(&state));
+    let mut plane = ControlPlane::join(url, id, config.fabric, state)?;
+    plane.first_extents(&far, config.replicas)?;
+    Ok((Arc::new(far), plane))
 }
 
 /// The socket's place in the file system, given up with the agent. An abstract name needs no giving up.
@@ -151,7 +232,24 @@ impl Drop for SocketFile {
 
 fn open_door(config: &AgentConfig) -> Result<(OwnedFd, SocketFile), AgentError> {
     let socket = config.socket.clone();
-    match crate::door::open(&socket, config.group) {
+    let began = Instant::now();
+    let mut opened = crate::door::open(&socket, config.group);
+    while opened
+        .as_ref()
+        .is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse)
+    {
+        // One that was killed just now: its keeper closes what is not needed any more.
+        let deadline = match crate::keeper::is_of_a_living_agent(&socket) {
+            true => DYING_DEADLINE,
+            false => DEAD_DOOR_DEADLINE,
+        };
+        if began.elapsed() > deadline {
+            break;
+        }
+        std::thread::sleep(END_POLL);
+        opened = crate::door::open(&socket, config.group);
+    }
+    match opened {
         Ok(listener) => Ok((listener, SocketFile(socket))),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(AgentError::Taken { socket }),
         Err(error) => Err(AgentError::Door { socket, error }),

@@ -14,6 +14,8 @@ use crate::figures::Counted;
 use crate::job::{Job, Limits};
 use crate::mailbox::{Request, SpaceHandle};
 use crate::pager::Pager;
+use crate::state::records::space;
+use crate::state::{SpacePlace, State};
 
 /// Most jobs at once.
 const MAX_JOBS: usize = 1024;
@@ -24,6 +26,8 @@ const MAX_SPACES: u64 = 4096;
 pub(crate) const LEAST_LOCAL_BYTES: u64 = 4 << 20;
 /// How long a fault may be asked to wait at most: whoever wants more wants to wait for ever.
 pub const MAX_FAULT_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+/// How often a launcher is looked for that has not come back to its job yet.
+const LAUNCHER_POLL: Duration = Duration::from_millis(20);
 /// How often a job without a launcher is looked at.
 const LAST_PROCESS_POLL: Duration = Duration::from_millis(2);
 
@@ -69,9 +73,9 @@ pub enum JobError {
 }
 
 /// What lives in this agent.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Spaces {
-    next: AtomicU64,
+    state: Arc<State>,
     live: AtomicU64,
     jobs: Mutex<HashMap<u64, Arc<Job>>>,
     /// What was counted for jobs that are no more. Changes under the lock of `jobs`.
@@ -85,12 +89,18 @@ pub struct Spaces {
 }
 
 impl Spaces {
-    /// Nothing yet, in an agent that expects jobs with so many copies.
+    /// None yet, in an agent that expects jobs with so many copies; what is of use to the next agent will lie in this state.
     #[must_use]
-    pub fn expecting(copies: u8) -> Self {
+    pub fn new(state: Arc<State>, copies: u8) -> Self {
         Self {
+            state,
+            live: AtomicU64::new(0),
+            jobs: Mutex::default(),
+            ended: Counted::default(),
+            forked: Mutex::default(),
             last_copies: AtomicU8::new(copies),
-            ..Self::default()
+            far_wanted: AtomicBool::new(false),
+            far_signal: Default::default(),
         }
     }
 
@@ -104,8 +114,26 @@ impl Spaces {
                 "this agent serves as many processes as it can",
             ));
         }
-        let id = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+        let last = &self.state.header().last_space;
+        let id = last.fetch_add(1, Ordering::AcqRel) + 1;
         Ok(Arc::new(SpaceHandle::new(id, pid)?))
+    }
+
+    /// A place in the state for a new address space. It counts from when its pager is started.
+    ///
+    /// # Errors
+    /// When there are too many.
+    pub fn new_place(&self, handle: &SpaceHandle, job: &Job) -> io::Result<SpacePlace> {
+        let place = self
+            .state
+            .new_space()
+            .ok_or_else(|| io::Error::other("this agent serves as many processes as it can"))?;
+        place.id.store(handle.id, Ordering::Relaxed);
+        place.job.store(job.token, Ordering::Relaxed);
+        place
+            .regions_only
+            .store(handle.manages_regions_only(), Ordering::Relaxed);
+        Ok(place)
     }
 
     /// Starts the pager of an address space whose process has come to the door.
@@ -118,8 +146,36 @@ impl Spaces {
         pager: Pager,
         handle: Arc<SpaceHandle>,
     ) -> io::Result<()> {
-        let (spaces, name) = (Arc::clone(self), format!("pager-{}", handle.id));
         job.add(Arc::clone(&handle));
+        pager.place().state.store(space::LIVE, Ordering::Release);
+        self.run(job, pager, handle)
+    }
+
+    /// Starts the pager of an address space that another agent had.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn start_again(
+        self: &Arc<Self>,
+        job: &Arc<Job>,
+        pager: Pager,
+        handle: Arc<SpaceHandle>,
+    ) -> io::Result<()> {
+        if handle.pid().is_none() {
+            let parent = pager.place().parent.load(Ordering::Relaxed);
+            self.forked().push((parent, Arc::clone(&handle)));
+        }
+        job.add_again(Arc::clone(&handle));
+        self.run(job, pager, handle)
+    }
+
+    fn run(
+        self: &Arc<Self>,
+        job: &Arc<Job>,
+        pager: Pager,
+        handle: Arc<SpaceHandle>,
+    ) -> io::Result<()> {
+        let (spaces, name) = (Arc::clone(self), format!("pager-{}", handle.id));
         self.live.fetch_add(1, Ordering::Relaxed);
         let (job_of_thread, failed) = (Arc::clone(job), Arc::clone(&handle));
         let started = std::thread::Builder::new().name(name).spawn(move || {
@@ -211,7 +267,8 @@ impl Spaces {
             copies,
             fault_deadline,
         };
-        let job = Arc::new(Job::new(u64::from_ne_bytes(token), uid, limits));
+        let place = self.state.new_job().ok_or(JobError::TooMany)?;
+        let job = Arc::new(Job::new(u64::from_ne_bytes(token), uid, limits, place));
         job.opened_by(launcher);
         let mut jobs = self.lock_jobs();
         if jobs.len() >= MAX_JOBS {
@@ -232,6 +289,27 @@ impl Spaces {
                 })
             }
             _ => Ok(job),
+        }
+    }
+
+    /// Takes over a job that another agent had, and sees to it until its launcher comes back to it.
+    pub fn job_again(self: &Arc<Self>, job: &Arc<Job>) {
+        self.lock_jobs().insert(job.token, Arc::clone(job));
+        let (spaces, job) = (Arc::clone(self), Arc::clone(job));
+        let watching = std::thread::Builder::new()
+            .name("launcher".into())
+            .spawn(move || {
+                while !job.is_held() && job.has_launcher() {
+                    std::thread::sleep(LAUNCHER_POLL);
+                }
+                // Whoever comes first: nobody comes back to a job that is being ended.
+                if job.hold() {
+                    let kill = !job.is_finished() && !job.is_for_regions();
+                    spaces.end_job(&job, kill);
+                }
+            });
+        if let Err(error) = watching {
+            tracing::error!(%error, "a launcher's end will not be seen");
         }
     }
 

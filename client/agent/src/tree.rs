@@ -188,7 +188,8 @@ mod tests {
             copies: 1,
             fault_deadline: std::time::Duration::from_secs(1),
         };
-        let job = Job::new(0xfeed_f00d_0123_4567, 0, limits);
+        let place = crate::state::State::create().unwrap().new_job().unwrap();
+        let job = Job::new(0xfeed_f00d_0123_4567, 0, limits, place);
         let mut orphans = std::process::Command::new("sh")
             .args(["-c", "sleep 5 & sleep 5 & wait"])
             .env(JOB_VARIABLE, format!("{:x}", job.token))

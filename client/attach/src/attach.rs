@@ -30,6 +30,23 @@ pub enum AttachError {
     System(&'static str, Errno),
 }
 
+impl AttachError {
+    /// Whether nobody listens on that socket any more though it was waited for: what a forked child inherited far has nobody who
+    /// would bring it. Of a name in the abstract namespace that is not known: the process may have left its network namespace.
+    #[must_use]
+    pub fn is_of_a_dead_agent(&self, path: &[u8]) -> bool {
+        !is_abstract(path) && matches!(self, Self::Unreachable(Errno(ECONNREFUSED)))
+    }
+}
+
+fn is_abstract(path: &[u8]) -> bool {
+    path.first() == Some(&b'@')
+}
+
+const EPIPE: u32 = 32;
+const ECONNRESET: u32 = 104;
+const ECONNREFUSED: u32 = 111;
+
 /// A process that is attached.
 #[derive(Clone, Copy, Debug)]
 pub struct Attached {
@@ -76,8 +93,24 @@ pub fn attach(
     parent: u64,
     keep_socket: bool,
 ) -> Result<Attached, AttachError> {
+    let mut patience = Patience::of(path);
+    loop {
+        match attempt(path, kind, job, parent, keep_socket) {
+            Err(error) if patience.waits_for_the_next_agent(&error) => {}
+            result => return result,
+        }
+    }
+}
+
+fn attempt(
+    path: &[u8],
+    kind: u32,
+    job: u64,
+    parent: u64,
+    keep_socket: bool,
+) -> Result<Attached, AttachError> {
     let fd = socket::connect(path).map_err(AttachError::Unreachable)?;
-    let result = handshake(fd, kind, job, parent);
+    let result = handshake(path, fd, kind, job, parent);
     if !keep_socket || result.is_err() {
         calls::close(fd);
     }
@@ -87,7 +120,71 @@ pub fn attach(
     })
 }
 
-fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, AttachError> {
+/// How long the next agent is waited for yet.
+struct Patience {
+    left_ms: u64,
+}
+
+impl Patience {
+    /// None comes to the name of a run's own agent. In another network namespace nobody listens on it either, and each fork
+    /// would wait in vain.
+    fn of(path: &[u8]) -> Self {
+        let left_ms = match is_abstract(path) {
+            true => 0,
+            false => AGENT_DEADLINE_MS,
+        };
+        Self { left_ms }
+    }
+
+    /// Whether the agent was killed, as it seems, and another may come: waits a little if so.
+    fn waits_for_the_next_agent(&mut self, error: &AttachError) -> bool {
+        let is_gone = matches!(
+            error,
+            AttachError::Unreachable(Errno(ECONNREFUSED))
+                | AttachError::Handshake(Errno(ECONNRESET | EPIPE))
+        );
+        if !is_gone || self.left_ms == 0 {
+            return false;
+        }
+        calls::sleep_ms(AGENT_POLL_MS);
+        self.left_ms = self.left_ms.saturating_sub(AGENT_POLL_MS);
+        true
+    }
+}
+
+/// How long a program that attaches waits for the next agent: longer than the agent's own default of how long it may take.
+const AGENT_DEADLINE_MS: u64 = 15_000;
+const AGENT_POLL_MS: u64 = 20;
+
+/// The agent was killed before it said that we are attached, but after it told us what we are: the next one knows whether we are.
+fn confirm(path: &[u8], job: u64, space: u64, helper: i32) -> Result<(), AttachError> {
+    let mut hello = Packet::new(tag::HELLO);
+    (hello.kind, hello.job, hello.parent) = (crate::message::kind::CONFIRM, job, space);
+    hello.helper = helper as u64;
+    let mut patience = Patience::of(path);
+    loop {
+        let asked = socket::connect(path)
+            .map_err(AttachError::Unreachable)
+            .and_then(|fd| {
+                let sent = socket::send(fd, &hello, &[]).map_err(AttachError::Handshake);
+                let done = sent.and_then(|()| expect(fd, tag::DONE).map(drop));
+                calls::close(fd);
+                done
+            });
+        match asked {
+            Err(error) if patience.waits_for_the_next_agent(&error) => {}
+            result => return result,
+        }
+    }
+}
+
+fn handshake(
+    path: &[u8],
+    fd: i32,
+    kind: u32,
+    job: u64,
+    parent: u64,
+) -> Result<Attached, AttachError> {
     let mut hello = Packet::new(tag::HELLO);
     (hello.kind, hello.job, hello.parent) = (kind, job, parent);
     socket::send(fd, &hello, &[]).map_err(AttachError::Handshake)?;
@@ -130,10 +227,21 @@ fn handshake(fd: i32, kind: u32, job: u64, parent: u64) -> Result<Attached, Atta
         let mut up = Packet::new(tag::HELPER_UP);
         up.helper = helper as u64;
         let sent = socket::send(fd, &up, &[]).map_err(AttachError::Handshake);
-        let done = sent.and_then(|()| expect(fd, tag::DONE));
+        let done = sent.and_then(|()| expect(fd, tag::DONE).map(drop));
         drop((uffds, drains, given));
+        let done = match done {
+            Err(AttachError::Handshake(Errno(ECONNRESET | EPIPE))) => {
+                match confirm(path, job, go.job, helper) {
+                    // It does not know us: from the beginning.
+                    Err(AttachError::Refused(..)) => Err(AttachError::Handshake(Errno(ECONNRESET))),
+                    result => result,
+                }
+            }
+            done => done,
+        };
         if let Err(error) = done {
             calls::kill(helper, 9);
+            calls::reap_clone(helper);
             return Err(error);
         }
         Ok(Attached {

@@ -50,6 +50,9 @@ pub mod kind {
     pub const STATUS: u32 = 5;
     /// A process that is attached already: it asks about its pages.
     pub const PAGES: u32 = 6;
+    /// A process that was told to start its helper by an agent which has died since: is it attached? Answered by
+    /// [`super::tag::DONE`] or [`super::tag::REFUSAL`].
+    pub const CONFIRM: u32 = 7;
 }
 
 /// What a packet is.
@@ -90,13 +93,13 @@ pub struct Packet {
     /// `Hello`: the job's token. `Go`: the address space's number, by which its
     /// children name it.
     pub job: u64,
-    /// `Hello` after a fork: the parent's address space number.
+    /// `Hello` after a fork: the parent's address space number; to confirm: its own.
     pub parent: u64,
     /// `Ready`: where the holding range was mapped. `Region`, `SoftDirty`: start address.
     pub holding: u64,
     /// `Ready`: where the drain range was mapped. `Region`, `SoftDirty`: length in bytes.
     pub drain: u64,
-    /// `HelperUp`: the helper's pid.
+    /// `HelperUp`, and `Hello` to confirm: the helper's pid.
     pub helper: u64,
     /// `Refusal`: length of the text that follows the packet. `Done` to `SoftDirty`: of the bits.
     pub text_len: u64,

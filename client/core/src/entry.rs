@@ -230,6 +230,16 @@ impl Entry {
         (self.state() == State::Fetching).then(|| self.with_state(State::Local))
     }
 
+    /// Untouched, Zero or Far to Local: the page was found present, and nothing is known of what was done to it since. A slot
+    /// that it has holds what it was.
+    #[must_use]
+    pub fn found_present(self) -> Option<Self> {
+        match self.state() {
+            State::FarRead | State::FarWrite => Some(self.with_state(State::Local).soft_dirtied()),
+            _ => self.filled_with_zeros().map(Self::soft_dirtied),
+        }
+    }
+
     /// Fetching back to Far: the read was dropped or failed and may be tried again.
     #[must_use]
     pub fn fetch_dropped(self) -> Option<Self> {

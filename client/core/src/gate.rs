@@ -43,6 +43,17 @@ impl Default for Gate {
 }
 
 impl Gate {
+    /// The gate of an address space that another agent had, whose last command was this. With `outstanding` the helper has
+    /// it, and may be moving pages yet.
+    #[must_use]
+    pub fn resumed(last_command: u32, outstanding: bool) -> Self {
+        Self {
+            outstanding: outstanding.then_some(last_command),
+            last_command,
+            ..Self::default()
+        }
+    }
+
     /// The epoch in which decisions are made now.
     #[must_use]
     pub fn epoch(&self) -> Epoch {

@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::entry::Entry;
 
-/// An entry word that several threads look at and one claims.
+/// An entry word that several threads look at and one claims. Nothing but the word: zeroed memory is untouched pages.
 #[derive(Debug)]
+#[repr(transparent)]
 pub struct PageCell(AtomicU64);
 
 impl PageCell {

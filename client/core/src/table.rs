@@ -1,13 +1,13 @@
 //! The page table of one address space: entry words by page, in chunks of 512 pages.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 use crate::entry::{Entry, State};
 use crate::page_cell::PageCell;
 
 /// Pages of a chunk: as many as one page of the hardware's own table maps.
-const CHUNK_PAGES: u64 = 512;
+pub const CHUNK_PAGES: u64 = 512;
 const CHUNK_SHIFT: u32 = CHUNK_PAGES.trailing_zeros();
 
 /// A page of the program's address space: its address divided by the page size.
@@ -40,27 +40,67 @@ pub fn pages_of(addresses: Range<u64>) -> Range<Page> {
     Page::of(addresses.start)..Page::of(addresses.end.saturating_add(0xfff))
 }
 
-struct Chunk {
-    cells: Box<[PageCell; CHUNK_PAGES as usize]>,
+/// The cells of a chunk.
+pub type Cells = [PageCell; CHUNK_PAGES as usize];
+
+/// Where a table's chunks lie.
+pub trait ChunkMemory {
+    /// A chunk; dropped when its table has no use for it any more.
+    type Chunk: Deref<Target = Cells>;
+
+    /// A chunk of untouched pages for this part of the address space.
+    fn chunk(&self, number: u64) -> Self::Chunk;
 }
 
-impl Chunk {
-    fn new() -> Self {
-        Self {
-            cells: Box::new(std::array::from_fn(|_| PageCell::new(Entry::UNTOUCHED))),
-        }
+/// Chunks on the heap.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Heap;
+
+impl ChunkMemory for Heap {
+    type Chunk = Box<Cells>;
+
+    fn chunk(&self, _number: u64) -> Box<Cells> {
+        Box::new(std::array::from_fn(|_| PageCell::new(Entry::UNTOUCHED)))
     }
 }
 
 /// The page table of one address space. A page without an entry is untouched.
-#[derive(Default)]
-pub struct PageTable {
-    chunks: BTreeMap<u64, Chunk>,
+pub struct PageTable<M: ChunkMemory = Heap> {
+    memory: M,
+    chunks: BTreeMap<u64, M::Chunk>,
     /// Pages by the code of their state. Nobody asks for the first, of untouched pages, which goes below zero.
     counts: [u64; State::COUNT],
 }
 
-impl PageTable {
+impl Default for PageTable {
+    fn default() -> Self {
+        Self::new(Heap)
+    }
+}
+
+impl<M: ChunkMemory> PageTable<M> {
+    /// A table without entries, whose chunks will lie there.
+    pub fn new(memory: M) -> Self {
+        Self {
+            memory,
+            chunks: BTreeMap::new(),
+            counts: [0; State::COUNT],
+        }
+    }
+
+    /// Takes over a chunk that another table of this address space had.
+    pub fn adopt(&mut self, number: u64, chunk: M::Chunk) {
+        for cell in chunk.iter() {
+            self.count(cell.load(), u64::wrapping_add);
+        }
+        self.chunks.insert(number, chunk);
+    }
+
+    /// Where its chunks lie.
+    pub fn memory(&self) -> &M {
+        &self.memory
+    }
+
     /// The page's entry.
     #[must_use]
     pub fn get(&self, page: Page) -> Entry {
@@ -76,10 +116,12 @@ impl PageTable {
         page: Page,
         transition: impl Fn(Entry) -> Option<Entry>,
     ) -> Option<(Entry, Entry)> {
+        let number = page.0 >> CHUNK_SHIFT;
+        let memory = &self.memory;
         let chunk = self
             .chunks
-            .entry(page.0 >> CHUNK_SHIFT)
-            .or_insert_with(Chunk::new);
+            .entry(number)
+            .or_insert_with(|| memory.chunk(number));
         let (before, after) = cell(chunk, page).change(transition)?;
         self.count(before, u64::wrapping_sub);
         self.count(after, u64::wrapping_add);
@@ -125,7 +167,7 @@ impl PageTable {
             .range(first..=last.max(first))
             .flat_map(|(number, chunk)| {
                 (0u64..)
-                    .zip(chunk.cells.iter())
+                    .zip(chunk.iter())
                     .map(move |(i, cell)| (Page((number << CHUNK_SHIFT) + i), cell.load()))
             })
             .filter(move |(page, entry)| range.contains(page) && *entry != Entry::UNTOUCHED)
@@ -152,20 +194,33 @@ impl PageTable {
     }
 
     /// Moves the entries of `from..from+pages` to `to`, as the kernel moves page-table entries on `mremap`.
-    /// What was at the target is handed to `released`.
-    pub fn remap(&mut self, from: Page, to: Page, pages: u64, released: impl FnMut(Page, Entry)) {
+    /// What was at the target is handed to `released`. The two do not overlap, and the target has been discarded
+    /// before: so a move that was broken off anywhere is finished by doing it again, and the page that had just been
+    /// copied then is handed to `released` once.
+    pub fn remap(
+        &mut self,
+        from: Page,
+        to: Page,
+        pages: u64,
+        mut released: impl FnMut(Page, Entry),
+    ) {
         let moving: Vec<(Page, Entry)> = self.touched(from..from.plus(pages)).collect();
-        self.discard(from..from.plus(pages), |_, _| {});
-        self.discard(to..to.plus(pages), released);
         for (page, entry) in moving {
-            self.change(to.plus(page.0 - from.0), |_| Some(entry));
+            let target = to.plus(page.0 - from.0);
+            if let Some((before, _)) = self.change(target, |_| Some(entry))
+                && before != Entry::UNTOUCHED
+            {
+                released(target, before);
+            }
+            self.change(page, |entry| Some(entry.discarded()));
         }
+        self.discard(from..from.plus(pages), |_, _| {});
     }
 }
 
-fn cell(chunk: &Chunk, page: Page) -> &PageCell {
+fn cell(cells: &Cells, page: Page) -> &PageCell {
     // The remainder is always within the array.
-    &chunk.cells[(page.0 % CHUNK_PAGES) as usize]
+    &cells[(page.0 % CHUNK_PAGES) as usize]
 }
 
 #[cfg(test)]
@@ -218,6 +273,7 @@ mod tests {
                         prop_assert_eq!(before - model.len(), seen);
                     }
                     Op::Remap(a, b, n) if a + n <= b || b + n <= a => {
+                        table.discard(Page(b)..Page(b + n), |_, _| {});
                         table.remap(Page(a), Page(b), n, |_, _| {});
                         let moving: Vec<_> = model.range(a..a + n).map(|(k, v)| (*k, *v)).collect();
                         model.retain(|k, _| !(a..a + n).contains(k) && !(b..b + n).contains(k));

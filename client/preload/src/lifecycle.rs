@@ -5,8 +5,11 @@ use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use farpage_attach::attach::{Attached, attach};
 use farpage_attach::control::Control;
 use farpage_attach::message::{JOB_VARIABLE, SOCKET_VARIABLE, kind};
+use farpage_attach::sys::calls;
 
 use crate::sys;
+
+const SIGKILL: u32 = 9;
 
 /// The control block of this process, null while it is not attached.
 static CONTROL: AtomicPtr<Control> = AtomicPtr::new(core::ptr::null_mut());
@@ -78,14 +81,14 @@ extern "C" fn child_after_fork() {
         // The filter might kill whoever calls `socket`. What was far is served all the same, but stays once home.
         return;
     }
-    if let Ok(attached) = attach(
-        socket.as_bytes(),
-        kind::FORK,
-        JOB.load(Ordering::Relaxed),
-        parent.space,
-        false,
-    ) {
-        remember(attached);
+    let job = JOB.load(Ordering::Relaxed);
+    match attach(socket.as_bytes(), kind::FORK, job, parent.space, false) {
+        Ok(attached) => remember(attached),
+        // Its parent is ended by its helper. This one has none yet, and would find zeros where pages are far.
+        Err(error) if error.is_of_a_dead_agent(socket.as_bytes()) => {
+            calls::kill(calls::getpid(), SIGKILL);
+        }
+        Err(_) => {}
     }
     parent.abandon_after_fork();
 }

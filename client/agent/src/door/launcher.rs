@@ -17,10 +17,9 @@ impl Door {
     pub(super) fn serve_launcher(&self, peer: &OwnedFd, pid: i32, uid: u32) -> io::Result<()> {
         socket::set_deadline(peer.as_fd(), Duration::ZERO)?;
         let mut job: Option<Arc<Job>> = None;
-        let mut finished = false;
-        let result = self.talk_to_launcher(peer, (pid, uid), &mut job, &mut finished);
+        let result = self.talk_to_launcher(peer, (pid, uid), &mut job);
         if let Some(job) = job {
-            let kill = !finished && !job.is_for_regions();
+            let kill = !job.is_finished() && !job.is_for_regions();
             if kill {
                 tracing::warn!(
                     job = format_args!("{:x}", job.token),
@@ -37,7 +36,6 @@ impl Door {
         peer: &OwnedFd,
         (pid, uid): (i32, u32),
         job: &mut Option<Arc<Job>>,
-        finished: &mut bool,
     ) -> io::Result<()> {
         while let Some(request) = receive_json::<JobRequest>(peer)? {
             let reply = match (request, job.as_ref()) {
@@ -67,6 +65,16 @@ impl Door {
                         },
                     }
                 }
+                (JobRequest::Resume { token }, None) => match self.left_job(&token, pid, uid) {
+                    Some(left) => {
+                        let lowered = left.ceiling.lowered();
+                        *job = Some(left);
+                        JobReply::Opened { token, lowered }
+                    }
+                    None => JobReply::Refused {
+                        reason: "it knows no such job: it was not restarted in time, and its programs were ended".into(),
+                    },
+                },
                 (JobRequest::Started { pid: program }, Some(job)) => {
                     // Whatever tree it names is watched, and its sizes told.
                     if crate::tree::descendants(pid).contains(&program) {
@@ -79,7 +87,7 @@ impl Door {
                     }
                 }
                 (JobRequest::Finish, Some(job)) => {
-                    *finished = true;
+                    job.finish();
                     let fabrics = self.shared.far.fabrics();
                     let fabric = if fabrics.is_empty() {
                         &self.fabric
@@ -99,6 +107,15 @@ impl Door {
             send_json(peer, &reply)?;
         }
         Ok(())
+    }
+}
+
+impl Door {
+    /// A job that another agent has left, for the process that opened it.
+    fn left_job(&self, token: &str, pid: i32, uid: u32) -> Option<Arc<Job>> {
+        let token = u64::from_str_radix(token, 16).ok()?;
+        let job = self.shared.spawner.job(token)?;
+        (uid == job.uid && job.resume(pid)).then_some(job)
     }
 }
 

@@ -152,8 +152,10 @@ impl Door {
         }
         // Who knows a job's token was given it by a process that was admitted, and may since have become another
         // user.
-        let joins = matches!(hello.kind, kind::START | kind::FORK | kind::PAGES)
-            && self.shared.spawner.job(hello.job).is_some();
+        let joins = matches!(
+            hello.kind,
+            kind::START | kind::FORK | kind::PAGES | kind::CONFIRM
+        ) && self.shared.spawner.job(hello.job).is_some();
         if !joins && !self.admission.admits(peer, uid, gid) {
             return refuse(
                 peer,
@@ -174,6 +176,14 @@ impl Door {
                     },
                     Some(_) => refuse(peer, "this job belongs to another user"),
                     None => refuse(peer, "there is no such job; it has ended"),
+                }
+            }
+            kind::CONFIRM => {
+                let confirmed = |job: Arc<Job>| is_attached(&job, pid, &hello);
+                if self.shared.spawner.job(hello.job).is_some_and(confirmed) {
+                    socket::send(peer.as_fd(), &Packet::new(tag::DONE), &[])
+                } else {
+                    refuse(peer, "its helper is not known")
                 }
             }
             kind::STATUS => {
@@ -258,6 +268,7 @@ impl Door {
             Arc::clone(&handle),
             None,
             uffd,
+            self.shared.spawner.new_place(&handle, job)?,
         )?;
         pager.install_helper(*offer)?;
         self.shared.spawner.start(job, pager, Arc::clone(&handle))?;
@@ -374,8 +385,21 @@ fn finish(peer: &OwnedFd, pid: i32, handle: &Arc<SpaceHandle>) -> io::Result<()>
     if share_memory(pid, helper) != Some(true) {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    handle.ask(Request::HelperUp(Process::open(helper)?));
+    let helper = Process::open(helper)?;
+    // Before the program may run: whose helper is not known has not attached, and nothing of it is kept.
+    handle.helper_runs(&helper);
+    handle.ask(Request::HelperUp(helper));
     socket::send(peer.as_fd(), &Packet::new(tag::DONE), &[])
+}
+
+/// Whether an address space of this number is this process's, and has this helper.
+fn is_attached(job: &Job, pid: i32, hello: &Packet) -> bool {
+    let spaces = job.spaces();
+    let mut spaces = spaces.iter();
+    let helper = i32::try_from(hello.helper).unwrap_or(0);
+    spaces.any(|space| {
+        space.id == hello.parent && space.pid() == Some(pid) && space.has_helper(helper)
+    })
 }
 
 /// Waits until an address space has given back what it held; a pager that takes longer does so by itself.

@@ -68,7 +68,10 @@ impl FarMemory {
     fn change_copies(&self, mut change: impl FnMut(&mut Copy)) {
         for extent in self.all().iter().flatten() {
             self.update(extent, |parts| {
-                parts.copies.iter_mut().for_each(&mut change);
+                for copy in &mut parts.copies {
+                    change(copy);
+                    copy.note_condition();
+                }
             });
         }
     }
@@ -159,7 +162,7 @@ impl FarMemory {
         for extent in self.all().iter().flatten() {
             self.update(extent, |parts| {
                 while let Some(at) = dispensable(extent, parts) {
-                    let copy = parts.copies.remove(at);
+                    let copy = parts.remove(at);
                     if copy.condition != Condition::Revoked {
                         lock(&self.left).push(Grant::clone(&copy.grant));
                     }
@@ -188,6 +191,7 @@ impl FarMemory {
                 given_up: false,
             };
             parts.pinned.extend(slots.clone().map(pin));
+            self.note_transfer(first, slots.len());
             let place = |at: usize| Some(parts.copies.get(at)?.place(slots.start, slots.len()));
             Some(Transfer {
                 first,
@@ -206,13 +210,9 @@ impl FarMemory {
         let first = usize::from(transfer.first.page());
         self.update(&extent, |parts| {
             for (index, slot) in (first..first + usize::from(transfer.to.len)).enumerate() {
-                let is_it = |pinned: &Pinned| usize::from(pinned.slot) == slot;
-                let Some(at) = parts.pinned.iter().position(is_it) else {
-                    continue;
-                };
-                if parts.pinned.swap_remove(at).given_up {
-                    parts.free.give_back(slot);
-                } else if good >> index & 1 == 1
+                let is_named = parts.unpin(slot).is_some_and(|pinned| !pinned.given_up);
+                if is_named
+                    && good >> index & 1 == 1
                     && let Some(copy) = parts.copy(transfer.to.copy)
                 {
                     copy.holds.set(slot);
@@ -222,6 +222,7 @@ impl FarMemory {
                 self.abandon(parts, transfer.to.copy);
             }
         });
+        self.note_no_transfer();
     }
 
     fn abandon(&self, parts: &mut Parts, id: CopyId) {
@@ -235,7 +236,7 @@ impl FarMemory {
             .enumerate()
             .any(|(other, it)| other != at && it.is_usable() && covers(it, copy.holds.words()));
         if elsewhere && copy.writers == 0 {
-            let copy = parts.copies.remove(at);
+            let copy = parts.remove(at);
             if copy.condition != Condition::Revoked {
                 lock(&self.left).push(Grant::clone(&copy.grant));
             }
@@ -251,17 +252,18 @@ fn is_in_use(extent: &Extent, parts: &Parts) -> bool {
 fn held(parts: &Parts) -> Vec<u64> {
     let there = parts.copies.iter().filter(|copy| !copy.condition.is_lost());
     there.fold(Vec::new(), |mut all, copy| {
-        let words = copy.holds.words();
-        all.resize(words.len(), 0);
-        all.iter_mut()
-            .zip(words)
-            .for_each(|(all, word)| *all |= word);
+        for (at, word) in copy.holds.words().enumerate() {
+            match all.get_mut(at) {
+                Some(all) => *all |= word,
+                None => all.push(word),
+            }
+        }
         all
     })
 }
 
-fn covers(copy: &Copy, wanted: &[u64]) -> bool {
-    let mut both = copy.holds.words().iter().zip(wanted);
+fn covers(copy: &Copy, wanted: impl Iterator<Item = u64>) -> bool {
+    let mut both = copy.holds.words().zip(wanted);
     both.all(|(has, wanted)| wanted & !has == 0)
 }
 
@@ -270,7 +272,9 @@ fn whole(parts: &Parts, but: Option<usize>) -> usize {
     let all = held(parts);
     let others = parts.copies.iter().enumerate();
     others
-        .filter(|(at, copy)| Some(*at) != but && copy.is_sound() && covers(copy, &all))
+        .filter(|(at, copy)| {
+            Some(*at) != but && copy.is_sound() && covers(copy, all.iter().copied())
+        })
         .count()
 }
 
@@ -305,7 +309,7 @@ fn missing(extent: &Extent, parts: &Parts) -> Option<(std::ops::Range<usize>, us
             let has = |at: usize, slot: usize| parts.copies[at].holds.has(slot);
             places().filter(|from| *from != to).find_map(|from| {
                 let lacks = |slot: &usize| has(from, *slot) && !has(to, *slot);
-                let words = parts.copies[from].holds.words().iter();
+                let words = parts.copies[from].holds.words();
                 let word = words
                     .zip(parts.copies[to].holds.words())
                     .position(|(from, to)| from & !to != 0)?;

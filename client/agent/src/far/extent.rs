@@ -3,6 +3,7 @@
 //! A slot is the same place in every copy. What a copy holds is kept slot by slot, so that it never counts for bytes that it
 //! does not hold: a write that failed there, or bytes that failed their check, cost that copy those slots and nothing else.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -12,6 +13,9 @@ use smallvec::SmallVec;
 
 use super::PAGE;
 use super::slots::{FreeSlots, SlotBits, SlotRecord};
+use crate::state::State;
+use crate::state::records::{self, CopyRecord, ExtentRecord, RESTING, extent};
+use crate::sys::state::Ref;
 
 /// Most copies of an extent: as many as a job may ask for, and one more while another takes the place of one.
 pub const MAX_COPIES: usize = MAX_REPLICAS as usize + 1;
@@ -89,9 +93,21 @@ pub(super) struct Copy {
     pub(super) holds: SlotBits,
     /// Writes under way that have it among their targets.
     pub(super) writers: u32,
+    /// What of it outlives the agent.
+    record: Ref<CopyRecord>,
 }
 
 impl Copy {
+    /// Notes its condition where the next agent finds it. Of a node that is silent that one hears anew.
+    pub(super) fn note_condition(&self) {
+        let state = match self.condition {
+            Condition::Usable | Condition::Unreachable => records::copy::HELD,
+            Condition::Lost => records::copy::LOST,
+            Condition::Revoked => records::copy::REVOKED,
+        };
+        self.record.state.store(state, Ordering::Release);
+    }
+
     pub(super) fn is_usable(&self) -> bool {
         self.condition == Condition::Usable
     }
@@ -152,6 +168,26 @@ impl Parts {
         copies.any(|copy| !copy.condition.is_lost() && copy.holds.has(slot))
     }
 
+    /// Takes a copy out of use. Before its grant goes back no record may name it.
+    pub(super) fn remove(&mut self, at: usize) -> Copy {
+        let copy = self.copies.remove(at);
+        copy.record
+            .state
+            .store(records::copy::FREE, Ordering::Release);
+        copy
+    }
+
+    /// A slot that was being copied is not any more.
+    pub(super) fn unpin(&mut self, slot: usize) -> Option<Pinned> {
+        let is_it = |pinned: &Pinned| usize::from(pinned.slot) == slot;
+        let at = self.pinned.iter().position(is_it)?;
+        let pinned = self.pinned.swap_remove(at);
+        if pinned.given_up {
+            self.free.give_back(slot);
+        }
+        Some(pinned)
+    }
+
     /// Nobody names a slot any more.
     pub(super) fn give_back(&mut self, slot: u16) {
         for copy in &mut self.copies {
@@ -174,12 +210,18 @@ pub struct Extent {
     pub(super) bytes: u64,
     pub(super) slots: Box<[SlotRecord]>,
     parts: Mutex<Parts>,
+    /// What of it outlives the agent.
+    record: Ref<ExtentRecord>,
+    /// Slots that a dead agent's request may still write to: nothing else goes there.
+    pub(super) rests: SlotBits,
 }
 
 impl Extent {
-    pub(super) fn new(number: u32, goal: u8, bytes: u64) -> Self {
+    pub(super) fn new(number: u32, goal: u8, bytes: u64, state: &State) -> Option<Self> {
+        let record = state.extent(number)?;
         let slots = (bytes / PAGE) as usize;
-        Self {
+        let rests = SlotBits::of(state.bits(number)?, RESTING, slots);
+        Some(Self {
             number,
             goal,
             bytes,
@@ -189,11 +231,78 @@ impl Extent {
                 copies: SmallVec::new(),
                 pinned: SmallVec::new(),
             }),
-        }
+            record,
+            rests,
+        })
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Parts> {
         self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A copy that holds nothing yet, noted in the state; none where there is no room for it.
+    pub(super) fn new_copy(&self, state: &State, id: CopyId, grant: Grant) -> Option<Copy> {
+        let is_free =
+            |record: &CopyRecord| record.state.load(Ordering::Relaxed) == records::copy::FREE;
+        let place = self.record.copies.iter().position(is_free)?;
+        let record = self.record.part(|record| &record.copies[place]);
+        if !CopyRecord::fits(&grant) {
+            return None;
+        }
+        record.note(&grant);
+        let holds = SlotBits::of(state.bits(self.number)?, place, self.slots.len());
+        holds.clear_all();
+        let copy = Copy {
+            id,
+            grant: Arc::new(grant),
+            condition: Condition::Usable,
+            silent_since: None,
+            draining: false,
+            holds,
+            writers: 0,
+            record,
+        };
+        copy.note_condition();
+        Some(copy)
+    }
+
+    /// The copy that another agent left at this place of the record, if it left one.
+    pub(super) fn copy_left(&self, state: &State, id: CopyId, place: usize) -> Option<Copy> {
+        self.record.copies.get(place)?;
+        let record = self.record.part(|record| &record.copies[place]);
+        let condition = match record.state.load(Ordering::Acquire) {
+            records::copy::HELD => Condition::Usable,
+            records::copy::LOST => Condition::Lost,
+            records::copy::REVOKED => Condition::Revoked,
+            _ => return None,
+        };
+        Some(Copy {
+            id,
+            grant: Arc::new(record.grant(self.bytes)),
+            condition,
+            silent_since: None,
+            draining: false,
+            holds: SlotBits::of(state.bits(self.number)?, place, self.slots.len()),
+            writers: 0,
+            record,
+        })
+    }
+
+    /// It is held from now on, without copies yet.
+    pub(super) fn note(&self) {
+        for copy in &self.record.copies {
+            copy.state.store(records::copy::FREE, Ordering::Relaxed);
+        }
+        self.rests.clear_all();
+        let (goal, bytes) = (u32::from(self.goal), self.bytes);
+        self.record.goal.store(goal, Ordering::Relaxed);
+        self.record.bytes.store(bytes, Ordering::Relaxed);
+        self.record.state.store(extent::HELD, Ordering::Release);
+    }
+
+    /// It is not any more.
+    pub(super) fn note_end(&self) {
+        self.record.state.store(extent::FREE, Ordering::Release);
     }
 
     /// Slots that are given out first: those of an extent with all the copies that it should have.

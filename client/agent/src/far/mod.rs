@@ -5,16 +5,18 @@
 //! on every fetch, a fork shares it by counting one reference more, and it can be copied while it is in use.
 //!
 //! An [`extent`] has copies on different nodes. [`slots`] says which of its slots are free; [`copies`] what becomes of copies
-//! whose nodes are silent, lost or drained.
+//! whose nodes are silent, lost or drained; [`left`] what one agent finds of what another held.
 
 mod copies;
 mod extent;
+mod left;
 mod slots;
 #[cfg(test)]
 mod tests;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Instant;
 
 use farpage_proto::limits::MAX_REPLICAS;
 
@@ -22,8 +24,10 @@ pub use copies::{Transfer, Wanted};
 pub use extent::{CopyId, Extent, Grant, MAX_COPIES, MAX_TRANSFER_SLOTS, Place, Places};
 
 use crate::entry::{EXTENT_BITS, PAGE_IN_EXTENT_BITS, Slot};
+use crate::state::State;
+use crate::state::records::CopyRecord;
 use extent::{Condition, Copy, Parts};
-use slots::{SlotBits, SlotRecord};
+use slots::SlotRecord;
 
 const PAGE: u64 = 4096;
 
@@ -66,8 +70,9 @@ fn sum(counts: &ByGoal) -> u64 {
 }
 
 /// The extents of this agent and the slots in them. Shared by all pagers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FarMemory {
+    state: Arc<State>,
     extents: RwLock<Vec<Option<Arc<Extent>>>>,
     /// Free slots that are given out first. Changes under the lock of the extent that it changes for.
     free: ByGoal,
@@ -75,18 +80,35 @@ pub struct FarMemory {
     next_copy: AtomicU64,
     /// Grants that no extent needs any more and that the lease still names.
     left: Mutex<Vec<Grant>>,
+    /// Slots that a request of a dead agent's may still write to; and until when that is thought so.
+    resting: Mutex<Vec<(Instant, Slot)>>,
 }
 
 impl FarMemory {
+    /// None yet; what is of use to the next agent will lie in this state.
+    #[must_use]
+    pub fn new(state: Arc<State>) -> Self {
+        Self {
+            state,
+            extents: RwLock::default(),
+            free: ByGoal::default(),
+            used: ByGoal::default(),
+            next_copy: AtomicU64::new(0),
+            left: Mutex::default(),
+            resting: Mutex::default(),
+        }
+    }
+
     /// Takes an extent into use of which there should be `goal` copies, and are these. `None` where the agent's numbers for
-    /// extents have run out, or where the grants' size does not fit the entry word.
+    /// extents have run out, or where the grants' size does not fit the entry word, or a name the state.
     pub fn add(&self, goal: u8, grants: Vec<Grant>) -> Option<u32> {
         let bytes = grants.first()?.bytes;
         let slots = bytes / PAGE;
-        if slots == 0 || slots > 1 << PAGE_IN_EXTENT_BITS {
+        let fits = grants.iter().all(CopyRecord::fits);
+        if slots == 0 || slots > 1 << PAGE_IN_EXTENT_BITS || !fits {
             return None;
         }
-        let mut extents = self.extents.write().unwrap_or_else(PoisonError::into_inner);
+        let mut extents = self.all_mut();
         let number = extents
             .iter()
             .position(Option::is_none)
@@ -94,7 +116,8 @@ impl FarMemory {
         let number32 = u32::try_from(number)
             .ok()
             .filter(|number| *number < 1 << EXTENT_BITS)?;
-        let extent = Arc::new(Extent::new(number32, goal, bytes));
+        let extent = Arc::new(Extent::new(number32, goal, bytes, &self.state)?);
+        extent.note();
         if number == extents.len() {
             extents.push(Some(Arc::clone(&extent)));
         } else {
@@ -115,26 +138,23 @@ impl FarMemory {
         self.update(&extent, |parts| {
             let other_node = |copy: &Copy| copy.grant.node != grant.node;
             let room = parts.copies.len() < MAX_COPIES && parts.copies.iter().all(other_node);
-            if room {
-                parts.copies.push(Copy {
-                    id: CopyId(self.next_copy.fetch_add(1, Ordering::Relaxed)),
-                    grant: Arc::new(grant),
-                    condition: Condition::Usable,
-                    silent_since: None,
-                    draining: false,
-                    holds: SlotBits::none_of(extent.slots.len()),
-                    writers: 0,
-                });
-            }
-            room
+            let copy = room.then(|| extent.new_copy(&self.state, self.next_copy(), grant));
+            let copy = copy.flatten();
+            let is_added = copy.is_some();
+            parts.copies.extend(copy);
+            is_added
         })
+    }
+
+    fn next_copy(&self) -> CopyId {
+        CopyId(self.next_copy.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Gives up extents of which no slot is in use, keeping so many free slots of extents of each number of copies. Returns
     /// the grants that the lease still names, those among them that their extents need no more.
     pub fn retire(&self, spare_slots: impl Fn(u8) -> u64) -> Vec<Grant> {
         let mut retired = std::mem::take(&mut *lock(&self.left));
-        let mut extents = self.extents.write().unwrap_or_else(PoisonError::into_inner);
+        let mut extents = self.all_mut();
         for place in extents.iter_mut() {
             let Some(extent) = place else { continue };
             let slots = extent.slots.len() as u64;
@@ -155,6 +175,7 @@ impl FarMemory {
             let held = held.filter(|copy| copy.condition != Condition::Revoked);
             retired.extend(held.map(|copy| Grant::clone(&copy.grant)));
             drop(parts);
+            extent.note_end();
             *place = None;
         }
         retired
@@ -164,6 +185,10 @@ impl FarMemory {
     #[must_use]
     pub fn extent(&self, number: u32) -> Option<Arc<Extent>> {
         self.all().get(number as usize)?.clone()
+    }
+
+    fn all_mut(&self) -> RwLockWriteGuard<'_, Vec<Option<Arc<Extent>>>> {
+        self.extents.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn all(&self) -> RwLockReadGuard<'_, Vec<Option<Arc<Extent>>>> {
@@ -265,19 +290,18 @@ impl FarMemory {
 
     /// Notes what a slot will hold.
     pub fn set_hash(&self, slot: Slot, hash: u128) {
-        self.record(slot, |_, record| {
-            record.hash[0].store(hash as u64, Ordering::Relaxed);
-            record.hash[1].store((hash >> 64) as u64, Ordering::Release);
-        });
+        if let Some([low, high]) = self.state.hash(slot) {
+            low.store(hash as u64, Ordering::Relaxed);
+            high.store((hash >> 64) as u64, Ordering::Release);
+        }
     }
 
     /// What a slot should hold.
     #[must_use]
     pub fn hash(&self, slot: Slot) -> Option<u128> {
-        self.record(slot, |_, record| {
-            let high = record.hash[1].load(Ordering::Acquire);
-            (u128::from(high) << 64) | u128::from(record.hash[0].load(Ordering::Relaxed))
-        })
+        let [low, high] = self.state.hash(slot)?;
+        let high = high.load(Ordering::Acquire);
+        Some((u128::from(high) << 64) | u128::from(low.load(Ordering::Relaxed)))
     }
 
     /// The places that hold a slot, and of each how many of the `most` slots from it on it holds; those whose nodes answer

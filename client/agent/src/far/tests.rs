@@ -16,7 +16,7 @@ fn grant(id: u64, slots: u64) -> Grant {
 }
 
 fn far(extents: u64, slots: u64) -> FarMemory {
-    let far = FarMemory::default();
+    let far = FarMemory::new(State::create().unwrap());
     for id in 0..extents {
         far.add(1, vec![grant(id, slots)]).unwrap();
     }
@@ -105,7 +105,7 @@ fn what_a_lease_held_is_not_given_back_under_the_next() {
 
 /// An extent with copies on nodes `n1` and so on, granted under their numbers.
 fn with_copies(goal: u8, copies: u64, slots: u64) -> FarMemory {
-    let far = FarMemory::default();
+    let far = FarMemory::new(State::create().unwrap());
     let grants = (1..=copies).map(|id| grant(id, slots)).collect();
     far.add(goal, grants).unwrap();
     far
@@ -279,6 +279,60 @@ fn doubted_bytes_are_copied_anew_where_another_has_them() {
     assert_eq!(nodes_of(&far, slot), [1, 2]);
 }
 
+#[test]
+fn the_next_agent_finds_what_each_copy_holds() {
+    let state = State::create().unwrap();
+    let far = FarMemory::new(Arc::clone(&state));
+    far.add(2, (1..=3).map(|id| grant(id, 128)).collect())
+        .unwrap();
+    let all = write(&far, 2, |_| true);
+    let some = write(&far, 1, |node| node != 2).first;
+    let unnamed = write(&far, 1, |_| true).first;
+    far.heard_of_nodes(&[3], &[], &[]);
+    drop(far);
+
+    let far = FarMemory::left(state);
+    assert!(far.is_named(all.first) && far.is_named(some) && !far.is_named(some));
+    far.all_is_named();
+    assert!([1, 2, 3].into_iter().all(|id| far.knows(id)) && !far.knows(4));
+    assert_eq!(
+        (nodes_of(&far, all.first), nodes_of(&far, some)),
+        (vec![1, 2], vec![1])
+    );
+    assert!(nodes_of(&far, unnamed).is_empty());
+    assert_eq!((far.used_of(2), far.free_of(2)), (2, 126));
+    let place = &far.places(some, 1)[0];
+    assert_eq!(*place.grant, grant(1, 128));
+    assert_eq!(far.references(some), 2);
+    // One that is to go back is not taken into use again.
+    // Whether it is known is asked while they are handed over, which once waited for itself.
+    let grants = [grant(1, 128), grant(4, 128)].into_iter();
+    far.needs_not(grants.filter(|grant| !far.knows(grant.id)));
+    assert!(far.knows(4));
+    assert_eq!(far.retire(|_| 0), [grant(4, 128)]);
+    assert!(!far.knows(4));
+}
+
+#[test]
+fn what_a_dead_mover_sent_is_never_where_another_page_is() {
+    let state = State::create().unwrap();
+    let far = FarMemory::new(Arc::clone(&state));
+    far.add(2, vec![grant(1, 2)]).unwrap();
+    let slot = write(&far, 1, |_| true).first;
+    far.add_copy(0, grant(2, 2));
+    let transfer = far.next_transfer(0).unwrap();
+    drop(far);
+
+    let far = FarMemory::left(state);
+    assert!(far.is_named(transfer.first) && transfer.first == slot);
+    far.all_is_named();
+    assert!(far.release(slot));
+    assert_eq!(far.take_run(2, 2).map(|run| run.len), Some(1));
+    assert!(far.take_run(1, 2).is_none());
+    far.end_rests_until(Instant::now() + left::REST);
+    assert_eq!(far.take_run(1, 2).map(|run| run.first), Some(slot));
+}
+
 #[derive(Clone, Copy, Debug)]
 enum Op {
     /// Writes a run; which of its targets confirm it, by bits.
@@ -288,6 +342,10 @@ enum Op {
     Heard(u8, u8, u8),
     BeginTransfer(u32),
     EndTransfer(bool),
+    /// The agent is killed while it writes a run, which some of its targets have confirmed; the next one takes over.
+    Restart(u16, u8),
+    /// What a dead agent had sent arrives.
+    Arrive,
     Grow(u64),
     LetGo,
     Doubt(usize, usize),
@@ -303,22 +361,94 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         2 => (1u64..9).prop_map(Op::Grow),
         2 => Just(Op::LetGo),
         1 => (0usize..50, 0usize..3).prop_map(|(slot, copy)| Op::Doubt(slot, copy)),
+        1 => (1u16..9, any::<u8>()).prop_map(|(most, done)| Op::Restart(most, done)),
+        1 => Just(Op::Arrive),
     ];
     proptest::collection::vec(op, 1..150)
 }
 
 /// What nodes really hold, beside what is believed of them.
-#[derive(Default)]
 struct Model {
+    state: Arc<State>,
     far: FarMemory,
     bytes: std::collections::HashMap<(CopyId, Slot), u64>,
     /// Slots in use with their contents.
     held: Vec<(Slot, u64)>,
     writes: u64,
     transfer: Option<(Transfer, Vec<Option<u64>>)>,
+    /// What a dead agent sent and nobody knows of.
+    sent: Vec<((CopyId, Slot), u64)>,
 }
 
 impl Model {
+    fn new() -> Self {
+        let state = State::create().unwrap();
+        Self {
+            far: FarMemory::new(Arc::clone(&state)),
+            state,
+            bytes: Default::default(),
+            held: Vec::new(),
+            writes: 0,
+            transfer: None,
+            sent: Vec::new(),
+        }
+    }
+
+    /// The copies by the grants and extents that they are.
+    fn copies(&self) -> std::collections::HashMap<(u32, u64), CopyId> {
+        let extents = (0..2).filter_map(|number| self.far.extent(number));
+        let copies = extents.flat_map(|extent| {
+            let parts = extent.lock();
+            let of = |copy: &Copy| ((extent.number, copy.grant.id), copy.id);
+            parts.copies.iter().map(of).collect::<Vec<_>>()
+        });
+        copies.collect()
+    }
+
+    fn restart(&mut self, most: u16, done: u8) {
+        self.writes += 1;
+        let under_way = self.far.take_run(most, 2);
+        if let Some(run) = under_way {
+            for (at, target) in self.far.targets(run).iter().enumerate() {
+                let slots = Self::slots(run.first, run.len);
+                let bytes = slots.map(|slot| ((target.copy, slot), self.writes));
+                if done >> at & 1 == 1 {
+                    self.far.written(run, target.copy, true);
+                    self.bytes.extend(bytes);
+                } else {
+                    self.sent.extend(bytes);
+                }
+            }
+        }
+        if let Some((transfer, read)) = self.transfer.take() {
+            let slots = Self::slots(transfer.first, transfer.to.len);
+            let read = slots.zip(read).map(|(slot, it)| (slot, it.unwrap()));
+            let sent = read.map(|(slot, bytes)| ((transfer.to.copy, slot), bytes));
+            self.sent.extend(sent);
+        }
+        let before = self.copies();
+        self.far = FarMemory::left(Arc::clone(&self.state));
+        for (slot, _) in &self.held {
+            assert!(self.far.is_named(*slot), "{slot:?} is free");
+        }
+        for slot in under_way
+            .iter()
+            .flat_map(|run| Self::slots(run.first, run.len))
+        {
+            self.far.lay_to_rest(slot);
+        }
+        self.far.all_is_named();
+        let after = self.copies();
+        let known: std::collections::HashMap<CopyId, CopyId> = after
+            .iter()
+            .map(|(grant, id)| (before[grant], *id))
+            .collect();
+        assert_eq!(known.len(), before.len());
+        let again = |((copy, slot), bytes)| Some(((*known.get(&copy)?, slot), bytes));
+        self.bytes = self.bytes.drain().filter_map(again).collect();
+        self.sent = self.sent.drain(..).filter_map(again).collect();
+    }
+
     fn slots(first: Slot, len: u16) -> impl Iterator<Item = Slot> {
         std::iter::successors(Some(first), |slot| slot.next()).take(len.into())
     }
@@ -373,6 +503,11 @@ impl Model {
                 }
             }
             Op::LetGo => drop(self.far.let_go()),
+            Op::Restart(most, done) => self.restart(most, done),
+            Op::Arrive => {
+                self.bytes.extend(self.sent.drain(..));
+                self.far.end_rests_until(Instant::now() + left::REST);
+            }
             Op::Doubt(slot, copy) => {
                 let Some((slot, _)) = self.held.get(slot) else {
                     return;
@@ -434,7 +569,7 @@ impl Model {
 proptest! {
     #[test]
     fn no_copy_counts_for_bytes_that_it_does_not_hold(ops in ops()) {
-        let mut model = Model::default();
+        let mut model = Model::new();
         for first in [1, 3] {
             model.far.add(2, vec![grant(first, 16), grant(first + 1, 16)]).unwrap();
         }
@@ -450,6 +585,7 @@ proptest! {
             prop_assert!(model.far.release(slot));
         }
         model.far.heard_of_nodes(&[], &[], &[]);
+        model.far.end_rests_until(Instant::now() + left::REST);
         model.far.retire(|_| 0);
         prop_assert!(model.far.extent(0).is_none() && model.far.extent(1).is_none());
         prop_assert_eq!((model.far.used_of(2), model.far.free_of(2)), (0, 0));

@@ -2,22 +2,25 @@
 
 use std::ops::Range;
 
-use super::Pager;
+use super::{Noted, Pager};
 use crate::entry::{Entry, State};
 use crate::sys::uffd::Message;
 use crate::table::{Page, pages_of};
 
 impl Pager {
-    /// Follows one event. Faults are not events.
-    pub(super) fn follow(&mut self, event: Message) {
-        tracing::debug!(space = self.handle.id, ?event, "event");
-        match event {
+    /// Follows one event. Faults are not events. Broken off anywhere, and followed again by the next agent, it comes to
+    /// the same; until then it stays in the journal.
+    pub(super) fn follow(&mut self, event: Noted) {
+        let Noted { message, at } = event;
+        tracing::debug!(space = self.handle.id, event = ?message, "event");
+        match message {
             Message::Fault { .. } => {}
-            Message::Fork(uffd) => self.forked(uffd),
-            Message::Remap { from, to, len } => self.remapped(from, to, len),
+            Message::Fork(uffd) => self.forked(uffd, at),
+            Message::Remap { from, to, len } => self.remapped(from, to, len, at),
             Message::Remove(range) => self.discard_to_zeros(pages_of(range)),
             Message::Unmap(range) => self.unmapped(&range),
         }
+        self.journal.done(at);
     }
 
     /// `madvise` discards: what is there goes, the registration stays, the next touch reads zeros.
@@ -34,7 +37,7 @@ impl Pager {
 
     /// `mremap` moved pages. With MREMAP_DONTUNMAP the old range stays registered and empty; without it an
     /// unmap of the old range follows, and finds nothing.
-    fn remapped(&mut self, from: u64, to: u64, len: u64) {
+    fn remapped(&mut self, from: u64, to: u64, len: u64, at: Option<u32>) {
         let pages = len.div_ceil(4096);
         let (from_page, to_page) = (Page::of(from), Page::of(to));
         let (left, entered) = (
@@ -45,6 +48,10 @@ impl Pager {
         let mut kept = self.leave_transit(left.clone());
         kept.extend(self.leave_transit(entered.clone()));
         let emptied = self.changed_by_zeros(&left);
+        if !self.journal.has_begun(at) {
+            self.discard_pages(entered.clone());
+            self.journal.begin(at);
+        }
         let mut released = Vec::new();
         self.table
             .remap(from_page, to_page, pages, |_, entry| released.push(entry));
@@ -93,7 +100,7 @@ impl Pager {
     /// Brings pages in transit to a state that can be moved to another address: fetches are given up, pages
     /// on their way out are waited for, since their bytes are in staging under their old address. Returns the messages
     /// that came meanwhile.
-    fn leave_transit(&mut self, range: Range<Page>) -> Vec<Message> {
+    fn leave_transit(&mut self, range: Range<Page>) -> Vec<Noted> {
         let in_transit: Vec<(Page, Entry)> = self
             .table
             .touched(range)
@@ -114,10 +121,11 @@ impl Pager {
         kept
     }
 
-    /// Messages that came while something had to be settled first: faults wait, events are followed.
-    pub(super) fn keep_messages(&mut self, kept: Vec<Message>) {
-        for message in kept {
-            match message {
+    /// Messages that came while something had to be settled first: faults wait, events are followed when all that were read
+    /// before them have been ([`Self::follow_later`]).
+    pub(super) fn keep_messages(&mut self, kept: Vec<Noted>) {
+        for noted in kept {
+            match noted.message {
                 Message::Fault {
                     address,
                     write,
@@ -130,7 +138,16 @@ impl Pager {
                     thread,
                     std::time::Instant::now(),
                 )),
-                event => self.follow(event),
+                message => self.later.push(Noted { message, ..noted }),
+            }
+        }
+    }
+
+    /// Follows what came while other events were followed, in order.
+    pub(super) fn follow_later(&mut self) {
+        while !self.later.is_empty() {
+            for noted in std::mem::take(&mut self.later) {
+                self.follow(noted);
             }
         }
     }

@@ -6,12 +6,15 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use super::{Pager, Registered};
+use super::{Pager, Registered, Table};
 use crate::entry::State;
+use crate::state::SpacePlace;
+use crate::state::records::space;
 use crate::sys::process::{Process, ranges_not_inherited};
 use crate::sys::uffd::Uffd;
-use crate::table::{Page, PageTable, pages_of};
+use crate::table::{Page, pages_of};
 
 /// What is known of what a forked child did not inherit although its table says so.
 #[derive(Debug)]
@@ -69,26 +72,33 @@ impl Pager {
                 self.discard_pages(page..page.plus(1));
             }
         }
+        self.inheritance_is_known();
+    }
+
+    /// Nothing is to be guessed any more.
+    pub(super) fn inheritance_is_known(&mut self) {
         self.inheritance = Inheritance::Known;
+        self.place
+            .inheritance_unknown
+            .store(false, Ordering::Release);
     }
 
     /// The program has forked; reading the event has let the parent go on, and the child may run. Neither can
     /// get at a far page but through us, so the clone below is as if made at that moment: pages on their way
     /// out are settled first, pages on their way in are found far by the child.
-    pub(super) fn forked(&mut self, uffd: Uffd) {
+    pub(super) fn forked(&mut self, uffd: Uffd, at: Option<u32>) {
         let kept = self.settle(super::SETTLE_DEADLINE);
         self.handle.forked();
         self.settle_for_the_guess();
-        let table = self.clone_table();
         let registered = self.registered.clone();
-        if let Err(error) = self.start_child(uffd, table, registered) {
+        if let Err(error) = self.start_child(uffd, registered, at) {
             tracing::error!(%error, pid = self.pid(), "a forked child cannot be served");
         }
         self.keep_messages(kept);
     }
 
-    fn clone_table(&mut self) -> PageTable {
-        let mut child = PageTable::default();
+    fn clone_table(&mut self, place: &SpacePlace) -> Table {
+        let mut child = Table::new(place.chunks());
         let everything = Page(0)..Page(u64::MAX >> 12);
         for (page, entry) in self.table.touched(everything).collect::<Vec<_>>() {
             let Some((ours, theirs)) = entry.forked() else {
@@ -104,19 +114,30 @@ impl Pager {
     }
 
     fn start_child(
-        &self,
+        &mut self,
         uffd: Uffd,
-        table: PageTable,
         registered: Registered,
+        at: Option<u32>,
     ) -> std::io::Result<()> {
         let handle = self.shared.spawner.new_handle(0)?;
         handle.forked();
+        let place = self.shared.spawner.new_place(&handle, &self.job)?;
+        let parent = self.process.as_ref().map(Process::pid);
+        place.parent.store(self.handle.id, Ordering::Relaxed);
+        place
+            .parent_pid
+            .store(parent.unwrap_or(0), Ordering::Relaxed);
+        place.inheritance_unknown.store(true, Ordering::Relaxed);
+        let soft_dirty = self.place.soft_dirty.load(Ordering::Relaxed);
+        place.soft_dirty.store(soft_dirty, Ordering::Relaxed);
+        let table = self.clone_table(&place);
         let mut child = Pager::new(
             self.shared.clone(),
             Arc::clone(&self.job),
             Arc::clone(&handle),
             None,
             uffd,
+            place,
         )?;
         for (page, entry) in table.touched(Page(0)..Page(u64::MAX >> 12)) {
             if entry.state() == State::Local {
@@ -127,9 +148,11 @@ impl Pager {
         child.table = table;
         child.registered = registered;
         child.soft_dirty = self.soft_dirty.inherited();
-        child.inheritance = Inheritance::Unknown {
-            parent: self.process.as_ref().map(Process::pid),
-        };
+        child.inheritance = Inheritance::Unknown { parent };
+        child.is_recovered = self.is_recovered;
+        // It is whole. From here on the event says nothing that is not in the state: its descriptor may be closed at any time.
+        child.place.state.store(space::LIVE, Ordering::Release);
+        self.journal.done(at);
         self.shared
             .spawner
             .start_forked(self.handle.id, child, handle)

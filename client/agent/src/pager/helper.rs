@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -16,8 +16,9 @@ use crate::sys::control::{SharedBlock, futex_wake};
 use crate::sys::process::Process;
 use crate::sys::uffd::{Message, Uffd};
 
-/// Seconds without an agent after which the helper ends the program.
-const DEAD_MAN_SECONDS: u32 = 5;
+/// Seconds without an agent, and without a keeper that waits for the next one, after which the helper ends the program: both
+/// are gone for good then.
+const DEAD_MAN_SECONDS: u32 = 1;
 
 /// The helper of one address space.
 #[derive(Debug)]
@@ -95,6 +96,11 @@ impl Helper {
                 }
             }
         }
+    }
+
+    /// Has who waits in the drain range look again.
+    pub(super) fn wake_all(&self) {
+        self.drain_uffd.wake_all();
     }
 
     pub(super) fn owns(&self, address: u64) -> bool {
@@ -176,6 +182,7 @@ impl Pager {
     }
 
     pub(crate) fn install_helper(&mut self, offer: HelperOffer) -> io::Result<()> {
+        self.note_helper(&offer);
         self.links.set_staging(Arc::clone(offer.shared.memory()));
         let (helper, process) = Helper::new(offer);
         self.wakeups.watch(&helper.event, Source::Helper)?;
@@ -188,6 +195,26 @@ impl Pager {
         self.handle.set_control(helper.shared().clone());
         self.helper = Some(helper);
         Ok(())
+    }
+
+    /// What the next agent needs to have of it.
+    fn note_helper(&self, offer: &HelperOffer) {
+        let place = &self.place;
+        let numbers = [
+            (&place.drain_uffd, offer.drain_uffd.number()),
+            (&place.control, offer.shared.as_fd().as_raw_fd()),
+            (&place.event, offer.event.as_raw_fd()),
+            (&place.lifeline, offer.lifeline.as_raw_fd()),
+        ];
+        for (field, number) in numbers {
+            field.store(number, Ordering::Relaxed);
+        }
+        place.holding.store(offer.holding.start, Ordering::Relaxed);
+        place.drain.store(offer.drain.start, Ordering::Relaxed);
+        let start = offer.process.start_time().unwrap_or(0);
+        place.pid_start.store(start, Ordering::Relaxed);
+        place.pid.store(offer.process.pid(), Ordering::Release);
+        self.handle.set_record(place.record().clone());
     }
 
     /// The helper has news: a finished batch or a report, which the next turn finds, or its end.

@@ -11,6 +11,7 @@
 //! (victims, helper) → [`write_back`] (hash, slot, write); [`shortage`] is of slots. [`event`] and [`fork`] follow the
 //! program; [`register`] finds what to manage; [`soft_dirty`] says what was written.
 
+mod batch;
 pub(crate) mod dial;
 mod event;
 mod failure;
@@ -19,9 +20,12 @@ mod fetch;
 mod fork;
 mod helper;
 mod install;
+mod journal;
 mod links;
 mod patience;
+mod recovered;
 mod register;
+mod run;
 mod shortage;
 mod soft_dirty;
 mod survey;
@@ -44,26 +48,30 @@ use crate::job::Job;
 use crate::mailbox::{Request, SpaceHandle};
 use crate::prefetch::Prefetcher;
 use crate::residents::Residents;
+use crate::state::records::{space, undecided};
+use crate::state::{SpaceChunks, SpacePlace};
 use crate::sys::process::Process;
 use crate::sys::uffd::{MAX_MESSAGES, Message, Uffd};
-use crate::table::PageTable;
 use farpage_fabric::Completion;
 
 use patience::Patience;
 use waiting::Starved;
 use wakeups::Source;
 
+pub(crate) use batch::TakeOut;
 pub(crate) use fault::Fault;
 pub(crate) use fetch::Fetches;
 pub(crate) use fork::Inheritance;
 pub(crate) use helper::Helper;
+pub(crate) use journal::{Journal, Noted};
 pub(crate) use links::Links;
+pub(crate) use recovered::NotRecovered;
 pub(crate) use register::Registered;
 pub(crate) use shortage::Shortage;
 pub use soft_dirty::Question;
 pub(crate) use soft_dirty::SoftDirty;
 pub(crate) use survey::Survey;
-pub(crate) use take_out::{FREE_LEAST, TakeOut};
+pub(crate) use take_out::FREE_LEAST;
 pub(crate) use wakeups::Wakeups;
 pub(crate) use write_back::Staging;
 
@@ -85,6 +93,9 @@ const SETTLE_DEADLINE: Duration = Duration::from_secs(30);
 /// The sleep while something that has no descriptor to wait on is under way.
 const SHORT_SLEEP: Duration = Duration::from_micros(500);
 
+/// An address space's page table.
+pub(crate) type Table = crate::table::PageTable<SpaceChunks>;
+
 /// What all pagers of an agent share.
 #[derive(Clone, Debug)]
 pub struct Shared {
@@ -104,12 +115,19 @@ pub struct Pager {
     process: Option<Process>,
     uffd: Uffd,
     wakeups: Wakeups,
+    journal: Journal,
+    /// Events that another agent read and did not follow.
+    left: Vec<Noted>,
+    /// Events that came while others that were read before them are being followed.
+    later: Vec<Noted>,
+    /// Whether another agent had it, and its table is still to be compared with what is present.
+    is_recovered: bool,
     /// Whether events have been read that the table does not follow yet. Nothing is installed meanwhile: a fork that has
     /// happened already has not handed it on, though the table that is cloned for it would say so.
     following: bool,
     /// Whether there may be messages to read.
     uffd_has_news: bool,
-    table: PageTable,
+    table: Table,
     registered: Registered,
     inheritance: Inheritance,
     /// Pages here that were here at the fork, until they are counted.
@@ -132,8 +150,8 @@ pub struct Pager {
     shrink: u64,
     last_fault: Option<Instant>,
     next_fault: Patience,
-    messages: Vec<Message>,
-    fresh_messages: Vec<Message>,
+    messages: Vec<Noted>,
+    fresh_messages: Vec<Noted>,
     arrived: Vec<Fault>,
     completions: Vec<Completion>,
     closing: bool,
@@ -146,6 +164,8 @@ pub struct Pager {
     checked_exec_at: Option<Instant>,
     /// Since when threads wait for room while this count of evictions stands still.
     starved: Option<Starved>,
+    /// Its place in the state, given up last: what it names is in no other.
+    place: SpacePlace,
 }
 
 impl Pager {
@@ -159,6 +179,7 @@ impl Pager {
         handle: Arc<SpaceHandle>,
         process: Option<Process>,
         uffd: Uffd,
+        place: SpacePlace,
     ) -> io::Result<Self> {
         let wakeups = Wakeups::new()?;
         wakeups.watch(&*handle, Source::Mailbox)?;
@@ -167,6 +188,7 @@ impl Pager {
             wakeups.watch(process, Source::Process)?;
         }
         let links = Links::new(wakeups.clone())?;
+        place.uffd.store(uffd.number(), Ordering::Release);
         Ok(Self {
             shared,
             job,
@@ -176,7 +198,12 @@ impl Pager {
             wakeups,
             following: false,
             uffd_has_news: true,
-            table: PageTable::default(),
+            table: Table::new(place.chunks()),
+            journal: Journal::new(place.record().clone()),
+            place,
+            left: Vec::new(),
+            later: Vec::new(),
+            is_recovered: false,
             registered: Registered::default(),
             inheritance: Inheritance::Known,
             uncharged: 0,
@@ -216,10 +243,17 @@ impl Pager {
         Arc::clone(&self.job)
     }
 
+    /// Its place in the state.
+    #[must_use]
+    pub(crate) fn place(&self) -> &SpacePlace {
+        &self.place
+    }
+
     /// Runs until the process is gone.
     pub fn run(mut self) {
         // Until memory is managed all that is asked of this thread is to do that at once.
         crate::sys::process::run_at_once(!self.job.is_armed());
+        self.follow_what_was_left();
         while !self.closing {
             if !self.turn() && !self.wait_for_moves() && !self.looks_on() && !self.survey() {
                 self.sleep();
@@ -230,9 +264,11 @@ impl Pager {
 
     /// One round: whatever can be done now is done. Returns whether there was anything.
     fn turn(&mut self) -> bool {
+        self.all_is_followed();
         let mut worked = self.poll_links();
         worked |= self.poll_helper();
         let read = self.uffd_has_news && self.read_messages();
+        worked |= self.compare_with_memory();
         worked |= self.retry_waiting();
         worked |= self.evict_ahead();
         worked |= self.retry_writes();
@@ -259,8 +295,8 @@ impl Pager {
         let began = Instant::now();
         let mut faults = std::mem::take(&mut self.arrived);
         self.following = true;
-        for message in messages.drain(..) {
-            match message {
+        for noted in messages.drain(..) {
+            match noted.message {
                 Message::Fault {
                     address,
                     write,
@@ -269,9 +305,10 @@ impl Pager {
                 } => {
                     faults.push(Fault::new(address, write, protected, thread, began));
                 }
-                event => self.follow(event),
+                message => self.follow(Noted { message, ..noted }),
             }
         }
+        self.follow_later();
         self.following = false;
         self.messages = messages;
         if !faults.is_empty() {
@@ -290,21 +327,32 @@ impl Pager {
 
     /// Reads what there is but for what our own drops say. Those are told apart here, when they are read: the batch they
     /// belong to may be over before the messages before them are dealt with.
-    fn read_uffd(&mut self, messages: &mut Vec<Message>) -> io::Result<usize> {
+    fn read_uffd(&mut self, messages: &mut Vec<Noted>) -> io::Result<usize> {
         let at = messages.len();
-        let read = self.uffd.read(messages)?;
+        let read = self.journal.read(&self.uffd, messages)?;
         if self.is_dropping() {
             let mut fresh = std::mem::take(&mut self.fresh_messages);
             fresh.extend(messages.drain(at..));
-            for message in fresh.drain(..) {
-                match message {
-                    Message::Remove(range) => self.without_own_drops(range, messages),
-                    message => messages.push(message),
+            for noted in fresh.drain(..) {
+                match noted.message {
+                    Message::Remove(range) => self.without_own_drops(range, noted.at, messages),
+                    message => messages.push(Noted { message, ..noted }),
                 }
             }
             self.fresh_messages = fresh;
         }
         Ok(read)
+    }
+
+    /// Nothing that was read is still to be followed: what could not be handed on before can be now, unless pages are being
+    /// dropped, whose events look like the program's.
+    fn all_is_followed(&self) {
+        let transient = self.place.undecided.load(Ordering::Relaxed) & undecided::EVENTS != 0;
+        if transient && self.journal.is_empty() && !self.is_dropping() {
+            self.place
+                .undecided
+                .fetch_and(!undecided::EVENTS, Ordering::AcqRel);
+        }
     }
 
     /// Leave to read events: no page is being moved, and a new epoch begins.
@@ -448,6 +496,8 @@ impl Pager {
 
     /// The process is gone: every slot it named is given back, the helper ended.
     fn close(mut self) {
+        // Before its descriptors are closed, whose numbers may be others' then.
+        self.place.state.store(space::FREE, Ordering::Release);
         self.handle.close();
         self.charge_inherited();
         if let Some(helper) = &self.helper {

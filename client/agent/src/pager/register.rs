@@ -6,7 +6,7 @@ use std::ops::{Range, RangeInclusive};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::{Inheritance, Pager};
+use super::Pager;
 use crate::entry::{Entry, State};
 use crate::sys::pagemap::Pagemap;
 use crate::sys::process::{self, Mapping};
@@ -48,6 +48,10 @@ impl Registered {
             .range(..=range.start)
             .next_back()
             .is_some_and(|(_, end)| range.end <= *end)
+    }
+
+    pub(super) fn ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.ranges.iter().map(|(start, end)| *start..*end)
     }
 
     pub(super) fn insert(&mut self, range: Range<u64>) {
@@ -304,7 +308,7 @@ impl Pager {
             }
         }
         self.registered = real;
-        self.inheritance = Inheritance::Known;
+        self.inheritance_is_known();
     }
 
     /// Resident anonymous pages that are not managed: stacks, small mappings, written pages of private files, our own.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use farpage_attach::control::BATCH_PAGES;
 
 use super::Pager;
-use super::take_out::Batch;
+use super::batch::Batch;
 use crate::entry::{Entry, State};
 use crate::table::Page;
 

@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
@@ -84,6 +85,14 @@ impl SoftDirty {
         }
     }
 
+    /// What an agent begins with that takes over: what pages held at the clear is not known.
+    pub(super) fn recovered(in_use: bool) -> Self {
+        Self {
+            in_use,
+            ..Self::default()
+        }
+    }
+
     /// A page has come to where its state or slot says what it held at the clear.
     pub(super) fn forget(&mut self, page: Page) {
         self.references.remove(&page);
@@ -139,7 +148,10 @@ impl Pager {
         let note = |page| here[((page - first.0) % SLICE_PAGES) as usize] = true;
         let pagemap = Pagemap::open(self.process.as_ref()?.pid()).ok()?;
         pagemap.present(first.address()..end.address(), note).ok()?;
-        self.soft_dirty.in_use |= question.clear;
+        if question.clear {
+            self.soft_dirty.in_use = true;
+            self.place.soft_dirty.store(true, Ordering::Release);
+        }
         for here in here {
             let page = question.next;
             if page == end {

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use farpage_attach::control::{BATCH_PAGES, Control, method, outcome, staging_offset};
 use smallvec::SmallVec;
 
-use super::Pager;
+use super::batch::{Batch, TakeOut, each};
+use super::{Noted, Pager};
 use crate::entry::Entry;
 use crate::sys::uffd::Message;
 use crate::table::{Page, pages_of};
@@ -38,47 +39,6 @@ const HELPER_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Pages that are copied at once from the program's memory to staging.
 const COPY_PAGES: usize = 4;
-
-/// The pages of a batch, in the order of their addresses. No batch needs memory from the allocator, as no fault does.
-pub(super) type Batch = SmallVec<[Page; BATCH_PAGES]>;
-
-/// A batch with the helper.
-#[derive(Debug)]
-pub(crate) struct TakeOut {
-    pub(super) command: u32,
-    pub(super) pages: Batch,
-    pub(super) area: usize,
-    method: u32,
-    since: Instant,
-    /// Of which pages the events of our own drops are still to be read (kernels without `UFFDIO_MOVE`): one bit each.
-    drops_unread: u64,
-}
-
-const _: () = assert!(BATCH_PAGES <= u64::BITS as usize);
-
-impl TakeOut {
-    /// Takes the next event about a page for the one of our own drop. Returns false where that was read before, or the page
-    /// is not of this batch.
-    fn is_own_drop(&mut self, page: Page) -> bool {
-        let bit = self.bit(page);
-        let unread = self.drops_unread & bit != 0;
-        self.drops_unread &= !bit;
-        unread
-    }
-
-    fn bit(&self, page: Page) -> u64 {
-        match self.pages.binary_search(&page) {
-            Ok(index) => 1 << index,
-            Err(_) => 0,
-        }
-    }
-
-    /// Whether the moves are over.
-    pub(super) fn is_taken(&self, control: Option<&Control>) -> bool {
-        self.method == method::DROP
-            || control.is_none_or(|control| control.taken.load(Ordering::Acquire) == self.command)
-    }
-}
 
 impl Pager {
     /// Starts a batch if frames are short. Returns whether it did.
@@ -187,16 +147,10 @@ impl Pager {
             self.turn_round(&pages);
             return false;
         };
+        self.place.note_batch(command, how, area, &pages);
         write_batch(control, &pages, area, how);
         helper.publish(command);
-        self.take_out = Some(TakeOut {
-            command,
-            pages,
-            area,
-            method: how,
-            since: Instant::now(),
-            drops_unread: 0,
-        });
+        self.take_out = Some(TakeOut::new(command, how, area, pages));
         true
     }
 
@@ -216,16 +170,10 @@ impl Pager {
             return false;
         };
         let command = self.gate.batch_without_moves();
+        self.place.note_batch(command, method::DROP, area, &pages);
         write_batch(helper.control(), &pages, area, method::DROP);
         helper.publish(command);
-        self.take_out = Some(TakeOut {
-            command,
-            pages,
-            area,
-            method: method::DROP,
-            since: Instant::now(),
-            drops_unread: u64::MAX,
-        });
+        self.take_out = Some(TakeOut::new(command, method::DROP, area, pages));
         true
     }
 
@@ -285,16 +233,39 @@ impl Pager {
     /// What the program itself discarded, of what the kernel says was. The helper's drops say the same as the program's: of
     /// pages that are being dropped the first to come is taken for the helper's, the second for the program's. Which is
     /// which does not matter, since these pages are touched by nobody before the batch is over.
-    pub(super) fn without_own_drops(&mut self, range: Range<u64>, messages: &mut Vec<Message>) {
+    pub(super) fn without_own_drops(
+        &mut self,
+        range: Range<u64>,
+        at: Option<u32>,
+        messages: &mut Vec<Noted>,
+    ) {
         let pages = pages_of(range.clone());
-        let pages = || (pages.start.0..pages.end.0).map(Page);
-        match &mut self.take_out {
-            Some(batch) if pages().all(|page| batch.bit(page) != 0) => messages.extend(
-                pages()
-                    .filter(|page| !batch.is_own_drop(*page))
-                    .map(|page| Message::Remove(addresses(&[page]))),
-            ),
-            _ => messages.push(Message::Remove(range)),
+        let note = |range, at| Noted {
+            message: Message::Remove(range),
+            at,
+        };
+        let known = self.journal.sorted(at);
+        let own = known.or_else(|| self.take_out.as_ref()?.own_drops(&pages));
+        let Some(own) = own else {
+            messages.push(note(range, at));
+            return;
+        };
+        // The event says so itself before the batch does: whoever takes over in between comes to the same.
+        self.journal.sort(at, own);
+        if let Some(batch) = &mut self.take_out {
+            batch.drops_are_read(&pages, own);
+            self.place
+                .drops_unread
+                .store(batch.drops_unread, Ordering::Release);
+        }
+        let theirs = each(&pages).take(BATCH_PAGES).enumerate();
+        let theirs = theirs.filter(|(index, _)| own >> index & 1 == 0);
+        let from = messages.len();
+        messages.extend(theirs.map(|(_, page)| note(addresses(&[page]), None)));
+        match messages.get_mut(from..) {
+            // All of it has been followed once the last has.
+            Some([.., last]) => last.at = at,
+            _ => self.journal.done(at),
         }
     }
 
@@ -333,15 +304,20 @@ impl Pager {
         // Those that another way takes need no rest.
         let unmovable = outcomes.contains(&libc::EINVAL.unsigned_abs());
         for (index, (page, outcome)) in batch.pages.iter().zip(outcomes).enumerate() {
+            if batch.settled >> index & 1 == 1 {
+                continue;
+            }
             if outcome == outcome::TAKEN {
                 taken.push((index, *page));
                 continue;
             }
-            self.not_taken(*page, outcome, batch.method);
             if batch.method == method::DROP && batch.drops_unread & batch.bit(*page) == 0 {
-                // What was read as our drop's event was the program's own.
+                // What was read as our drop's event was the program's own. First: a page that counts as here is not looked
+                // after by whoever takes over.
                 self.discard_to_zeros(*page..page.plus(1));
             }
+            self.not_taken(*page, outcome, batch.method);
+            self.place.left_staging(batch.area, index);
         }
         if taken.is_empty() && !unmovable {
             self.rest_until = Some(Instant::now() + REST);
@@ -440,7 +416,7 @@ impl Pager {
 
     /// Waits until nothing is being taken out or written back. Events are read only for our own drops, and what
     /// else comes is returned, in order, to be handled afterwards.
-    pub(super) fn settle(&mut self, deadline: Duration) -> Vec<Message> {
+    pub(super) fn settle(&mut self, deadline: Duration) -> Vec<Noted> {
         let began = Instant::now();
         let mut kept = Vec::new();
         while (self.take_out.is_some() || self.staging.is_busy()) && !self.closing {

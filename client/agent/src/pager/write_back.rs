@@ -15,84 +15,11 @@ use smallvec::SmallVec;
 
 use super::install::Installed;
 use super::links::{LinkError, Work};
+use super::run::{Run, Staged, Write};
 use super::{Fault, Pager};
 use crate::entry::{Entry, Slot, State};
-use crate::far::{MAX_COPIES, Place, Places, SlotRun};
+use crate::far::MAX_COPIES;
 use crate::table::Page;
-
-/// A page in staging.
-#[derive(Clone, Copy, Debug)]
-struct Staged {
-    /// Its place in the area.
-    index: usize,
-    page: Page,
-    hash: u128,
-    /// Still what the page is: not discarded, not turned round.
-    live: bool,
-}
-
-/// Neighbouring staged pages on their way to neighbouring slots.
-#[derive(Debug)]
-struct Run {
-    first: usize,
-    pages: Vec<Staged>,
-    slots: SlotRun,
-    targets: SmallVec<[Target; MAX_COPIES]>,
-}
-
-/// One copy of a run's extent, and whether it has the run.
-#[derive(Debug)]
-struct Target {
-    place: Place,
-    write: Write,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Write {
-    Unsent,
-    UnderWay,
-    Done,
-    Failed,
-}
-
-impl Write {
-    fn is_over(self) -> bool {
-        matches!(self, Self::Done | Self::Failed)
-    }
-}
-
-impl Run {
-    fn new(first: usize, pages: Vec<Staged>, slots: SlotRun, targets: Places) -> Self {
-        let unsent = |place| Target {
-            place,
-            write: Write::Unsent,
-        };
-        Self {
-            first,
-            pages,
-            slots,
-            targets: targets.into_iter().map(unsent).collect(),
-        }
-    }
-
-    fn has(&self, write: Write) -> bool {
-        self.targets.iter().any(|target| target.write == write)
-    }
-
-    fn is_over(&self) -> bool {
-        self.targets.iter().all(|target| target.write.is_over())
-    }
-
-    /// Whether something is to be posted. Where all copies fell silent just when its slots were taken that is nothing, and
-    /// posting it ends it.
-    fn is_unsent(&self) -> bool {
-        self.targets.is_empty() || self.has(Write::Unsent)
-    }
-
-    fn slots(&self) -> impl Iterator<Item = Slot> + use<> {
-        std::iter::successors(Some(self.slots.first), |slot| slot.next()).take(self.pages.len())
-    }
-}
 
 /// One batch's pages in staging.
 #[derive(Debug, Default)]
@@ -148,6 +75,18 @@ impl Staging {
 
     pub(super) fn is_busy(&self) -> bool {
         self.areas.iter().any(|area| !area.is_empty())
+    }
+
+    /// A page that another agent left in an area: it has no slot yet.
+    pub(super) fn take_up(&mut self, area: usize, index: usize, page: Page, hash: u128) {
+        if let Some(area) = self.areas.get_mut(area) {
+            area.homeless.push(Staged {
+                index,
+                page,
+                hash,
+                live: true,
+            });
+        }
     }
 
     pub(super) fn shared_page(&mut self, page: Page) {
@@ -212,6 +151,7 @@ impl Pager {
         for (index, page) in taken {
             let entry = self.table.get(*page);
             if entry.state() != State::Evicting {
+                self.place.left_staging(area, *index);
                 continue; // Discarded or moved meanwhile.
             }
             let offset = staging_offset(area, *index) as u64;
@@ -221,6 +161,7 @@ impl Pager {
             self.note_taken_out(*page, entry, hash);
             if hash == self.fetches.zero_hash() && is_zero(&memory, offset) {
                 self.table.change(*page, |entry| entry.evicted_as_zero(age));
+                self.place.left_staging(area, *index);
                 self.release_slot_of(entry);
                 self.soft_dirty.forget(*page);
             } else if entry
@@ -228,6 +169,7 @@ impl Pager {
                 .is_some_and(|slot| self.is_good_copy(slot, hash))
             {
                 self.table.change(*page, |entry| entry.evicted_clean(age));
+                self.place.left_staging(area, *index);
                 self.soft_dirty.forget(*page);
             } else {
                 // A copy that it has is stale.
@@ -241,6 +183,8 @@ impl Pager {
             }
         }
         self.staging.areas[area].homeless = changed;
+        // Before any of them goes home again: up to here all of this could be done once more.
+        self.place.batch_is_over();
         self.post_writes();
     }
 
@@ -306,6 +250,7 @@ impl Pager {
             let run = Run::new(first.index, pages, run, targets);
             for (slot, staged) in run.slots().zip(&run.pages) {
                 self.shared.far.set_hash(slot, staged.hash);
+                self.place.is_written_to(area, staged.index, slot);
             }
             let run = Some(run);
             self.shortage.end();
@@ -446,6 +391,7 @@ impl Pager {
                     self.release_slot(here);
                 }
             }
+            self.place.left_staging(area, staged.index);
         }
         run.pages.clear();
         self.staging.spare.push(run.pages);
@@ -464,6 +410,9 @@ impl Pager {
         for target in run.targets.iter().filter(|it| !it.write.is_over()) {
             let copy = target.place.copy;
             self.shared.far.written(run.slots, copy, false);
+        }
+        for staged in &run.pages {
+            self.place.is_not_written(area, staged.index);
         }
         run.slots().for_each(|slot| self.release_slot(slot));
         self.staging.areas[area]
@@ -515,8 +464,9 @@ impl Pager {
 
     /// A page in staging was discarded, moved or turned round: its write no longer decides where it is.
     pub(super) fn forget_staged(&mut self, page: Page) {
-        if let Some((_, staged)) = self.staging.find(page) {
+        if let Some((area, staged)) = self.staging.find(page) {
             staged.live = false;
+            self.place.is_no_more_in_staging(area, staged.index);
         }
         for area in &mut self.staging.areas {
             area.homeless.retain(|staged| staged.live);
@@ -554,14 +504,6 @@ const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Its staging area stayed taken for good.
-    #[test]
-    fn a_run_without_targets_is_posted_and_so_ended() {
-        let first = Slot::new(0, 0).unwrap();
-        let run = Run::new(0, Vec::new(), SlotRun { first, len: 1 }, Places::new());
-        assert!(run.is_unsent() && run.is_over());
-    }
 
     /// They were tried again by the clock alone. With thousands of them that was before all had been tried once, so that it was never
     /// seen that nothing could go, and who locked all of its memory waited for room until the fault's deadline.

@@ -32,6 +32,17 @@ impl SharedBlock {
         Ok(block)
     }
 
+    /// One that another agent had.
+    ///
+    /// # Errors
+    /// The kernel's errno; `InvalidInput` where it is no such block.
+    pub fn map(fd: std::os::fd::OwnedFd) -> io::Result<Self> {
+        let memory = RegisteredMemory::from_memfd(fd, SHARED_BYTES)?;
+        Ok(Self {
+            memory: Arc::new(memory),
+        })
+    }
+
     /// The control block.
     #[must_use]
     pub fn control(&self) -> &Control {

@@ -48,6 +48,19 @@ impl Process {
         self.pid
     }
 
+    /// Takes hold of the process that had this pid and began then; none if that one is gone.
+    #[must_use]
+    pub fn reopen(pid: i32, start: u64) -> Option<Self> {
+        let process = Self::open(pid).ok()?;
+        (start != 0 && process.start_time() == Some(start)).then_some(process)
+    }
+
+    /// When it began, in the kernel's ticks since boot: with its pid this names it for good.
+    #[must_use]
+    pub fn start_time(&self) -> Option<u64> {
+        start_time(self.pid)
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: i32) {
         // SAFETY: integers and a null pointer, which means default info.
@@ -191,6 +204,14 @@ fn state_and_flags(pid: i32) -> Option<(char, u64)> {
     let mut fields = stat.rsplit(") ").next()?.split(' ');
     let state = fields.next()?.chars().next()?;
     Some((state, fields.nth(5)?.parse().ok()?))
+}
+
+/// When the process that has this pid began.
+#[must_use]
+pub fn start_time(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Behind the name the state is the third field of all, and this the twenty-second.
+    stat.rsplit(") ").next()?.split(' ').nth(19)?.parse().ok()
 }
 
 /// Whether a process of this pid runs; a zombie does not.

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use linux_raw_sys::general as k;
 
 use super::check;
+use crate::state::records::JournalSlot;
 
 const UFFDIO_API: u64 = 0xc018_aa3f;
 const UFFDIO_REGISTER: u64 = 0xc020_aa00;
@@ -19,6 +20,10 @@ const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
 const UFFDIO_POISON: u64 = 0xc020_aa08;
 /// Of `UFFDIO_WRITEPROTECT`: protect rather than lift.
 const MODE_WP: u64 = 1;
+
+/// All that a program can map: above `vm.mmap_min_addr`, below the last page that the kernel keeps for itself.
+const LOWEST_ADDRESS: u64 = 1 << 16;
+const HIGHEST_ADDRESS: u64 = (1 << 47) - 4096;
 
 /// Most messages taken by one read: bounds how long the oldest waits for the youngest.
 pub const MAX_MESSAGES: usize = 16;
@@ -249,6 +254,73 @@ impl Uffd {
     #[must_use]
     pub fn is_alive(&self) -> bool {
         !matches!(self.zero(&(4096..8192)), Err(InstallError::NoProcess))
+    }
+
+    /// Reads what there is, without waiting, into slots of a journal, which are empty. The kernel puts each message there
+    /// before the call is over, and a process that is killed ends after the call: so no message is lost with it. Returns
+    /// how many came.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn read_to(&self, slots: &[JournalSlot]) -> io::Result<usize> {
+        for slot in slots {
+            // Nor for want of a page to put it in.
+            slot[0].store(0, std::sync::atomic::Ordering::Relaxed);
+        }
+        // SAFETY: the kernel writes within the slots, which are atomics: any bytes are values, and others may look on.
+        let got = unsafe {
+            libc::read(
+                self.0.as_raw_fd(),
+                slots.as_ptr().cast_mut().cast(),
+                size_of_val(slots),
+            )
+        };
+        match check(got as i64) {
+            Ok(got) => Ok(got as usize / size_of::<JournalSlot>()),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The message in a slot. A fork's descriptor is taken out of it: ask once.
+    #[must_use]
+    pub fn message_in(slot: &JournalSlot) -> Option<Message> {
+        let mut raw = [0u8; 32];
+        for (bytes, word) in raw.chunks_exact_mut(8).zip(slot) {
+            bytes.copy_from_slice(
+                &word
+                    .load(std::sync::atomic::Ordering::Acquire)
+                    .to_ne_bytes(),
+            );
+        }
+        parse(&raw)
+    }
+
+    /// The descriptor's number of the forked child that a slot tells of.
+    #[must_use]
+    pub fn fork_in(slot: &JournalSlot) -> Option<i32> {
+        let [event, number, ..] = slot;
+        let event = event.load(std::sync::atomic::Ordering::Acquire) as u8;
+        (u32::from(event) == k::UFFD_EVENT_FORK)
+            .then(|| number.load(std::sync::atomic::Ordering::Relaxed) as u32 as i32)
+    }
+
+    /// A descriptor that another agent had under this number.
+    #[must_use]
+    pub fn left_at(number: i32) -> Option<Self> {
+        super::left_at(number).map(Self::from)
+    }
+
+    /// The descriptor's number.
+    #[must_use]
+    pub fn number(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
+
+    /// Has everybody who waits anywhere look again.
+    pub fn wake_all(&self) {
+        // What lies below is never mapped; above is the kernel's.
+        let _ = self.wake(&(LOWEST_ADDRESS..HIGHEST_ADDRESS));
     }
 
     /// Reads what there is, without waiting, to the end of `out`. Returns how many came.

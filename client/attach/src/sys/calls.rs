@@ -217,6 +217,12 @@ pub fn futex_wait(word: &AtomicU32, value: u32, milliseconds: u64) {
     );
 }
 
+/// Sleeps.
+pub fn sleep_ms(milliseconds: u64) {
+    let word = AtomicU32::new(0);
+    futex_wait(&word, 0, milliseconds);
+}
+
 /// Wakes everybody who sleeps on `word`.
 pub fn futex_wake(word: &AtomicU32) {
     let _ = call!(

@@ -17,6 +17,7 @@ const MSG_NOSIGNAL: usize = 0x4000;
 const SUN_PATH: usize = 108;
 const ENAMETOOLONG: u32 = 36;
 const EPROTO: u32 = 71;
+const ECONNRESET: u32 = 104;
 
 /// How long the agent may take over any one step of the handshake.
 const DEADLINE_SECONDS: i64 = 10;
@@ -171,7 +172,7 @@ pub struct Received {
 /// Receives one packet.
 ///
 /// # Errors
-/// The kernel's errno, EAGAIN past the deadline, EPROTO when it is not a packet of ours or the agent hung up.
+/// The kernel's errno, EAGAIN past the deadline, ECONNRESET when the agent hung up, EPROTO when it is not a packet of ours.
 pub fn receive(fd: i32) -> Result<Received, Errno> {
     let mut bytes = [0u8; MAX_PACKET];
     let iov = IoVec {
@@ -205,6 +206,9 @@ pub fn receive(fd: i32) -> Result<Received, Errno> {
         for (to, from) in fds.iter_mut().zip(rights.fds).take(count) {
             *to = from;
         }
+    }
+    if got == 0 {
+        return Err(Errno(ECONNRESET));
     }
     let Some(packet) = bytes.get(..got).and_then(Packet::from_bytes) else {
         // The caller is not told of descriptors beside what is no packet: they are closed here, or never.

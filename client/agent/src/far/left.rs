@@ -1,0 +1,175 @@
+//! What an agent finds of the extents that one before it held, and what it leaves alone for a while because that one's requests
+//! may still be under way.
+//!
+//! The state has the grants, what each copy holds, and which slots were being written to. Which slots are free is counted from
+//! the tables ([`FarMemory::is_named`], [`FarMemory::all_is_named`]).
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::extent::{Condition, Copy, Extent, Grant, MAX_COPIES, MAX_TRANSFER_SLOTS, Pinned};
+use super::{FarMemory, lock, of};
+use crate::entry::Slot;
+use crate::state::records::extent;
+use crate::state::{State, slot_of, slot_word};
+
+/// How long nothing is put where a dead agent's request may still write: longer than a connection that was broken off takes
+/// to come to its end at a node that runs.
+pub(super) const REST: Duration = Duration::from_secs(120);
+
+impl FarMemory {
+    /// What another agent held. All of its slots are free until [`Self::is_named`] says otherwise.
+    #[must_use]
+    pub fn left(state: Arc<State>) -> Self {
+        let far = Self::new(state);
+        for number in 0..far.state.header().extents.load(Ordering::Acquire) {
+            let Some(record) = far.state.extent(number) else {
+                break;
+            };
+            if record.state.load(Ordering::Acquire) != extent::HELD {
+                continue;
+            }
+            let goal = record.goal.load(Ordering::Relaxed) as u8;
+            let bytes = record.bytes.load(Ordering::Relaxed);
+            let Some(extent) = Extent::new(number, goal, bytes, &far.state).map(Arc::new) else {
+                break;
+            };
+            far.update(&extent, |parts| {
+                let copies =
+                    (0..MAX_COPIES).map(|at| extent.copy_left(&far.state, far.next_copy(), at));
+                parts.copies.extend(copies.flatten());
+            });
+            let mut extents = far.all_mut();
+            let place = number as usize;
+            if place >= extents.len() {
+                extents.resize(place + 1, None);
+            }
+            extents[place] = Some(extent);
+        }
+        far
+    }
+
+    /// An entry that another agent left names this slot. Returns whether it is the first.
+    pub fn is_named(&self, slot: Slot) -> bool {
+        let page = usize::from(slot.page());
+        let named = self.record(slot, |extent, record| {
+            let first = record.references.fetch_add(1, Ordering::Relaxed) == 0;
+            if first {
+                self.update(extent, |parts| parts.free.take_this(page));
+                of(&self.used, extent.goal).fetch_add(1, Ordering::Relaxed);
+            }
+            first
+        });
+        named == Some(true)
+    }
+
+    /// What a dead agent sent to a slot may still arrive, in any copy: nothing else is to be put there for a while. Counts from
+    /// [`Self::all_is_named`].
+    pub fn lay_to_rest(&self, slot: Slot) {
+        self.record(slot, |extent, _| {
+            let _parts = extent.lock();
+            extent.rests.set(usize::from(slot.page()));
+        });
+    }
+
+    /// All entries have been asked: what copies hold beside that nobody will ask for, and what rests begins to. A slot that is
+    /// named stays what it is, and is not given out when it is no longer. Before anything is copied or written.
+    pub fn all_is_named(&self) {
+        self.rest_what_was_copied();
+        let until = Instant::now() + REST;
+        let mut resting = Vec::new();
+        for extent in self.all().iter().flatten() {
+            self.update(extent, |parts| {
+                for (slot, record) in (0..=u16::MAX).zip(&extent.slots) {
+                    let is_named = record.references.load(Ordering::Relaxed) > 0;
+                    let page = usize::from(slot);
+                    if !is_named {
+                        parts.copies.iter().for_each(|copy| copy.holds.clear(page));
+                    }
+                    if !extent.rests.has(page) {
+                        continue;
+                    }
+                    if is_named {
+                        parts.pinned.push(Pinned {
+                            slot,
+                            given_up: false,
+                        });
+                    } else {
+                        parts.free.take_this(page);
+                    }
+                    resting.extend(Slot::new(extent.number, slot).map(|it| (until, it)));
+                }
+            });
+        }
+        lock(&self.resting).append(&mut resting);
+    }
+
+    /// The slots that the dead agent's mover was writing to rest too.
+    fn rest_what_was_copied(&self) {
+        let header = self.state.header();
+        let Some(first) = slot_of(header.transfer.load(Ordering::Acquire)) else {
+            return;
+        };
+        let len = header.transfer_len.load(Ordering::Relaxed) as usize;
+        let slots = std::iter::successors(Some(first), |slot| slot.next());
+        for slot in slots.take(len.min(MAX_TRANSFER_SLOTS)) {
+            self.lay_to_rest(slot);
+        }
+        self.note_no_transfer();
+    }
+
+    /// Slots that have rested long enough are free, if nobody names them.
+    pub fn end_rests(&self) {
+        self.end_rests_until(Instant::now());
+    }
+
+    /// Those that rest no longer than this.
+    pub(super) fn end_rests_until(&self, now: Instant) {
+        let due: Vec<_> = lock(&self.resting)
+            .extract_if(.., |(until, _)| *until <= now)
+            .collect();
+        for (_, slot) in due {
+            let page = usize::from(slot.page());
+            self.record(slot, |extent, _| {
+                self.update(extent, |parts| {
+                    extent.rests.clear(page);
+                    if parts.unpin(page).is_none() {
+                        parts.free.give_back(page);
+                    }
+                });
+            });
+        }
+    }
+
+    /// Whether a grant of this id is held under the lease there is, or about to be given back.
+    #[must_use]
+    pub fn knows(&self, id: u64) -> bool {
+        if lock(&self.left).iter().any(|grant| grant.id == id) {
+            return true;
+        }
+        let is_it = |copy: &Copy| copy.grant.id == id && copy.condition != Condition::Revoked;
+        let extents = self.all();
+        let mut extents = extents.iter().flatten();
+        extents.any(|extent| extent.lock().copies.iter().any(is_it))
+    }
+
+    /// Grants of the lease that no extent needs: they are given back with the next ([`Self::retire`]).
+    pub fn needs_not(&self, grants: impl Iterator<Item = Grant>) {
+        // Before the list is held: who chooses them asks it whether each is known ([`Self::knows`]).
+        let grants: Vec<Grant> = grants.collect();
+        lock(&self.left).extend(grants);
+    }
+
+    /// The mover is about to write to slots.
+    pub(super) fn note_transfer(&self, first: Slot, len: usize) {
+        let header = self.state.header();
+        header.transfer_len.store(len as u64, Ordering::Relaxed);
+        header.transfer.store(slot_word(first), Ordering::Release);
+    }
+
+    /// It has come to an end.
+    pub(super) fn note_no_transfer(&self) {
+        self.state.header().transfer.store(0, Ordering::Release);
+    }
+}
