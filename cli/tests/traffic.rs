@@ -149,3 +149,42 @@ for turn in range(3):
         assert!(log.contains(met), "nothing says {met:?}: {log}");
     }
 }
+
+/// Some requests are never answered, over a connection that stands: they are asked again over another, long before their faults end.
+#[test]
+fn what_is_never_answered_is_asked_again() {
+    let test = "what_is_never_answered_is_asked_again";
+    let _alone = alone();
+    if without_program(test, "/usr/bin/python3") || without_far_memory(test) {
+        return;
+    }
+    let script = format!(
+        "
+data = bytearray({PAGES} << 12)
+pages = range({PAGES})
+for page in pages: data[page << 12] = page % 251
+for page in pages: assert data[page << 12] == page % 251
+"
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let outcome = run_far_with(
+        LOCAL_BYTES,
+        &["/usr/bin/python3", "-I", "-c", &script],
+        folder.path(),
+        DEADLINE,
+        &[
+            ("FARPAGE_FAULTS", "seed=3,lost=2"),
+            ("FARPAGE_LOG_FILE", log.to_str().unwrap()),
+        ],
+    );
+    let log = std::fs::read_to_string(log).unwrap_or_default();
+    assert!(outcome.status.success(), "{}\n{log}", outcome.errors);
+    let summary = outcome.summary.expect("a summary");
+    println!("{test}: {summary}");
+    assert_eq!(summary["far_slots_in_use_at_exit"], 0, "{summary}");
+    assert!(
+        log.contains("it does not answer"),
+        "nothing was lost: {log}"
+    );
+}

@@ -177,13 +177,17 @@ impl Parts {
         copy
     }
 
-    /// A slot that was being copied is not any more.
+    /// A slot that was being copied, or rested, does so no more.
     pub(super) fn unpin(&mut self, slot: usize) -> Option<Pinned> {
         let is_it = |pinned: &Pinned| usize::from(pinned.slot) == slot;
         let at = self.pinned.iter().position(is_it)?;
         let pinned = self.pinned.swap_remove(at);
         if pinned.given_up {
-            self.free.give_back(slot);
+            // It may be pinned for both.
+            match self.pinned.iter_mut().find(|other| is_it(other)) {
+                Some(other) => other.given_up = true,
+                None => self.free.give_back(slot),
+            }
         }
         Some(pinned)
     }
@@ -212,7 +216,7 @@ pub struct Extent {
     parts: Mutex<Parts>,
     /// What of it outlives the agent.
     record: Ref<ExtentRecord>,
-    /// Slots that a dead agent's request may still write to: nothing else goes there.
+    /// Slots that a request may still write to which was given up: nothing else goes there.
     pub(super) rests: SlotBits,
 }
 

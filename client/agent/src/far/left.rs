@@ -1,22 +1,19 @@
-//! What an agent finds of the extents that one before it held, and what it leaves alone for a while because that one's requests
-//! may still be under way.
+//! What an agent finds of the extents that one before it held, and what of them it lays to rest ([`super::rests`]) because that
+//! one's requests may still be under way.
 //!
 //! The state has the grants, what each copy holds, and which slots were being written to. Which slots are free is counted from
 //! the tables ([`FarMemory::is_named`], [`FarMemory::all_is_named`]).
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::extent::{Condition, Copy, Extent, Grant, MAX_COPIES, MAX_TRANSFER_SLOTS, Pinned};
+use super::rests::REST;
 use super::{FarMemory, lock, of};
 use crate::entry::Slot;
 use crate::state::records::extent;
 use crate::state::{State, slot_of, slot_word};
-
-/// How long nothing is put where a dead agent's request may still write: longer than a connection that was broken off takes
-/// to come to its end at a node that runs.
-pub(super) const REST: Duration = Duration::from_secs(120);
 
 impl FarMemory {
     /// What another agent held. All of its slots are free until [`Self::is_named`] says otherwise.
@@ -64,15 +61,6 @@ impl FarMemory {
         named == Some(true)
     }
 
-    /// What a dead agent sent to a slot may still arrive, in any copy: nothing else is to be put there for a while. Counts from
-    /// [`Self::all_is_named`].
-    pub fn lay_to_rest(&self, slot: Slot) {
-        self.record(slot, |extent, _| {
-            let _parts = extent.lock();
-            extent.rests.set(usize::from(slot.page()));
-        });
-    }
-
     /// All entries have been asked: what copies hold beside that nobody will ask for, and what rests begins to. A slot that is
     /// named stays what it is, and is not given out when it is no longer. Before anything is copied or written.
     pub fn all_is_named(&self) {
@@ -117,29 +105,6 @@ impl FarMemory {
             self.lay_to_rest(slot);
         }
         self.note_no_transfer();
-    }
-
-    /// Slots that have rested long enough are free, if nobody names them.
-    pub fn end_rests(&self) {
-        self.end_rests_until(Instant::now());
-    }
-
-    /// Those that rest no longer than this.
-    pub(super) fn end_rests_until(&self, now: Instant) {
-        let due: Vec<_> = lock(&self.resting)
-            .extract_if(.., |(until, _)| *until <= now)
-            .collect();
-        for (_, slot) in due {
-            let page = usize::from(slot.page());
-            self.record(slot, |extent, _| {
-                self.update(extent, |parts| {
-                    extent.rests.clear(page);
-                    if parts.unpin(page).is_none() {
-                        parts.free.give_back(page);
-                    }
-                });
-            });
-        }
     }
 
     /// Whether a grant of this id is held under the lease there is, or about to be given back.

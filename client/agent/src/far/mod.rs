@@ -5,11 +5,13 @@
 //! on every fetch, a fork shares it by counting one reference more, and it can be copied while it is in use.
 //!
 //! An [`extent`] has copies on different nodes. [`slots`] says which of its slots are free; [`copies`] what becomes of copies
-//! whose nodes are silent, lost or drained; [`left`] what one agent finds of what another held.
+//! whose nodes are silent, lost or drained; [`left`] what one agent finds of what another held;
+//! [`rests`] where something may still arrive that was given up.
 
 mod copies;
 mod extent;
 mod left;
+mod rests;
 mod slots;
 #[cfg(test)]
 mod tests;
@@ -80,7 +82,7 @@ pub struct FarMemory {
     next_copy: AtomicU64,
     /// Grants that no extent needs any more and that the lease still names.
     left: Mutex<Vec<Grant>>,
-    /// Slots that a request of a dead agent's may still write to; and until when that is thought so.
+    /// Slots that a request may still write to which was given up; and until when that is thought so.
     resting: Mutex<Vec<(Instant, Slot)>>,
 }
 

@@ -15,7 +15,7 @@ fn grant(id: u64, slots: u64) -> Grant {
     }
 }
 
-fn far(extents: u64, slots: u64) -> FarMemory {
+pub(super) fn far(extents: u64, slots: u64) -> FarMemory {
     let far = FarMemory::new(State::create().unwrap());
     for id in 0..extents {
         far.add(1, vec![grant(id, slots)]).unwrap();
@@ -329,7 +329,7 @@ fn what_a_dead_mover_sent_is_never_where_another_page_is() {
     assert!(far.release(slot));
     assert_eq!(far.take_run(2, 2).map(|run| run.len), Some(1));
     assert!(far.take_run(1, 2).is_none());
-    far.end_rests_until(Instant::now() + left::REST);
+    far.end_rests_until(Instant::now() + rests::REST);
     assert_eq!(far.take_run(1, 2).map(|run| run.first), Some(slot));
 }
 
@@ -506,7 +506,7 @@ impl Model {
             Op::Restart(most, done) => self.restart(most, done),
             Op::Arrive => {
                 self.bytes.extend(self.sent.drain(..));
-                self.far.end_rests_until(Instant::now() + left::REST);
+                self.far.end_rests_until(Instant::now() + rests::REST);
             }
             Op::Doubt(slot, copy) => {
                 let Some((slot, _)) = self.held.get(slot) else {
@@ -585,7 +585,7 @@ proptest! {
             prop_assert!(model.far.release(slot));
         }
         model.far.heard_of_nodes(&[], &[], &[]);
-        model.far.end_rests_until(Instant::now() + left::REST);
+        model.far.end_rests_until(Instant::now() + rests::REST);
         model.far.retire(|_| 0);
         prop_assert!(model.far.extent(0).is_none() && model.far.extent(1).is_none());
         prop_assert_eq!((model.far.used_of(2), model.far.free_of(2)), (0, 0));

@@ -25,8 +25,8 @@ const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 /// A thread waits for this once, and a node that is only slow is given up in vain: both should be rare.
 const SILENT_AFTER: Duration = Duration::from_millis(500);
 /// A connection that owes an answer for so long will not give it: by itself RDMA gives up after some seconds, and a kernel that has
-/// lost a request never does. It is made anew, unless it carries writes, which might still arrive behind those that are sent again.
-const OWED_FOR_EVER: Duration = Duration::from_secs(15);
+/// lost a request never does. It is made anew; what it was to write may still arrive, and rests.
+const OWED_FOR_EVER: Duration = Duration::from_secs(10);
 
 /// What a work request was for. Its 64 bits come back in the completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -517,10 +517,8 @@ impl Link {
     }
 
     fn owes_for_ever(&self, now: Instant) -> bool {
-        let is_write = |id: WorkId| matches!(Work::of(id), Work::Write { .. });
         let old = |since: Instant| now.saturating_duration_since(since) > OWED_FOR_EVER;
         self.in_flight.iter().any(|(_, since)| old(*since))
-            && !self.in_flight.iter().any(|(id, _)| is_write(*id))
     }
 
     fn post(

@@ -344,6 +344,9 @@ impl Pager {
         if let Some(target) = run.targets.get_mut(target) {
             target.write = if ok { Write::Done } else { Write::Failed };
             self.shared.far.written(run.slots, target.place.copy, ok);
+            if !ok {
+                self.shared.far.may_still_arrive(run.slots);
+            }
         }
         self.finish_run(area, number);
     }
@@ -410,6 +413,9 @@ impl Pager {
         for target in run.targets.iter().filter(|it| !it.write.is_over()) {
             let copy = target.place.copy;
             self.shared.far.written(run.slots, copy, false);
+        }
+        if run.has(Write::UnderWay) {
+            self.shared.far.may_still_arrive(run.slots);
         }
         for staged in &run.pages {
             self.place.is_not_written(area, staged.index);
