@@ -297,7 +297,9 @@ fn dispensable(extent: &Extent, parts: &Parts) -> Option<usize> {
 
 /// Neighbouring slots that one copy can give and another should have: which, from where and to where.
 fn missing(extent: &Extent, parts: &Parts) -> Option<(std::ops::Range<usize>, usize, usize)> {
-    if parts.copies.len() < 2 || !parts.pinned.is_empty() {
+    // What rests may be copied meanwhile: whatever still arrives there is what it holds.
+    let is_copied = |pinned: &Pinned| !extent.rests.has(usize::from(pinned.slot));
+    if parts.copies.len() < 2 || parts.pinned.iter().any(is_copied) {
         return None;
     }
     let slots = extent.slots.len();

@@ -71,8 +71,9 @@ impl FarMemory {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::far;
+    use super::super::tests::{far, grant};
     use super::*;
+    use crate::state::State;
 
     /// They were given out at once, and what had been sent before the connection broke could arrive upon another page's bytes.
     #[test]
@@ -91,5 +92,26 @@ mod tests {
         far.end_rests_until(Instant::now() + REST);
         assert_eq!(far.take_run(2, 1), Some(run));
         assert!(far.take_run(1, 1).is_none());
+    }
+    /// What a node lacked since it was killed was made up for two minutes late.
+    #[test]
+    fn what_rests_is_copied_to_where_it_is_missing() {
+        let far = FarMemory::new(State::create().unwrap());
+        far.add(2, vec![grant(1, 2), grant(2, 2)]).unwrap();
+        let run = far.take_run(1, 2).unwrap();
+        let targets = far.targets(run);
+        far.written(run, targets[0].copy, true);
+        far.written(run, targets[1].copy, false);
+        far.may_still_arrive(run);
+        let transfer = far.next_transfer(0).unwrap();
+        assert_eq!(
+            (transfer.first, transfer.to.copy),
+            (run.first, targets[1].copy)
+        );
+        assert!(far.release(run.first));
+        far.transferred(&transfer, 1, false);
+        assert_eq!(far.take_run(2, 2).map(|other| other.len), Some(1));
+        far.end_rests_until(Instant::now() + REST);
+        assert_eq!(far.take_run(2, 2), Some(run));
     }
 }

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn grant(id: u64, slots: u64) -> Grant {
+pub(super) fn grant(id: u64, slots: u64) -> Grant {
     Grant {
         id,
         node: format!("n{id}"),
