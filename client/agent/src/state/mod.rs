@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use farpage_core::table::{Cells, ChunkMemory, Heap};
 
 use crate::entry::Slot;
-use crate::sys::state::{MAX_CHUNKS, MAX_JOBS, MAX_SPACES, Ref, StateMemory};
+use crate::sys::state::{MAX_JOBS, MAX_SPACES, Ref, StateMemory};
 use records::{
     BitsRecord, ExtentRecord, HashRecord, Header, JobRecord, SpaceRecord, space, undecided,
 };
@@ -280,7 +280,7 @@ impl ChunkMemory for SpaceChunks {
 
     fn chunk(&self, number: u64) -> Chunk {
         let state = &self.state;
-        let taken = lock(&state.chunks).take(&state.header.chunks, MAX_CHUNKS);
+        let taken = lock(&state.chunks).take(&state.header.chunks, state.memory.chunks());
         let Some(place) = taken else {
             // It can be served, but not handed on.
             self.record

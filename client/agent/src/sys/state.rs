@@ -35,12 +35,54 @@ const HASHES_PER_EXTENT: usize = 1 << PAGE_IN_EXTENT_BITS;
 const JOBS_AT: usize = 4096;
 const SPACES_AT: usize = JOBS_AT + MAX_JOBS * JOB_BYTES;
 const EXTENTS_AT: usize = SPACES_AT + MAX_SPACES * SPACE_BYTES;
-const RECORDS_AT: usize = EXTENTS_AT + MAX_EXTENTS * EXTENT_BYTES;
-const CHUNKS_AT: usize = RECORDS_AT + MAX_CHUNKS * size_of::<ChunkRecord>();
-const HASHES_AT: usize = CHUNKS_AT + MAX_CHUNKS * size_of::<Cells>();
-const BITS_AT: usize = HASHES_AT + MAX_EXTENTS * HASHES_PER_EXTENT * size_of::<HashRecord>();
-/// Bytes of the whole.
-pub const STATE_BYTES: usize = BITS_AT + MAX_EXTENTS * size_of::<BitsRecord>();
+
+/// Where what lies, of how many.
+#[derive(Clone, Copy, Debug)]
+struct Layout {
+    extents: usize,
+    chunks: usize,
+    records_at: usize,
+    chunks_at: usize,
+    hashes_at: usize,
+    bits_at: usize,
+    bytes: usize,
+}
+
+impl Layout {
+    /// The `halvings`th smaller one, with as much less of what there is most of.
+    const fn of(halvings: u32) -> Self {
+        let (extents, chunks) = (MAX_EXTENTS >> halvings, MAX_CHUNKS >> halvings);
+        let records_at = EXTENTS_AT + extents * EXTENT_BYTES;
+        let chunks_at = records_at + chunks * size_of::<ChunkRecord>();
+        let hashes_at = chunks_at + chunks * size_of::<Cells>();
+        let bits_at = hashes_at + extents * HASHES_PER_EXTENT * size_of::<HashRecord>();
+        Self {
+            extents,
+            chunks,
+            records_at,
+            chunks_at,
+            hashes_at,
+            bits_at,
+            bytes: bits_at + extents * size_of::<BitsRecord>(),
+        }
+    }
+
+    fn all() -> impl Iterator<Item = Self> {
+        (0..=MOST_HALVINGS).map(Self::of)
+    }
+
+    /// The largest that leaves room for everything else, where address space is limited.
+    fn that_fits() -> Self {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::As).current;
+        let fits = |layout: &Self| limit.is_none_or(|limit| layout.bytes as u64 <= limit / SHARE);
+        Self::all().find(fits).unwrap_or(Self::of(MOST_HALVINGS))
+    }
+}
+
+/// The smallest layout: for 512 MiB of far memory and 4 GiB of address space.
+const MOST_HALVINGS: u32 = 11;
+/// The part of its address space that an agent gives to its state, where that is limited.
+const SHARE: u64 = 8;
 
 const _: () = assert!(
     size_of::<Header>() <= JOBS_AT
@@ -48,7 +90,8 @@ const _: () = assert!(
         && size_of::<SpaceRecord>() <= SPACE_BYTES
         && size_of::<ExtentRecord>() <= EXTENT_BYTES
         && size_of::<Cells>() == 4096
-        && CHUNKS_AT.is_multiple_of(4096),
+        && Layout::of(0).chunks_at.is_multiple_of(4096)
+        && Layout::of(MOST_HALVINGS).chunks_at.is_multiple_of(4096),
     "every record fits its place"
 );
 
@@ -56,6 +99,7 @@ const _: () = assert!(
 #[derive(Debug)]
 pub struct StateMemory {
     base: NonNull<u8>,
+    layout: Layout,
     fd: OwnedFd,
 }
 
@@ -72,7 +116,7 @@ impl StateMemory {
     pub fn create() -> io::Result<Self> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let fd = rustix::fs::memfd_create("farpage-state", flags)?;
-        rustix::fs::ftruncate(&fd, STATE_BYTES as u64)?;
+        rustix::fs::ftruncate(&fd, Layout::that_fits().bytes as u64)?;
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         Self::map(fd)
     }
@@ -84,19 +128,20 @@ impl StateMemory {
     pub fn map(fd: OwnedFd) -> io::Result<Self> {
         let seals = rustix::fs::fcntl_get_seals(&fd)?;
         let size = rustix::fs::fstat(&fd)?.st_size;
-        if !seals.contains(SealFlags::SHRINK) || usize::try_from(size) != Ok(STATE_BYTES) {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
+        let layout = Layout::all().find(|layout| usize::try_from(size) == Ok(layout.bytes));
+        let layout = layout
+            .filter(|_| seals.contains(SealFlags::SHRINK))
+            .ok_or(io::ErrorKind::InvalidData)?;
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
         // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
         let base =
-            unsafe { rustix::mm::mmap(std::ptr::null_mut(), STATE_BYTES, prot, flags, &fd, 0)? };
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), layout.bytes, prot, flags, &fd, 0)? };
         // SAFETY: the range is this mapping, and the advice changes no contents.
-        let _ = unsafe { rustix::mm::madvise(base, STATE_BYTES, Advice::LinuxDontDump) };
+        let _ = unsafe { rustix::mm::madvise(base, layout.bytes, Advice::LinuxDontDump) };
         let base = NonNull::new(base.cast::<u8>())
             .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        Ok(Self { base, fd })
+        Ok(Self { base, layout, fd })
     }
 
     /// Another mapping of the memory behind a descriptor that stays its owner's.
@@ -107,6 +152,12 @@ impl StateMemory {
         // SAFETY: the caller's number is of a descriptor that is open for as long as this is used.
         let fd = unsafe { BorrowedFd::borrow_raw(number) };
         Self::map(rustix::io::fcntl_dupfd_cloexec(fd, 0)?)
+    }
+
+    /// How many chunks of page tables there is room for.
+    #[must_use]
+    pub fn chunks(&self) -> usize {
+        self.layout.chunks
     }
 
     /// The descriptor's number.
@@ -159,15 +210,19 @@ impl StateMemory {
     /// An extent's.
     #[must_use]
     pub fn extent(self: &Arc<Self>, number: u32) -> Option<Ref<ExtentRecord>> {
-        let number = usize::try_from(number).ok().filter(|n| *n < MAX_EXTENTS)?;
+        let number = usize::try_from(number)
+            .ok()
+            .filter(|n| *n < self.layout.extents)?;
         Some(self.at(EXTENTS_AT + number * EXTENT_BYTES))
     }
 
     /// Bits for an extent's slots.
     #[must_use]
     pub fn bits(self: &Arc<Self>, extent: u32) -> Option<Ref<BitsRecord>> {
-        let extent = usize::try_from(extent).ok().filter(|n| *n < MAX_EXTENTS)?;
-        Some(self.at(BITS_AT + extent * size_of::<BitsRecord>()))
+        let extent = usize::try_from(extent)
+            .ok()
+            .filter(|n| *n < self.layout.extents)?;
+        Some(self.at(self.layout.bits_at + extent * size_of::<BitsRecord>()))
     }
 
     /// What a slot holds.
@@ -175,12 +230,12 @@ impl StateMemory {
     pub fn hash(&self, slot: Slot) -> Option<&HashRecord> {
         let extent = usize::try_from(slot.extent())
             .ok()
-            .filter(|n| *n < MAX_EXTENTS)?;
+            .filter(|n| *n < self.layout.extents)?;
         let at = extent * HASHES_PER_EXTENT + usize::from(slot.page());
         // SAFETY: the place is inside the mapping, aligned, and all of it atomics, which the borrow of self keeps mapped.
         Some(unsafe {
             self.base
-                .add(HASHES_AT + at * size_of::<HashRecord>())
+                .add(self.layout.hashes_at + at * size_of::<HashRecord>())
                 .cast::<HashRecord>()
                 .as_ref()
         })
@@ -189,20 +244,22 @@ impl StateMemory {
     /// Whose a chunk is.
     #[must_use]
     pub fn chunk_record(self: &Arc<Self>, number: u32) -> Ref<ChunkRecord> {
-        let number = (number as usize).min(MAX_CHUNKS - 1);
-        self.at(RECORDS_AT + number * size_of::<ChunkRecord>())
+        let number = (number as usize).min(self.layout.chunks - 1);
+        self.at(self.layout.records_at + number * size_of::<ChunkRecord>())
     }
 
     /// A chunk.
     #[must_use]
     pub fn chunk(self: &Arc<Self>, number: u32) -> Ref<Cells> {
-        self.at(CHUNKS_AT + (number as usize).min(MAX_CHUNKS - 1) * size_of::<Cells>())
+        self.at(self.layout.chunks_at
+            + (number as usize).min(self.layout.chunks - 1) * size_of::<Cells>())
     }
 
     /// Empties a chunk, and gives its memory back.
     pub fn clear_chunk(&self, number: u32) {
         self.clear(
-            CHUNKS_AT + (number as usize).min(MAX_CHUNKS - 1) * size_of::<Cells>(),
+            self.layout.chunks_at
+                + (number as usize).min(self.layout.chunks - 1) * size_of::<Cells>(),
             size_of::<Cells>(),
         );
     }
@@ -258,7 +315,7 @@ impl AsFd for StateMemory {
 impl Drop for StateMemory {
     fn drop(&mut self) {
         // SAFETY: the mapping is this value's, and whoever borrowed from it held it.
-        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), STATE_BYTES) };
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.layout.bytes) };
     }
 }
 
@@ -301,5 +358,27 @@ impl<T> Ref<T> {
             memory: Arc::clone(&self.memory),
             at: NonNull::from(part(self)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where address space was limited no agent could begin: its state takes 84 GiB of it.
+    #[test]
+    fn a_state_of_any_layout_is_told_by_its_size() {
+        let layouts: Vec<_> = Layout::all().collect();
+        assert!(layouts.is_sorted_by(|larger, smaller| larger.bytes > smaller.bytes));
+        let smallest = Layout::of(MOST_HALVINGS);
+        assert!(smallest.bytes < 128 << 20);
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let fd = rustix::fs::memfd_create("small", flags).unwrap();
+        rustix::fs::ftruncate(&fd, smallest.bytes as u64).unwrap();
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
+        let memory = Arc::new(StateMemory::map(fd).unwrap());
+        assert_eq!(memory.chunks(), smallest.chunks);
+        let last = u32::try_from(smallest.extents).unwrap() - 1;
+        assert!(memory.bits(last).is_some() && memory.extent(last + 1).is_none());
     }
 }
