@@ -176,7 +176,7 @@ fn take_out(args: &HelperArgs, batch: &Batch, count: usize, unshare: bool) {
     while index < count {
         let start = page(batch, index);
         let len = run_len(batch, index, count);
-        if unshare {
+        if unshare && is_resident(start, len) {
             memory::make_exclusive(start, len * PAGE_BYTES);
         }
         index += take_run(args, batch, index, start, len);
@@ -234,6 +234,15 @@ fn has_moved(args: &HelperArgs, index: usize, page: usize) -> bool {
     calls::residency(page, &mut here);
     calls::residency(args.holding + index * PAGE_BYTES, &mut there);
     here == [0] && there != [0]
+}
+
+/// Whether all of a run is in its place. What the program has just moved elsewhere is not, and to make that exclusive would wait
+/// for the agent, which reads no event before this batch is over.
+fn is_resident(start: usize, len: usize) -> bool {
+    let mut resident = [0; BATCH_PAGES];
+    let resident = resident.get_mut(..len).unwrap_or_default();
+    calls::residency(start, resident);
+    resident.iter().all(|page| *page != 0)
 }
 
 fn is_holding_empty(args: &HelperArgs, count: usize) -> bool {
