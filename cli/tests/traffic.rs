@@ -102,14 +102,36 @@ for turn in range(3): assert sum(data[at] for at in pages) > 0
     }
 }
 
+/// What became of a script over connections that misbehave as asked for: all is right, and nothing is left. Returns the log; none
+/// where it cannot run.
+fn log_of_bad_connections(test: &str, faults: &str, script: &str) -> Option<String> {
+    let _alone = alone();
+    if without_program(test, "/usr/bin/python3") || without_far_memory(test) {
+        return None;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let outcome = run_far_with(
+        LOCAL_BYTES,
+        &["/usr/bin/python3", "-I", "-c", script],
+        folder.path(),
+        DEADLINE,
+        &[
+            ("FARPAGE_FAULTS", faults),
+            ("FARPAGE_LOG_FILE", log.to_str().unwrap()),
+        ],
+    );
+    let log = std::fs::read_to_string(log).unwrap_or_default();
+    assert!(outcome.status.success(), "{}\n{log}", outcome.errors);
+    let summary = outcome.summary.expect("a summary");
+    println!("{test}: {summary}");
+    assert_eq!(summary["far_slots_in_use_at_exit"], 0, "{summary}");
+    Some(log)
+}
+
 /// Reads come late, in any order, with wrong bits, and every connection breaks in the end: the program sees nothing of it.
 #[test]
 fn a_bad_connection_changes_nothing() {
-    let test = "a_bad_connection_changes_nothing";
-    let _alone = alone();
-    if without_program(test, "/usr/bin/python3") || without_far_memory(test) {
-        return;
-    }
     let script = format!(
         "
 import random
@@ -122,26 +144,11 @@ for turn in range(3):
         assert int.from_bytes(data[page << 12:(page << 12) + 2], 'little') == page + turn & 0xffff
 "
     );
-    let folder = tempfile::tempdir().unwrap();
-    let log = folder.path().join("log");
-    let outcome = run_far_with(
-        LOCAL_BYTES,
-        &["/usr/bin/python3", "-I", "-c", &script],
-        folder.path(),
-        DEADLINE,
-        &[
-            (
-                "FARPAGE_FAULTS",
-                "seed=7,delayed=100,longest_delay=8,corrupted=5,reordered=1,disconnect_after=4000",
-            ),
-            ("FARPAGE_LOG_FILE", log.to_str().unwrap()),
-        ],
-    );
-    let log = std::fs::read_to_string(log).unwrap_or_default();
-    assert!(outcome.status.success(), "{}\n{log}", outcome.errors);
-    let summary = outcome.summary.expect("a summary");
-    println!("{test}: {summary}");
-    assert_eq!(summary["far_slots_in_use_at_exit"], 0, "{summary}");
+    let faults = "seed=7,delayed=100,longest_delay=8,corrupted=5,reordered=1,disconnect_after=4000";
+    let test = "a_bad_connection_changes_nothing";
+    let Some(log) = log_of_bad_connections(test, faults, &script) else {
+        return;
+    };
     for met in [
         "failed their check",
         "the connection to a memory node broke",
@@ -153,11 +160,6 @@ for turn in range(3):
 /// Some requests are never answered, over a connection that stands: they are asked again over another, long before their faults end.
 #[test]
 fn what_is_never_answered_is_asked_again() {
-    let test = "what_is_never_answered_is_asked_again";
-    let _alone = alone();
-    if without_program(test, "/usr/bin/python3") || without_far_memory(test) {
-        return;
-    }
     let script = format!(
         "
 data = bytearray({PAGES} << 12)
@@ -166,23 +168,10 @@ for page in pages: data[page << 12] = page % 251
 for page in pages: assert data[page << 12] == page % 251
 "
     );
-    let folder = tempfile::tempdir().unwrap();
-    let log = folder.path().join("log");
-    let outcome = run_far_with(
-        LOCAL_BYTES,
-        &["/usr/bin/python3", "-I", "-c", &script],
-        folder.path(),
-        DEADLINE,
-        &[
-            ("FARPAGE_FAULTS", "seed=3,lost=2"),
-            ("FARPAGE_LOG_FILE", log.to_str().unwrap()),
-        ],
-    );
-    let log = std::fs::read_to_string(log).unwrap_or_default();
-    assert!(outcome.status.success(), "{}\n{log}", outcome.errors);
-    let summary = outcome.summary.expect("a summary");
-    println!("{test}: {summary}");
-    assert_eq!(summary["far_slots_in_use_at_exit"], 0, "{summary}");
+    let test = "what_is_never_answered_is_asked_again";
+    let Some(log) = log_of_bad_connections(test, "seed=3,lost=2", &script) else {
+        return;
+    };
     assert!(
         log.contains("it does not answer"),
         "nothing was lost: {log}"
