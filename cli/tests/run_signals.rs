@@ -48,6 +48,7 @@ impl Running {
             .args(["/bin/bash", "-c", &format!("echo $$; {script}")])
             .env("FARPAGE_TEST_MARK", mark);
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        sys::before_exec(&mut command, sys::terminal_signals_as_usual);
         let mut launcher = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -28,6 +28,7 @@ impl Shell {
         let copy = || Stdio::from(side.try_clone().unwrap());
         command.stdin(copy()).stdout(copy()).stderr(copy());
         sys::before_exec(&mut command, sys::take_terminal);
+        sys::before_exec(&mut command, sys::terminal_signals_as_usual);
         let child = command.spawn().unwrap();
         let printed = Arc::new(Mutex::new(String::new()));
         let (mut reader, collected) = (master.try_clone().unwrap(), Arc::clone(&printed));

@@ -63,6 +63,14 @@ pub fn default(signal: i32) {
     unsafe { libc::signal(signal, libc::SIG_DFL) };
 }
 
+/// In a child about to exec: what a terminal sends has its default effect, as a shell has it. Whoever starts the tests in the
+/// background of a script has them ignore it.
+pub fn terminal_signals_as_usual() -> io::Result<()> {
+    default(libc::SIGINT);
+    default(libc::SIGQUIT);
+    Ok(())
+}
+
 /// In a child about to exec: blocks a signal.
 pub fn block(signal: i32) {
     // SAFETY: the set is initialised by sigemptyset before it is used.
