@@ -198,6 +198,41 @@ static void protect_read(void)
 	check(at, DATA, 3, "written afterwards");
 }
 
+/* Something else is written to where memory is about to leave, or just leaving: it stays. The pieces are small, so that what is
+ * mapped by the bare system call is not managed at once, and the one that makes way is among those that were not used for longest. */
+static void reuse(void)
+{
+	enum { PIECES = 384, TURNS = 6000, LEAVING = 256, ABOUT = 16 };
+	const size_t pages = 16, bytes = pages * PAGE;
+	static uint64_t salts[PIECES];
+	char *arena = map(PIECES * bytes), *at;
+	uint64_t lot = 1;
+	for (int turn = 0; turn < TURNS; turn++) {
+		size_t piece = (size_t)turn % PIECES;
+		at = arena + piece * bytes;
+		if (salts[piece])
+			check(at, bytes, salts[piece], "a piece");
+		fill(at, bytes, salts[piece] = 1 + 2 * (uint64_t)turn);
+		lot = lot * 6364136223846793005ull + 1442695040888963407ull;
+		piece = (piece + PIECES - LEAVING + (lot >> 33) % ABOUT) % PIECES;
+		at = arena + piece * bytes;
+		/* Before there is a hole that it would fill. */
+		char *other = map(bytes);
+		MUST(munmap(at, bytes) == 0);
+		if (lot >> 62) {
+			MUST(munmap(other, bytes) == 0);
+			const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+			MUST(syscall(SYS_mmap, at, bytes, PROT_READ | PROT_WRITE, flags, -1, 0) == (long)at);
+			fill(at, bytes, salts[piece] = 2 + 2 * (uint64_t)turn);
+		} else {
+			fill(other, bytes, salts[piece] = 2 + 2 * (uint64_t)turn);
+			MUST(mremap(other, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, at) == at);
+		}
+	}
+	for (size_t piece = 0; piece < PIECES; piece++)
+		check(arena + piece * bytes, bytes, salts[piece], "a piece at the end");
+}
+
 static void just_exit(void)
 {
 	far_map(DATA, 1);
@@ -221,7 +256,7 @@ static const struct test_case cases[] = {
 	{"unmap_whole", unmap_whole}, {"unmap_part", unmap_part}, {"dontneed", dontneed}, {"free", free_lazily},
 	{"remove", remove_pages}, {"remap_grow", remap_grow}, {"remap_move", remap_move}, {"remap_shrink", remap_shrink},
 	{"remap_dontunmap", remap_dontunmap}, {"remap_fixed", remap_fixed}, {"brk_shrink", brk_shrink},
-	{"protect_none", protect_none}, {"protect_read", protect_read}, {"exit", just_exit}, {"killed", be_killed},
-	{"exec", exec_another},
+	{"protect_none", protect_none}, {"protect_read", protect_read}, {"reuse", reuse}, {"exit", just_exit},
+	{"killed", be_killed}, {"exec", exec_another},
 };
 MAIN(cases)

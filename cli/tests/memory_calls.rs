@@ -65,6 +65,12 @@ fn mremap_over_far_memory() {
     case("remap_fixed");
 }
 
+/// Without `UFFDIO_MOVE` what was mapped anew, and written to, while the old page was being dropped there was lost.
+#[test]
+fn what_takes_the_place_of_leaving_memory_stays() {
+    case("reuse");
+}
+
 #[test]
 fn brk_given_back() {
     case("brk_shrink");

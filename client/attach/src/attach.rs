@@ -11,11 +11,12 @@ use crate::helper::HelperArgs;
 use crate::message::{MAX_FDS, MAX_TEXT, Packet, tag};
 use crate::sys::{Errno, calls, memory, socket};
 
-/// Our ranges in the program: thread pointer page and arguments, guard, stack, holding, drain.
+/// Our ranges in the program: thread pointer page and arguments, stack of the process for one batch, stack, holding, drain.
 const TLS_BYTES: usize = PAGE_BYTES;
 const STACK_BYTES: usize = 4 * PAGE_BYTES;
+const BATCH_STACK_BYTES: usize = 4 * PAGE_BYTES;
 const RANGE_BYTES: usize = BATCH_PAGES * PAGE_BYTES;
-const OWN_BYTES: usize = TLS_BYTES + STACK_BYTES + 2 * RANGE_BYTES;
+const OWN_BYTES: usize = TLS_BYTES + BATCH_STACK_BYTES + STACK_BYTES + 2 * RANGE_BYTES;
 
 /// How an attempt to attach ended badly. The process is as it was before.
 #[derive(Debug)]
@@ -222,6 +223,8 @@ fn handshake(
             event,
             lifeline,
             pagemap,
+            batch_stack: own + TLS_BYTES + BATCH_STACK_BYTES,
+            tls: own,
         };
         let helper = start_helper(own, args)?;
         let mut up = Packet::new(tag::HELPER_UP);
@@ -300,7 +303,7 @@ const RANDOM_TO: usize = 0x5000_0000_0000;
 const RANDOM_TRIES: usize = 4;
 
 const fn holding(own: usize) -> usize {
-    own + TLS_BYTES + STACK_BYTES
+    own + TLS_BYTES + BATCH_STACK_BYTES + STACK_BYTES
 }
 
 fn start_helper(own: usize, args: HelperArgs) -> Result<i32, AttachError> {
@@ -308,7 +311,7 @@ fn start_helper(own: usize, args: HelperArgs) -> Result<i32, AttachError> {
     let args_address = own + PAGE_BYTES / 2;
     memory::write_args(args_address, args);
     let mask = calls::block_signals();
-    let started = memory::start_helper(args_address, own + TLS_BYTES + STACK_BYTES, own);
+    let started = memory::start_helper(args_address, holding(own), own);
     calls::set_signal_mask(mask);
     started.map_err(|errno| AttachError::System("starting the helper", errno))
 }

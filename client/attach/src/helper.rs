@@ -7,18 +7,18 @@
 
 use core::sync::atomic::Ordering;
 
-use crate::PAGE_BYTES;
 use crate::control::{BATCH_PAGES, Batch, Control, method, outcome, staging_offset};
 use crate::sys::{calls, memory};
+use crate::{PAGE_BYTES, dropper, unsharer};
 
 /// Descriptor numbers in the helper.
-mod fd {
-    pub(super) const UFFD: i32 = 0;
-    pub(super) const DRAIN_UFFD: i32 = 1;
-    pub(super) const EVENT: i32 = 2;
-    pub(super) const LIFELINE: i32 = 3;
-    pub(super) const PAGEMAP: i32 = 4;
-    pub(super) const FIRST_UNUSED: u32 = 5;
+pub(crate) mod fd {
+    pub(crate) const UFFD: i32 = 0;
+    pub(crate) const DRAIN_UFFD: i32 = 1;
+    pub(crate) const EVENT: i32 = 2;
+    pub(crate) const LIFELINE: i32 = 3;
+    pub(crate) const PAGEMAP: i32 = 4;
+    pub(crate) const FIRST_UNUSED: u32 = 5;
 }
 
 /// Between two looks at whether agent and program still live.
@@ -27,8 +27,7 @@ const SIGKILL: u32 = 9;
 const ALLOW_HOLES: u64 = 2;
 /// Tries at moving a page that something reads just now, before it is left in the holding range.
 const DRAIN_TRIES: u32 = 1000;
-const PAGEMAP_UFFD_WP: u64 = 1 << 57;
-const EAGAIN: u32 = 11;
+pub(crate) const EAGAIN: u32 = 11;
 const ENOENT: u32 = 2;
 const EEXIST: u32 = 17;
 const EINVAL: u32 = 22;
@@ -53,6 +52,10 @@ pub struct HelperArgs {
     pub lifeline: i32,
     /// The program's pagemap as the agent opened it, or -1. A program that has become another user may not open its own.
     pub pagemap: i32,
+    /// Where the stack of a process for one batch ends.
+    pub batch_stack: usize,
+    /// The thread pointer.
+    pub tls: usize,
 }
 
 /// Where the helper begins. `argument` is the address of its [`HelperArgs`].
@@ -148,10 +151,13 @@ fn run_batch(args: &HelperArgs, control: &Control, command: u32) {
     let area = (batch.area.load(Ordering::Relaxed) as usize) % crate::control::STAGING_AREAS;
     let how = batch.method.load(Ordering::Relaxed);
     if how == method::DROP {
-        drop_protected(batch, count);
+        dropper::run(args, control, count);
         control.taken.store(command, Ordering::Release);
     } else {
-        take_out(args, batch, count, how == method::UNSHARE_AND_MOVE);
+        if how == method::UNSHARE_AND_MOVE {
+            unsharer::run(args, control);
+        }
+        take_out(args, batch, count);
         // From here on the agent may read events again: what was taken lies where the program cannot reach.
         control.taken.store(command, Ordering::Release);
         calls::futex_wake(&control.taken);
@@ -161,7 +167,7 @@ fn run_batch(args: &HelperArgs, control: &Control, command: u32) {
 }
 
 /// The first hop: out of the program's ranges, into the holding range, run by run.
-fn take_out(args: &HelperArgs, batch: &Batch, count: usize, unshare: bool) {
+fn take_out(args: &HelperArgs, batch: &Batch, count: usize) {
     if !is_holding_empty(args, count) {
         // A page left over would be taken for one that was moved.
         empty_holding(args, 0, count);
@@ -176,9 +182,6 @@ fn take_out(args: &HelperArgs, batch: &Batch, count: usize, unshare: bool) {
     while index < count {
         let start = page(batch, index);
         let len = run_len(batch, index, count);
-        if unshare && is_resident(start, len) {
-            memory::make_exclusive(start, len * PAGE_BYTES);
-        }
         index += take_run(args, batch, index, start, len);
     }
 }
@@ -186,6 +189,21 @@ fn take_out(args: &HelperArgs, batch: &Batch, count: usize, unshare: bool) {
 /// Moves a run; returns how many of its pages now have an outcome (all of them, or up to and including the
 /// first that would not move).
 fn take_run(args: &HelperArgs, batch: &Batch, index: usize, start: usize, len: usize) -> usize {
+    match why_unmanaged(start, len) {
+        None => {}
+        // It may cross from one mapping to the next.
+        Some(ENOENT) if len > 1 => return take_run(args, batch, index, start, 1),
+        Some(ENOENT) => {
+            set(batch, index, outcome::UNMANAGED);
+            return 1;
+        }
+        Some(errno) => {
+            for i in index..index + len {
+                set(batch, i, errno);
+            }
+            return len;
+        }
+    }
     let to = args.holding + index * PAGE_BYTES;
     let (moved, error) = move_pages(fd::UFFD, to, start, len, 0);
     for i in index..index + moved {
@@ -206,6 +224,16 @@ fn take_run(args: &HelperArgs, batch: &Batch, index: usize, start: usize, len: u
         take_refused(args, index + moved, start + at, errno),
     );
     moved + 1
+}
+
+/// Whether a run lies in one mapping that is under the program's uffd, which `UFFDIO_MOVE` does not ask: none if so, else ENOENT,
+/// or EAGAIN while an event is unread. What the program maps anew where the agent is just registering something older may not
+/// be. Zeros are offered, which the kernel puts nowhere where something is; until the batch is over the answer stays true.
+fn why_unmanaged(start: usize, len: usize) -> Option<u32> {
+    match memory::zero_ioctl(fd::UFFD, start, len * PAGE_BYTES) {
+        Ok(()) | Err(EEXIST) => None,
+        Err(errno) => Some(errno),
+    }
 }
 
 /// What becomes of a page that the kernel says it did not move.
@@ -234,15 +262,6 @@ fn has_moved(args: &HelperArgs, index: usize, page: usize) -> bool {
     calls::residency(page, &mut here);
     calls::residency(args.holding + index * PAGE_BYTES, &mut there);
     here == [0] && there != [0]
-}
-
-/// Whether all of a run is in its place. What the program has just moved elsewhere is not, and to make that exclusive would wait
-/// for the agent, which reads no event before this batch is over.
-fn is_resident(start: usize, len: usize) -> bool {
-    let mut resident = [0; BATCH_PAGES];
-    let resident = resident.get_mut(..len).unwrap_or_default();
-    calls::residency(start, resident);
-    resident.iter().all(|page| *page != 0)
 }
 
 fn is_holding_empty(args: &HelperArgs, count: usize) -> bool {
@@ -301,64 +320,6 @@ fn empty_holding(args: &HelperArgs, index: usize, len: usize) {
     memory::drop_drained(to, len * PAGE_BYTES);
 }
 
-/// Drops pages that the agent has write-protected and copied, where they are still the same pages: run by run, since each
-/// drop waits for the agent to read its event.
-fn drop_protected(batch: &Batch, count: usize) {
-    let mut index = 0;
-    while index < count {
-        let start = page(batch, index);
-        let len = run_len(batch, index, count);
-        let dropped = if protected_pages(start, len) == len {
-            match memory::drop_pages(start, len * PAGE_BYTES) {
-                Ok(()) => len,
-                // It came as far as the first mapping that the kernel keeps it out of.
-                Err(_) => unprotected_pages(start, len),
-            }
-        } else {
-            0
-        };
-        for i in index..index + dropped {
-            set(batch, i, outcome::TAKEN);
-        }
-        for i in index + dropped..index + len {
-            set(batch, i, drop_one(page(batch, i)));
-        }
-        index += len;
-    }
-}
-
-/// Drops a page if it is still protected; returns its outcome.
-fn drop_one(address: usize) -> u32 {
-    if protected_pages(address, 1) == 0 {
-        return ENOENT;
-    }
-    match memory::drop_pages(address, PAGE_BYTES) {
-        Ok(()) => outcome::TAKEN,
-        Err(errno) => errno.0,
-    }
-}
-
-/// How many pages from `start` on, of `len`, are write-protected, up to the first that is not.
-fn protected_pages(start: usize, len: usize) -> usize {
-    leading(start, len, |word| word & PAGEMAP_UFFD_WP != 0)
-}
-
-/// How many are not, up to the first that is.
-fn unprotected_pages(start: usize, len: usize) -> usize {
-    leading(start, len, |word| word & PAGEMAP_UFFD_WP == 0)
-}
-
-fn leading(start: usize, len: usize, holds: impl Fn(u64) -> bool) -> usize {
-    let mut words = [0; BATCH_PAGES];
-    let words = words.get_mut(..len).unwrap_or_default();
-    let read = calls::pagemap_words(fd::PAGEMAP, start, words).unwrap_or(0);
-    words
-        .iter()
-        .take(read)
-        .take_while(|word| holds(**word))
-        .count()
-}
-
 /// Moves pages; returns how many went and what stopped the next.
 fn move_pages(uffd: i32, to: usize, from: usize, pages: usize, mode: u64) -> (usize, Option<u32>) {
     let mut moved = 0;
@@ -375,7 +336,7 @@ fn move_pages(uffd: i32, to: usize, from: usize, pages: usize, mode: u64) -> (us
 }
 
 /// How many pages of a batch, from one on, lie one behind the other in the program's memory.
-fn run_len(batch: &Batch, index: usize, count: usize) -> usize {
+pub(crate) fn run_len(batch: &Batch, index: usize, count: usize) -> usize {
     let start = page(batch, index);
     let mut len = 1;
     while index + len < count && page(batch, index + len) == start + len * PAGE_BYTES {
@@ -384,7 +345,7 @@ fn run_len(batch: &Batch, index: usize, count: usize) -> usize {
     len
 }
 
-fn page(batch: &Batch, index: usize) -> usize {
+pub(crate) fn page(batch: &Batch, index: usize) -> usize {
     batch
         .pages
         .get(index)
@@ -398,7 +359,7 @@ fn is_taken(batch: &Batch, index: usize) -> bool {
         .is_some_and(|word| word.load(Ordering::Relaxed) == outcome::TAKEN)
 }
 
-fn set(batch: &Batch, index: usize, value: u32) {
+pub(crate) fn set(batch: &Batch, index: usize, value: u32) {
     if let Some(word) = batch.outcomes.get(index) {
         word.store(value, Ordering::Relaxed);
     }

@@ -5,15 +5,18 @@
 //! same definitions of the wire ([`message`]) and of the shared memory ([`control`]) from its side.
 //!
 //! The order of an attachment is the order of the modules: [`attach`] speaks the handshake of [`message`],
-//! maps the [`control`] block and starts the [`helper`], which from then on takes pages out for the agent.
+//! maps the [`control`] block and starts the [`helper`], which from then on takes pages out for the agent. What may keep it
+//! waiting it has others do: a [`dropper`], an [`unsharer`].
 
 #![no_std]
 
 pub mod attach;
 pub mod control;
+pub mod dropper;
 pub mod helper;
 pub mod message;
 pub mod sys;
+pub mod unsharer;
 
 /// Bytes of a page. The whole project manages base pages; huge ones are split by the kernel as they are
 /// taken out.

@@ -7,6 +7,7 @@ use std::time::Instant;
 use farpage_attach::control::{BATCH_PAGES, Control, method};
 use smallvec::SmallVec;
 
+use super::dropping::Drops;
 use crate::table::Page;
 
 /// The pages of a batch, in the order of their addresses. No batch needs memory from the allocator, as no fault does.
@@ -24,6 +25,8 @@ pub(crate) struct TakeOut {
     pub(super) drops_unread: u64,
     /// What became of which pages is in the table already, done by the agent before this one: one bit each.
     pub(super) settled: u64,
+    /// What is known of its dropper.
+    pub(super) drops: Drops,
 }
 
 const _: () = assert!(BATCH_PAGES <= u64::BITS as usize);
@@ -38,6 +41,7 @@ impl TakeOut {
             since: Instant::now(),
             drops_unread: u64::MAX,
             settled: 0,
+            drops: Drops::default(),
         }
     }
 

@@ -37,6 +37,9 @@ const SETTLE_REST: Duration = Duration::from_micros(100);
 /// starved for a while on a loaded machine.
 const HELPER_DEADLINE: Duration = Duration::from_secs(30);
 
+/// The outcome of a page that was not there.
+const ENOENT: u32 = libc::ENOENT.unsigned_abs();
+
 /// Pages that are copied at once from the program's memory to staging.
 const COPY_PAGES: usize = 4;
 
@@ -201,8 +204,9 @@ impl Pager {
     /// Copies pages of the program's to staging by `/proc/PID/mem`, which never faults a managed page in.
     /// Returns those that were copied, in the order of their places there, and those that are not present.
     fn copy_to_staging(&mut self, pages: &[Page], area: usize) -> (Batch, Batch) {
-        self.program_memory();
-        let (Some(helper), Some(memory)) = (&self.helper, &self.memory) else {
+        self.open_program();
+        let (Some(helper), Some(memory), Some(_)) = (&self.helper, &self.memory, &self.pagemap)
+        else {
             return (Batch::new(), pages.into());
         };
         let (mut copied, mut kept) = (Batch::new(), Batch::new());
@@ -307,6 +311,11 @@ impl Pager {
             if batch.settled >> index & 1 == 1 {
                 continue;
             }
+            let outcome = match outcome {
+                outcome::DROPPING if batch.drops.gone >> index & 1 == 1 => ENOENT,
+                outcome::DROPPING => outcome::TAKEN,
+                outcome => outcome,
+            };
             if outcome == outcome::TAKEN {
                 taken.push((index, *page));
                 continue;
@@ -351,6 +360,12 @@ impl Pager {
         if self.table.change(page, Entry::turned_round).is_none() {
             // Discarded while it was claimed.
             self.job.discharge(1);
+            return;
+        }
+        if errno == outcome::UNMANAGED {
+            // The next look at the mappings may find it worth managing.
+            self.registered.remove(&addresses(&[page]));
+            self.discard_pages(page..page.plus(1));
             return;
         }
         match i32::try_from(errno).unwrap_or(0) {

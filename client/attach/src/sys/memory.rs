@@ -10,6 +10,7 @@ use crate::control::Control;
 use crate::helper::HelperArgs;
 
 const UFFDIO_MOVE: usize = 0xc028_aa05;
+const UFFDIO_ZEROPAGE: usize = 0xc020_aa04;
 const MADV_POPULATE_READ: usize = 22;
 const MADV_POPULATE_WRITE: usize = 23;
 
@@ -24,10 +25,11 @@ fn call(number: u32, args: [usize; 6]) -> Result<usize, Errno> {
     }
 }
 
-/// Copies out the helper's arguments from where [`write_args`] put them.
+/// Copies out the helper's arguments from where [`write_args`] or [`start_for_batch`] have them.
 #[must_use]
 pub fn args_at(address: usize) -> HelperArgs {
-    // SAFETY: `attach` wrote a HelperArgs there, at the bottom of the helper's own stack, before the clone.
+    // SAFETY: a HelperArgs was there before the clone, and stays: in the page at the helper's thread pointer, or on the stack
+    // of the helper that waits for its process.
     unsafe { core::ptr::read(address as *const HelperArgs) }
 }
 
@@ -82,6 +84,29 @@ pub fn move_ioctl(
     ) {
         Ok(_) => (len, None),
         Err(errno) => (usize::try_from(request.move_).unwrap_or(0), Some(errno.0)),
+    }
+}
+
+/// `UFFDIO_ZEROPAGE`: success if it has filled anything.
+///
+/// # Errors
+/// The kernel's errno; EEXIST where the first page is there.
+pub fn zero_ioctl(uffd: i32, at: usize, len: usize) -> Result<(), u32> {
+    let mut request = k::uffdio_zeropage {
+        range: k::uffdio_range {
+            start: at as u64,
+            len: len as u64,
+        },
+        mode: 0,
+        zeropage: 0,
+    };
+    let pointer = core::ptr::from_mut(&mut request) as usize;
+    match call(
+        k::__NR_ioctl,
+        [uffd as usize, UFFDIO_ZEROPAGE, pointer, 0, 0, 0],
+    ) {
+        Err(errno) if request.zeropage <= 0 => Err(errno.0),
+        _ => Ok(()),
     }
 }
 
@@ -147,4 +172,16 @@ pub fn start_helper(args_address: usize, stack_top: usize, tls: usize) -> Result
     // SAFETY: `attach` has mapped stack and TLS page for this helper alone, and `helper::run` never returns
     // and uses only raw system calls.
     unsafe { super::clone::start(crate::helper::run, args_address, stack_top, tls) }
+}
+
+/// Starts a process for the batch under way, which the helper waits for.
+///
+/// # Errors
+/// The kernel's errno.
+pub fn start_for_batch(main: extern "C" fn(usize) -> !, args: &HelperArgs) -> Result<i32, Errno> {
+    let argument = core::ptr::from_ref(args) as usize;
+    // SAFETY: `attach` has mapped that stack for the one such process at a time that there is; the helper, whose thread pointer
+    // it shares, waits for its end, so that the arguments stay where they are. Neither `dropper::main` nor `unsharer::main`
+    // returns, and both use only raw system calls.
+    unsafe { super::clone::start(main, argument, args.batch_stack, args.tls) }
 }
