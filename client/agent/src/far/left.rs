@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use farpage_proto::limits::MAX_EXTENT_BYTES;
+
 use super::extent::{Condition, Copy, Extent, Grant, MAX_COPIES, MAX_TRANSFER_SLOTS, Pinned};
 use super::rests::REST;
 use super::{FarMemory, lock, of};
@@ -27,8 +29,13 @@ impl FarMemory {
             if record.state.load(Ordering::Acquire) != extent::HELD {
                 continue;
             }
-            let goal = record.goal.load(Ordering::Relaxed) as u8;
+            let goal = record.goal.load(Ordering::Relaxed);
             let bytes = record.bytes.load(Ordering::Relaxed);
+            // Nor what no agent of ours has written.
+            if !(1..=MAX_COPIES as u32).contains(&goal) || bytes > MAX_EXTENT_BYTES {
+                continue;
+            }
+            let goal = goal as u8;
             let Some(extent) = Extent::new(number, goal, bytes, &far.state).map(Arc::new) else {
                 break;
             };
@@ -136,5 +143,84 @@ impl FarMemory {
     /// It has come to an end.
     pub(super) fn note_no_transfer(&self) {
         self.state.header().transfer.store(0, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::table::{Page, PageTable};
+
+    /// Where a part of the state lies in its memory.
+    fn place_of<T>(state: &State, part: &T) -> u64 {
+        (std::ptr::from_ref(part).addr() - std::ptr::from_ref(state.header()).addr()) as u64
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        /// An agent that went wrong may have left anything.
+        #[test]
+        fn whatever_was_left_can_be_looked_at(
+            records in vec((vec(any::<u8>(), 2048), any::<bool>(), 0u32..6, prop_oneof![0u64..1 << 22, any::<u64>()]), 0..4),
+            bits in vec(any::<u8>(), 0..4096),
+            cells in vec(any::<u8>(), 4096),
+            counts in any::<[u32; 4]>(),
+            transfer in any::<[u64; 2]>(),
+            named in vec((0u32..5, any::<u16>()), 0..40),
+        ) {
+            let state = State::create().unwrap();
+            let memory = File::from(state.memory().as_fd().try_clone_to_owned().unwrap());
+            for (number, (bytes, is_held, goal, size)) in (0..).zip(&records) {
+                let record = state.extent(number).unwrap();
+                memory.write_all_at(&bytes[..size_of_val(&*record).min(2048)], place_of(&state, &*record)).unwrap();
+                if *is_held {
+                    record.state.store(extent::HELD, Ordering::Relaxed);
+                    record.goal.store(*goal, Ordering::Relaxed);
+                    record.bytes.store(*size, Ordering::Relaxed);
+                }
+                memory.write_all_at(&bits, place_of(&state, &*state.bits(number).unwrap())).unwrap();
+            }
+            memory.write_all_at(&cells, place_of(&state, &*state.memory().chunk(0))).unwrap();
+            state.memory().chunk_record(0).owner.store(1, Ordering::Relaxed);
+            let header = state.header();
+            // What a smaller number leaves out is not looked at.
+            header.jobs.store(counts[0], Ordering::Relaxed);
+            header.spaces.store(counts[1], Ordering::Relaxed);
+            header.extents.fetch_max(counts[2], Ordering::Relaxed);
+            header.chunks.store(counts[3] % 64, Ordering::Relaxed);
+            header.transfer.store(transfer[0], Ordering::Relaxed);
+            header.transfer_len.store(transfer[1], Ordering::Relaxed);
+
+            let state = Arc::new(State::adopt(state.memory().as_fd().try_clone_to_owned().unwrap()).unwrap());
+            let far = FarMemory::left(Arc::clone(&state));
+            let mut table = PageTable::new(farpage_core::table::Heap);
+            for chunk in state.left().chunks {
+                if let Some((_, number)) = chunk.owner() {
+                    let cells: Vec<_> = chunk.iter().map(farpage_core::page_cell::PageCell::load).collect();
+                    for (page, entry) in (number.wrapping_mul(512)..).zip(cells) {
+                        table.change(Page(page), |_| Some(entry));
+                    }
+                }
+            }
+            let slots = named.iter().filter_map(|(extent, page)| Slot::new(*extent, *page));
+            let entries = table.touched(Page(0)..Page(u64::MAX >> 12)).filter_map(|(_, entry)| entry.slot());
+            for slot in slots.chain(entries).collect::<Vec<_>>() {
+                far.is_named(slot);
+            }
+            far.all_is_named();
+            let used = far.used();
+            if let Some(run) = far.take_run(8, 1) {
+                prop_assert!(far.used() > used);
+                prop_assert!(far.release(run.first));
+            }
+        }
     }
 }

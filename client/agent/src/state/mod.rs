@@ -140,19 +140,23 @@ impl State {
     #[must_use]
     pub fn left(self: &Arc<Self>) -> Left {
         let mut left = Left::default();
-        for number in 0..self.header.jobs.load(Ordering::Acquire) {
+        let ever = |count: &AtomicU32, most: usize| {
+            let most = u32::try_from(most).unwrap_or(u32::MAX);
+            0..count.load(Ordering::Acquire).min(most)
+        };
+        for number in ever(&self.header.jobs, MAX_JOBS) {
             let place = self.job_place(number);
             if place.live.load(Ordering::Acquire) {
                 left.jobs.push(place);
             }
         }
-        for number in 0..self.header.spaces.load(Ordering::Acquire) {
+        for number in ever(&self.header.spaces, MAX_SPACES) {
             let place = self.space_place(number);
             if place.state.load(Ordering::Acquire) == space::LIVE {
                 left.spaces.push(place);
             }
         }
-        for number in 0..self.header.chunks.load(Ordering::Acquire) {
+        for number in ever(&self.header.chunks, self.memory.chunks()) {
             let chunk = self.chunk_place(number);
             left.chunks.push(chunk);
         }
