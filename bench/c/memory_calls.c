@@ -198,13 +198,29 @@ static void protect_read(void)
 	check(at, DATA, 3, "written afterwards");
 }
 
+/* Until its parent ends. A session of its own has its own share of the processors. */
+static void keep_a_processor(void)
+{
+	pid_t child = fork();
+	MUST(child >= 0);
+	if (child)
+		return;
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	setsid();
+	for (volatile uint64_t turn = 0;; turn++)
+		;
+}
+
 /* Something else is written to where memory is about to leave, or just leaving: it stays. The pieces are small, so that what is
- * mapped by the bare system call is not managed at once, and the one that makes way is among those that were not used for longest. */
+ * mapped by the bare system call is not managed at once, and the one that makes way is among those that were not used for longest.
+ * Others want the processors: who has looked may act late. */
 static void reuse(void)
 {
 	enum { PIECES = 384, TURNS = 6000, LEAVING = 256, ABOUT = 16 };
 	const size_t pages = 16, bytes = pages * PAGE;
 	static uint64_t salts[PIECES];
+	keep_a_processor();
+	keep_a_processor();
 	char *arena = map(PIECES * bytes), *at;
 	uint64_t lot = 1;
 	for (int turn = 0; turn < TURNS; turn++) {
@@ -216,17 +232,32 @@ static void reuse(void)
 		lot = lot * 6364136223846793005ull + 1442695040888963407ull;
 		piece = (piece + PIECES - LEAVING + (lot >> 33) % ABOUT) % PIECES;
 		at = arena + piece * bytes;
-		/* Before there is a hole that it would fill. */
-		char *other = map(bytes);
-		MUST(munmap(at, bytes) == 0);
-		if (lot >> 62) {
-			MUST(munmap(other, bytes) == 0);
-			const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+		const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+		switch (lot >> 61) {
+		case 0:
+			/* A part of what is leaving together is another mapping for a moment. */
+			MUST(mprotect(at + 3 * PAGE, PAGE, PROT_READ) == 0 && mprotect(at + 3 * PAGE, PAGE, PROT_READ | PROT_WRITE) == 0);
+			continue;
+		case 1:
+			/* Its first page is gone for a moment. */
+			if (!salts[piece])
+				continue;
+			MUST(munmap(at, PAGE) == 0);
+			MUST(syscall(SYS_mmap, at, PAGE, PROT_READ | PROT_WRITE, flags, -1, 0) == (long)at);
+			fill_page(at, 0, salts[piece]);
+			continue;
+		case 2:
+		case 3:;
+			/* Mapped before there is a hole that it would fill. */
+			char *other = map(bytes);
+			fill(other, bytes, salts[piece] = 2 + 2 * (uint64_t)turn);
+			MUST(munmap(at, bytes) == 0);
+			MUST(mremap(other, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, at) == at);
+			continue;
+		default:
+			MUST(munmap(at, bytes) == 0);
 			MUST(syscall(SYS_mmap, at, bytes, PROT_READ | PROT_WRITE, flags, -1, 0) == (long)at);
 			fill(at, bytes, salts[piece] = 2 + 2 * (uint64_t)turn);
-		} else {
-			fill(other, bytes, salts[piece] = 2 + 2 * (uint64_t)turn);
-			MUST(mremap(other, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, at) == at);
 		}
 	}
 	for (size_t piece = 0; piece < PIECES; piece++)

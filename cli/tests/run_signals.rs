@@ -12,6 +12,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 use common::programs_in_c::{LOCAL, compiled};
 use common::pty::Shell;
@@ -327,6 +328,37 @@ fn killed_with_pages_far_nothing_is_left_behind() {
         eventually("shared memory is gone", || {
             shared().iter().all(|file| before.contains(file))
         });
+    }
+}
+
+/// A process that dropped pages, and waited for an agent to read of it, outlived everybody with the program's whole memory.
+#[test]
+fn killed_while_pages_are_dropped_nothing_is_left_behind() {
+    const TEST: &str = "killed_while_pages_are_dropped_nothing_is_left_behind";
+    if without_privilege(TEST) || without_program(TEST, "cc") {
+        return;
+    }
+    let local = LOCAL.to_string();
+    for turn in 0..12 {
+        let mark = format!("farpage-mark-drop-{}-{turn}", std::process::id());
+        let mut launcher = Command::new(farpage())
+            .args(["run", "--local", &local, "--summary", "none", "--"])
+            .arg(compiled("memory_calls"))
+            .arg("reuse")
+            .env("FARPAGE_TEST_MARK", &mark)
+            .env("FARPAGE_WITHOUT_MOVE", "1")
+            .env_remove("FARPAGE_AGENT")
+            .spawn()
+            .unwrap();
+        let program = || {
+            let is_it = |pid: &u32| status_field(*pid, "Name").as_deref() == Some("memory_calls");
+            marked(&mark).into_iter().find(is_it)
+        };
+        eventually("the program runs", || program().is_some());
+        std::thread::sleep(Duration::from_millis(500 + 20 * turn));
+        sys::kill(program().expect("it runs for longer") as i32, libc::SIGKILL);
+        assert_eq!(launcher.wait().unwrap().signal(), Some(libc::SIGKILL));
+        eventually("all processes end", || marked(&mark).is_empty());
     }
 }
 

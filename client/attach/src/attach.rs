@@ -225,6 +225,7 @@ fn handshake(
             pagemap,
             batch_stack: own + TLS_BYTES + BATCH_STACK_BYTES,
             tls: own,
+            pid: 0,
         };
         let helper = start_helper(own, args)?;
         let mut up = Packet::new(tag::HELPER_UP);

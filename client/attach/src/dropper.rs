@@ -41,6 +41,7 @@ fn give_back(batch: &Batch, count: usize, errno: u32) {
 /// Where the dropper begins. `argument` is the address of the helper's [`HelperArgs`].
 extern "C" fn main(argument: usize) -> ! {
     let args = memory::args_at(argument);
+    calls::end_with_parent(args.pid);
     let control = memory::control_at(args.shared);
     control
         .dropper
@@ -52,10 +53,9 @@ extern "C" fn main(argument: usize) -> ! {
 /// Drops what is still protected, run by run, since each drop waits for the agent to read its event.
 fn drop_protected(control: &Control) {
     let batch = &control.batch;
-    let command = control.command.load(Ordering::Relaxed);
     let count = (batch.count.load(Ordering::Relaxed) as usize).min(BATCH_PAGES);
     let mut index = 0;
-    while index < count && control.give_up.load(Ordering::Acquire) != command {
+    while index < count {
         let (start, len) = (page(batch, index), run_len(batch, index, count));
         if protected_pages(start, len) < len {
             for i in index..index + len {
@@ -75,11 +75,15 @@ fn drop_protected(control: &Control) {
     }
 }
 
-/// Drops some pages of the batch if they are still protected, and notes what became of them. Returns whether it dropped them.
+/// Drops some pages of the batch if they are still protected and nothing that changes them has been read, and notes what became
+/// of them. Returns whether it dropped them.
 fn drop_run(control: &Control, index: usize, len: usize) -> bool {
     let batch = &control.batch;
     let start = page(batch, index);
-    let dropped = if protected_pages(start, len) == len {
+    let command = control.command.load(Ordering::Relaxed);
+    let dropped = if control.give_up.load(Ordering::Acquire) == command {
+        Err(EAGAIN)
+    } else if protected_pages(start, len) == len {
         set_all(batch, index, len, outcome::DROPPING);
         control.drops_begun.fetch_add(1, Ordering::AcqRel);
         let dropped = memory::drop_pages(start, len * PAGE_BYTES);

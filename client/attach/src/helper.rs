@@ -56,11 +56,14 @@ pub struct HelperArgs {
     pub batch_stack: usize,
     /// The thread pointer.
     pub tls: usize,
+    /// The helper's own pid, once it runs.
+    pub pid: i32,
 }
 
 /// Where the helper begins. `argument` is the address of its [`HelperArgs`].
 pub extern "C" fn run(argument: usize) -> ! {
-    let args = memory::args_at(argument);
+    let mut args = memory::args_at(argument);
+    args.pid = calls::getpid();
     calls::set_name(b"farpage-helper\0\0");
     calls::setsid();
     calls::leave_directory();

@@ -32,7 +32,9 @@ pub(crate) fn run(args: &HelperArgs, control: &Control) {
 
 /// Where it begins. `argument` is the address of the helper's [`HelperArgs`].
 extern "C" fn main(argument: usize) -> ! {
-    let control = memory::control_at(memory::args_at(argument).shared);
+    let args = memory::args_at(argument);
+    calls::end_with_parent(args.pid);
+    let control = memory::control_at(args.shared);
     let batch = &control.batch;
     let count = (batch.count.load(Ordering::Relaxed) as usize).min(BATCH_PAGES);
     let mut index = 0;

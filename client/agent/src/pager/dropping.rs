@@ -16,6 +16,7 @@ use farpage_attach::control::{Control, outcome};
 use super::batch::TakeOut;
 use super::take_out::rest_while_settling;
 use super::{Noted, Pager};
+use crate::sys::pagemap::Pagemap;
 use crate::sys::process::Dropper;
 use crate::sys::uffd::Message;
 use crate::table::{Page, pages_of};
@@ -37,10 +38,11 @@ struct Call {
 #[derive(Debug, Default)]
 pub(super) struct Drops {
     dropper: Option<Dropper>,
-    /// The call that was found to drop what it should, with those of its pages whose events were unread then.
-    looked: Option<(u32, u64)>,
-    /// Since when the events of the call under way seem to be read.
-    read: Option<(u32, Instant)>,
+    /// The call under way, as it was last seen, and the pages that it is to drop: only of these an event can be its own.
+    begun: Option<u32>,
+    pages: u64,
+    /// Since when its events seem to be read.
+    read: Option<Instant>,
     /// Since when nothing can be read that there is, and in which call.
     rests: Option<(u32, Instant)>,
     /// Which pages were not there any more when the dropper was ended: one bit each.
@@ -58,7 +60,9 @@ fn call(control: &Control, batch: &TakeOut) -> Option<Call> {
     let outcomes = outcomes.enumerate();
     let dropping = outcomes.filter(|(_, it)| it.load(Ordering::Relaxed) == outcome::DROPPING);
     let pages = dropping.fold(0, |all, (index, _)| all | 1 << index);
-    Some(Call { begun, pages })
+    // Another may have begun meanwhile.
+    let is_same = control.drops_begun.load(Ordering::Acquire) == begun;
+    is_same.then_some(Call { begun, pages })
 }
 
 impl Pager {
@@ -74,6 +78,12 @@ impl Pager {
             self.give_up_what_changes(&out[from..]);
         }
         Ok(read)
+    }
+
+    /// Which of a batch's pages are being dropped, as it was last seen before a message was read.
+    pub(super) fn drop_under_way(&self) -> Option<u64> {
+        let batch = self.take_out.as_ref().filter(|_| self.is_dropping())?;
+        Some(batch.drops.pages)
     }
 
     /// Lets the dropper go on, where there is something to read that may not be read yet.
@@ -97,53 +107,74 @@ impl Pager {
         let Some(call) = call(helper.control(), batch) else {
             return false;
         };
-        let unread = call.pages & batch.drops_unread;
-        if unread == 0 {
-            return match batch.drops.read {
-                Some((begun, at)) if begun == call.begun => at.elapsed() > MISTAKEN,
-                _ => {
-                    batch.drops.read = Some((call.begun, Instant::now()));
-                    false
-                }
-            };
+        if batch.drops.begun != Some(call.begun) {
+            (batch.drops.begun, batch.drops.pages) = (Some(call.begun), call.pages);
+            batch.drops.read = None;
+            // What an earlier call was to drop, and did not, has another event.
+            batch.drops_unread |= call.pages;
+            let unread = batch.drops_unread;
+            self.place.drops_unread.store(unread, Ordering::Release);
         }
-        if batch.drops.looked == Some((call.begun, unread)) {
-            return true;
+        if batch.drops.was_ended {
+            return false;
         }
-        !batch.drops.was_ended && self.look_before_drop(call.begun, unread)
+        if batch.drops_unread & call.pages != 0 {
+            return self.look_before_drop(call.pages);
+        }
+        let since = *batch.drops.read.get_or_insert_with(Instant::now);
+        since.elapsed() > MISTAKEN && self.look_again_before_drop(call.pages)
     }
 
     /// Looks whether a drop would drop what it should. Returns whether it may: if not, its dropper is ended; or it does not
     /// wait yet.
-    fn look_before_drop(&mut self, begun: u32, unread: u64) -> bool {
-        // Waiting for the address space's lock looks the same. To look at a page one has to come behind it there, and who then
-        // waits yet waits for the reading.
-        let mut protected = None;
-        for _ in 0..2 {
-            if !self.dropper().is_some_and(Dropper::is_waiting) {
-                return false;
-            }
-            protected = self.protected(unread);
-        }
-        let (Some(protected), Some(batch)) = (protected, &mut self.take_out) else {
+    fn look_before_drop(&mut self, pages: u64) -> bool {
+        let Some(protected) = self.protected_while_it_waits(pages) else {
             return false;
         };
-        if protected == unread {
-            batch.drops.looked = Some((begun, unread));
+        let Some(batch) = &mut self.take_out else {
+            return false;
+        };
+        let gone = pages & batch.drops_unread & !protected;
+        if gone == 0 {
             return true;
         }
-        batch.drops.gone = unread & !protected;
-        batch.drops.was_ended = true;
+        (batch.drops.gone, batch.drops.was_ended) = (gone, true);
         tracing::debug!(
             space = self.handle.id,
             pages = ?batch.pages,
-            gone = batch.drops.gone,
+            gone,
             "the program changes what is being dropped"
         );
         if let Some(dropper) = self.dropper() {
             dropper.end();
         }
         false
+    }
+
+    /// The same where all events of a call seem to be read and it waits for another: of what is still in its place the event is
+    /// its own, whoever's the one before was.
+    fn look_again_before_drop(&mut self, pages: u64) -> bool {
+        let Some(protected) = self.protected_while_it_waits(pages) else {
+            return false;
+        };
+        if let Some(batch) = &mut self.take_out {
+            batch.drops_unread |= protected;
+            let unread = batch.drops_unread;
+            self.place.drops_unread.store(unread, Ordering::Release);
+        }
+        true
+    }
+
+    /// Which of these pages of the batch are in their place and protected, once the dropper waits for its event to be read.
+    fn protected_while_it_waits(&mut self, pages: u64) -> Option<u64> {
+        // Waiting for the address space's lock looks the same. To look at a page one has to come behind it there, and who then
+        // waits yet waits for the reading.
+        let mut protected = None;
+        for _ in 0..2 {
+            self.dropper().filter(|dropper| dropper.is_waiting())?;
+            protected = self.protected(pages);
+        }
+        protected
     }
 
     /// The batch's dropper, if it lives and is a child of the helper's.
@@ -161,18 +192,8 @@ impl Pager {
     /// Which of these pages of the batch are in their place and protected.
     fn protected(&mut self, which: u64) -> Option<u64> {
         self.open_program();
-        let pagemap = self.pagemap.as_ref()?;
-        let mut pages = self.take_out.as_ref()?.pages.as_slice();
-        let (mut protected, mut index) = (0, 0);
-        while let Some((run, rest)) = first_run(pages) {
-            let bits = u64::MAX >> (u64::BITS as usize - run.len()) << index;
-            if let ([first, ..], true) = (run, which & bits != 0) {
-                let found = pagemap.write_protected(first.0, run.len()).ok()?;
-                protected |= found << index;
-            }
-            (index, pages) = (index + run.len(), rest);
-        }
-        Some(protected & which)
+        let batch = self.take_out.as_ref()?;
+        protected_pages(self.pagemap.as_ref()?, &batch.pages, which)
     }
 
     /// Where the program changes what a batch is to drop, the rest of it stays: from now on a page that is protected may be
@@ -198,6 +219,20 @@ impl Pager {
             control.give_up.store(batch.command, Ordering::Release);
         }
     }
+}
+
+/// Which of some pages are in their place and protected.
+pub(super) fn protected_pages(pagemap: &Pagemap, pages: &[Page], which: u64) -> Option<u64> {
+    let (mut pages, mut protected, mut index) = (pages, 0, 0);
+    while let Some((run, rest)) = first_run(pages) {
+        let bits = u64::MAX >> (u64::BITS as usize - run.len()) << index;
+        if let ([first, ..], true) = (run, which & bits != 0) {
+            let found = pagemap.write_protected(first.0, run.len()).ok()?;
+            protected |= found << index;
+        }
+        (index, pages) = (index + run.len(), rest);
+    }
+    Some(protected & which)
 }
 
 /// The first pages that lie one behind the other, and those behind them.

@@ -345,12 +345,14 @@ impl Pager {
     fn read_sorted(&mut self, most: usize, messages: &mut Vec<Noted>) -> io::Result<usize> {
         let at = messages.len();
         let read = self.journal.read(&self.uffd, most, messages)?;
-        if self.is_dropping() {
+        if let Some(among) = self.drop_under_way() {
             let mut fresh = std::mem::take(&mut self.fresh_messages);
             fresh.extend(messages.drain(at..));
             for noted in fresh.drain(..) {
                 match noted.message {
-                    Message::Remove(range) => self.without_own_drops(range, noted.at, messages),
+                    Message::Remove(range) => {
+                        self.without_own_drops(range, noted.at, among, messages);
+                    }
                     message => messages.push(Noted { message, ..noted }),
                 }
             }

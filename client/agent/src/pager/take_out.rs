@@ -9,6 +9,7 @@ use farpage_attach::control::{BATCH_PAGES, Control, method, outcome, staging_off
 use smallvec::SmallVec;
 
 use super::batch::{Batch, TakeOut, each};
+use super::dropping::protected_pages;
 use super::{Noted, Pager};
 use crate::entry::Entry;
 use crate::sys::uffd::Message;
@@ -141,6 +142,12 @@ impl Pager {
     }
 
     fn move_out(&mut self, pages: Batch, area: usize, how: u32) -> bool {
+        if how == method::UNSHARE_AND_MOVE {
+            // Who makes them exclusive would wait for that, if a drop that came to nothing has left them protected.
+            for run in runs(&pages) {
+                let _ = self.uffd.write_protect(&addresses(run), false);
+            }
+        }
         let Some(helper) = &self.helper else {
             return false;
         };
@@ -234,13 +241,14 @@ impl Pager {
         (copied, kept)
     }
 
-    /// What the program itself discarded, of what the kernel says was. The helper's drops say the same as the program's: of
-    /// pages that are being dropped the first to come is taken for the helper's, the second for the program's. Which is
-    /// which does not matter, since these pages are touched by nobody before the batch is over.
+    /// What the program itself discarded, of what the kernel says was. Drops of our own say the same as the program's: of pages
+    /// that are being dropped (those of `among` in the batch) the first to come is taken for ours, the second for the program's.
+    /// Which is which does not matter, since these pages are touched by nobody before the batch is over.
     pub(super) fn without_own_drops(
         &mut self,
         range: Range<u64>,
         at: Option<u32>,
+        among: u64,
         messages: &mut Vec<Noted>,
     ) {
         let pages = pages_of(range.clone());
@@ -249,7 +257,7 @@ impl Pager {
             at,
         };
         let known = self.journal.sorted(at);
-        let own = known.or_else(|| self.take_out.as_ref()?.own_drops(&pages));
+        let own = known.or_else(|| self.take_out.as_ref()?.own_drops(&pages, among));
         let Some(own) = own else {
             messages.push(note(range, at));
             return;
@@ -320,7 +328,10 @@ impl Pager {
                 taken.push((index, *page));
                 continue;
             }
-            if batch.method == method::DROP && batch.drops_unread & batch.bit(*page) == 0 {
+            if batch.method == method::DROP
+                && batch.drops_unread & batch.bit(*page) == 0
+                && !self.is_protected(*page)
+            {
                 // What was read as our drop's event was the program's own. First: a page that counts as here is not looked
                 // after by whoever takes over.
                 self.discard_to_zeros(*page..page.plus(1));
@@ -343,6 +354,11 @@ impl Pager {
         self.residents.evicted(taken.len() as u64);
         self.stage(batch.area, &taken);
         true
+    }
+
+    fn is_protected(&self, page: Page) -> bool {
+        let protected = |pagemap| protected_pages(pagemap, &[page], 1);
+        self.pagemap.as_ref().and_then(protected) == Some(1)
     }
 
     /// The kernel kept a page: why decides when it is tried again.

@@ -158,6 +158,16 @@ pub fn set_name(name: &[u8; 16]) {
     let _ = call!(k::__NR_prctl, PR_SET_NAME, name.as_ptr());
 }
 
+/// Has the caller die with its parent, at once if that has died.
+pub fn end_with_parent(parent: i32) {
+    const PR_SET_PDEATHSIG: usize = 1;
+    const SIGKILL: usize = 9;
+    let _ = call!(k::__NR_prctl, PR_SET_PDEATHSIG, SIGKILL);
+    if getppid() != parent {
+        exit(1);
+    }
+}
+
 /// Moves the caller to the root directory, so that it keeps no file system busy.
 pub fn leave_directory() {
     let root = b"/\0";
