@@ -229,14 +229,12 @@ fn take_run(args: &HelperArgs, batch: &Batch, index: usize, start: usize, len: u
     moved + 1
 }
 
-/// Whether a run lies in one mapping that is under the program's uffd, which `UFFDIO_MOVE` does not ask: none if so, else ENOENT,
-/// or EAGAIN while an event is unread. What the program maps anew where the agent is just registering something older may not
-/// be. Zeros are offered, which the kernel puts nowhere where something is; until the batch is over the answer stays true.
+/// Whether all of a run is under the program's uffd, which `UFFDIO_MOVE` does not ask: none if so, else ENOENT, or EAGAIN while an
+/// event is unread. What the program maps anew where the agent is just registering something older may not be. The answer stays
+/// true until the batch is over. It must be asked in a way that puts nothing there: what the kernel has moved already, without
+/// having said so ([`has_moved`]), would have something in its place.
 fn why_unmanaged(start: usize, len: usize) -> Option<u32> {
-    match memory::zero_ioctl(fd::UFFD, start, len * PAGE_BYTES) {
-        Ok(()) | Err(EEXIST) => None,
-        Err(errno) => Some(errno),
-    }
+    memory::lift_protection(fd::UFFD, start, len * PAGE_BYTES).err()
 }
 
 /// What becomes of a page that the kernel says it did not move.

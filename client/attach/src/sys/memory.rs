@@ -10,7 +10,7 @@ use crate::control::Control;
 use crate::helper::HelperArgs;
 
 const UFFDIO_MOVE: usize = 0xc028_aa05;
-const UFFDIO_ZEROPAGE: usize = 0xc020_aa04;
+const UFFDIO_WRITEPROTECT: usize = 0xc018_aa06;
 const MADV_POPULATE_READ: usize = 22;
 const MADV_POPULATE_WRITE: usize = 23;
 
@@ -87,27 +87,26 @@ pub fn move_ioctl(
     }
 }
 
-/// `UFFDIO_ZEROPAGE`: success if it has filled anything.
+/// `UFFDIO_WRITEPROTECT`, which lifts protection of pages that have none, and wakes nobody: asked for its answer.
 ///
 /// # Errors
-/// The kernel's errno; EEXIST where the first page is there.
-pub fn zero_ioctl(uffd: i32, at: usize, len: usize) -> Result<(), u32> {
-    let mut request = k::uffdio_zeropage {
+/// The kernel's errno: ENOENT where a mapping is not under that uffd, EAGAIN while an event is unread.
+pub fn lift_protection(uffd: i32, at: usize, len: usize) -> Result<(), u32> {
+    const DONTWAKE: u64 = 1 << 1;
+    let mut request = k::uffdio_writeprotect {
         range: k::uffdio_range {
             start: at as u64,
             len: len as u64,
         },
-        mode: 0,
-        zeropage: 0,
+        mode: DONTWAKE,
     };
     let pointer = core::ptr::from_mut(&mut request) as usize;
-    match call(
+    call(
         k::__NR_ioctl,
-        [uffd as usize, UFFDIO_ZEROPAGE, pointer, 0, 0, 0],
-    ) {
-        Err(errno) if request.zeropage <= 0 => Err(errno.0),
-        _ => Ok(()),
-    }
+        [uffd as usize, UFFDIO_WRITEPROTECT, pointer, 0, 0, 0],
+    )
+    .map(drop)
+    .map_err(|errno| errno.0)
 }
 
 /// Makes pages that a fork left shared exclusive again, with their contents kept.
