@@ -65,7 +65,7 @@ fn mremap_over_far_memory() {
     case("remap_fixed");
 }
 
-/// Without `UFFDIO_MOVE` what was mapped anew, and written to, while the old page was being dropped there was lost.
+/// Pages were taken out of what had been mapped anew while it was being registered. Only with `UFFDIO_MOVE`: docs/limits.md.
 #[test]
 fn what_takes_the_place_of_leaving_memory_stays() {
     case("reuse");

@@ -331,7 +331,7 @@ fn killed_with_pages_far_nothing_is_left_behind() {
     }
 }
 
-/// A process that dropped pages, and waited for an agent to read of it, outlived everybody with the program's whole memory.
+/// Who waits for the agent to read of its drops must not outlive it, with the program's whole memory.
 #[test]
 fn killed_while_pages_are_dropped_nothing_is_left_behind() {
     const TEST: &str = "killed_while_pages_are_dropped_nothing_is_left_behind";

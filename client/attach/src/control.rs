@@ -34,7 +34,7 @@ pub mod method {
     /// `UFFDIO_MOVE` to the holding range, copy to staging, move on to the drain range, drop there.
     pub const MOVE: u32 = 1;
     /// Drop pages that the agent has write-protected and copied itself (kernels without `UFFDIO_MOVE`, mappings that are
-    /// not plain read-write), after a look whether each is still protected: see [`crate::dropper`].
+    /// not plain read-write), after a look whether each is still protected.
     pub const DROP: u32 = 2;
     /// As [`MOVE`], after making each page exclusive (`MADV_POPULATE_WRITE`): what a fork left shared
     /// cannot be moved. See [`crate::unsharer`].
@@ -47,10 +47,8 @@ pub mod outcome {
     pub const PENDING: u32 = 0;
     /// Taken out; under [`super::method::MOVE`] its bytes are in staging.
     pub const TAKEN: u32 = u32::MAX;
-    /// It is being dropped. Where a batch is over with this, the dropper was ended: what was there has been dropped.
-    pub const DROPPING: u32 = u32::MAX - 1;
     /// Its mapping is not under the program's uffd: what would be taken out of it would be gone.
-    pub const UNMANAGED: u32 = u32::MAX - 2;
+    pub const UNMANAGED: u32 = u32::MAX - 1;
 }
 
 /// One batch of pages to take out. Written by the agent while the helper rests.
@@ -108,14 +106,6 @@ pub struct Control {
 
     /// Unsharer to helper, a futex: the batch whose pages it has seen to.
     pub unshared: AtomicU32,
-    /// Dropper to agent: its pid.
-    pub dropper: AtomicU32,
-    /// Dropper to agent: counts calls that drop pages, the one under way among them.
-    pub drops_begun: AtomicU32,
-    /// Dropper to agent: counts those that are over.
-    pub drops_over: AtomicU32,
-    /// Agent to dropper: the command of which nothing more is to be dropped.
-    pub give_up: AtomicU32,
 
     /// The batch of [`Self::command`].
     pub batch: Batch,

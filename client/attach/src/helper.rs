@@ -9,16 +9,16 @@ use core::sync::atomic::Ordering;
 
 use crate::control::{BATCH_PAGES, Batch, Control, method, outcome, staging_offset};
 use crate::sys::{calls, memory};
-use crate::{PAGE_BYTES, dropper, unsharer};
+use crate::{PAGE_BYTES, unsharer};
 
 /// Descriptor numbers in the helper.
-pub(crate) mod fd {
-    pub(crate) const UFFD: i32 = 0;
-    pub(crate) const DRAIN_UFFD: i32 = 1;
-    pub(crate) const EVENT: i32 = 2;
-    pub(crate) const LIFELINE: i32 = 3;
-    pub(crate) const PAGEMAP: i32 = 4;
-    pub(crate) const FIRST_UNUSED: u32 = 5;
+mod fd {
+    pub(super) const UFFD: i32 = 0;
+    pub(super) const DRAIN_UFFD: i32 = 1;
+    pub(super) const EVENT: i32 = 2;
+    pub(super) const LIFELINE: i32 = 3;
+    pub(super) const PAGEMAP: i32 = 4;
+    pub(super) const FIRST_UNUSED: u32 = 5;
 }
 
 /// Between two looks at whether agent and program still live.
@@ -27,7 +27,8 @@ const SIGKILL: u32 = 9;
 const ALLOW_HOLES: u64 = 2;
 /// Tries at moving a page that something reads just now, before it is left in the holding range.
 const DRAIN_TRIES: u32 = 1000;
-pub(crate) const EAGAIN: u32 = 11;
+const PAGEMAP_UFFD_WP: u64 = 1 << 57;
+const EAGAIN: u32 = 11;
 const ENOENT: u32 = 2;
 const EEXIST: u32 = 17;
 const EINVAL: u32 = 22;
@@ -154,7 +155,7 @@ fn run_batch(args: &HelperArgs, control: &Control, command: u32) {
     let area = (batch.area.load(Ordering::Relaxed) as usize) % crate::control::STAGING_AREAS;
     let how = batch.method.load(Ordering::Relaxed);
     if how == method::DROP {
-        dropper::run(args, control, count);
+        drop_protected(batch, count);
         control.taken.store(command, Ordering::Release);
     } else {
         if how == method::UNSHARE_AND_MOVE {
@@ -321,6 +322,64 @@ fn empty_holding(args: &HelperArgs, index: usize, len: usize) {
     memory::drop_drained(to, len * PAGE_BYTES);
 }
 
+/// Drops pages that the agent has write-protected and copied, where they are still the same pages: run by run, since each
+/// drop waits for the agent to read its event.
+fn drop_protected(batch: &Batch, count: usize) {
+    let mut index = 0;
+    while index < count {
+        let start = page(batch, index);
+        let len = run_len(batch, index, count);
+        let dropped = if protected_pages(start, len) == len {
+            match memory::drop_pages(start, len * PAGE_BYTES) {
+                Ok(()) => len,
+                // It came as far as the first mapping that the kernel keeps it out of.
+                Err(_) => unprotected_pages(start, len),
+            }
+        } else {
+            0
+        };
+        for i in index..index + dropped {
+            set(batch, i, outcome::TAKEN);
+        }
+        for i in index + dropped..index + len {
+            set(batch, i, drop_one(page(batch, i)));
+        }
+        index += len;
+    }
+}
+
+/// Drops a page if it is still protected; returns its outcome.
+fn drop_one(address: usize) -> u32 {
+    if protected_pages(address, 1) == 0 {
+        return ENOENT;
+    }
+    match memory::drop_pages(address, PAGE_BYTES) {
+        Ok(()) => outcome::TAKEN,
+        Err(errno) => errno.0,
+    }
+}
+
+/// How many pages from `start` on, of `len`, are write-protected, up to the first that is not.
+fn protected_pages(start: usize, len: usize) -> usize {
+    leading(start, len, |word| word & PAGEMAP_UFFD_WP != 0)
+}
+
+/// How many are not, up to the first that is.
+fn unprotected_pages(start: usize, len: usize) -> usize {
+    leading(start, len, |word| word & PAGEMAP_UFFD_WP == 0)
+}
+
+fn leading(start: usize, len: usize, holds: impl Fn(u64) -> bool) -> usize {
+    let mut words = [0; BATCH_PAGES];
+    let words = words.get_mut(..len).unwrap_or_default();
+    let read = calls::pagemap_words(fd::PAGEMAP, start, words).unwrap_or(0);
+    words
+        .iter()
+        .take(read)
+        .take_while(|word| holds(**word))
+        .count()
+}
+
 /// Moves pages; returns how many went and what stopped the next.
 fn move_pages(uffd: i32, to: usize, from: usize, pages: usize, mode: u64) -> (usize, Option<u32>) {
     let mut moved = 0;
@@ -360,7 +419,7 @@ fn is_taken(batch: &Batch, index: usize) -> bool {
         .is_some_and(|word| word.load(Ordering::Relaxed) == outcome::TAKEN)
 }
 
-pub(crate) fn set(batch: &Batch, index: usize, value: u32) {
+fn set(batch: &Batch, index: usize, value: u32) {
     if let Some(word) = batch.outcomes.get(index) {
         word.store(value, Ordering::Relaxed);
     }

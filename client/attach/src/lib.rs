@@ -6,13 +6,12 @@
 //!
 //! The order of an attachment is the order of the modules: [`attach`] speaks the handshake of [`message`],
 //! maps the [`control`] block and starts the [`helper`], which from then on takes pages out for the agent. What may keep it
-//! waiting it has others do: a [`dropper`], an [`unsharer`].
+//! waiting for the agent it has another do, the [`unsharer`].
 
 #![no_std]
 
 pub mod attach;
 pub mod control;
-pub mod dropper;
 pub mod helper;
 pub mod message;
 pub mod sys;

@@ -7,7 +7,6 @@ use std::time::Instant;
 use farpage_attach::control::{BATCH_PAGES, Control, method};
 use smallvec::SmallVec;
 
-use super::dropping::Drops;
 use crate::table::Page;
 
 /// The pages of a batch, in the order of their addresses. No batch needs memory from the allocator, as no fault does.
@@ -25,8 +24,6 @@ pub(crate) struct TakeOut {
     pub(super) drops_unread: u64,
     /// What became of which pages is in the table already, done by the agent before this one: one bit each.
     pub(super) settled: u64,
-    /// What is known of its dropper.
-    pub(super) drops: Drops,
 }
 
 const _: () = assert!(BATCH_PAGES <= u64::BITS as usize);
@@ -41,7 +38,6 @@ impl TakeOut {
             since: Instant::now(),
             drops_unread: u64::MAX,
             settled: 0,
-            drops: Drops::default(),
         }
     }
 
@@ -66,15 +62,15 @@ impl TakeOut {
         self.pages.len() as u64 - u64::from(self.settled.count_ones())
     }
 
-    /// Which of these pages, from the first on, the events of our own drops are still to be read of, among so many of the batch;
-    /// none where they are not all of this batch, for then the event is the program's.
-    pub(super) fn own_drops(&self, pages: &Range<Page>, among: u64) -> Option<u64> {
+    /// Which of these pages, from the first on, the events of our own drops are still to be read of; none where they are
+    /// not all of this batch, for then the event is the program's.
+    pub(super) fn own_drops(&self, pages: &Range<Page>) -> Option<u64> {
         let bits = || each(pages).map(|page| self.bit(page));
         if bits().any(|bit| bit == 0) {
             return None;
         }
         let own = bits().enumerate();
-        let own = own.filter(|(_, bit)| self.drops_unread & among & bit != 0);
+        let own = own.filter(|(_, bit)| self.drops_unread & bit != 0);
         Some(own.fold(0, |own, (index, _)| own | 1 << index))
     }
 
@@ -115,19 +111,17 @@ mod tests {
         let pages = [5, 6, 9].map(Page).into_iter().collect();
         let mut batch = TakeOut::new(1, method::DROP, 0, pages);
         let both = Page(5)..Page(7);
-        assert_eq!(batch.own_drops(&(Page(6)..Page(8)), u64::MAX), None);
-        assert_eq!(batch.own_drops(&(Page(6)..Page(7)), u64::MAX), Some(1));
-        // Of a page that no call is to drop it is the program's.
-        assert_eq!(batch.own_drops(&(Page(6)..Page(7)), 0b101), Some(0));
+        assert_eq!(batch.own_drops(&(Page(6)..Page(8))), None);
+        assert_eq!(batch.own_drops(&(Page(6)..Page(7))), Some(1));
         batch.drops_are_read(&(Page(6)..Page(7)), 1);
-        assert_eq!(batch.own_drops(&both, u64::MAX), Some(0b01));
+        assert_eq!(batch.own_drops(&both), Some(0b01));
         batch.drops_are_read(&both, 0b01);
-        assert_eq!(batch.own_drops(&both, u64::MAX), Some(0));
+        assert_eq!(batch.own_drops(&both), Some(0));
 
         // The next agent's is the same.
         let pages = batch.pages.clone();
         let left = TakeOut::left(1, method::DROP, 0, pages, batch.drops_unread, 0);
-        assert_eq!(left.own_drops(&both, u64::MAX), Some(0));
-        assert_eq!(left.own_drops(&(Page(9)..Page(10)), u64::MAX), Some(1));
+        assert_eq!(left.own_drops(&both), Some(0));
+        assert_eq!(left.own_drops(&(Page(9)..Page(10))), Some(1));
     }
 }

@@ -13,9 +13,8 @@ use super::wakeups::Source;
 use super::{Pager, Wakeups};
 use crate::mailbox::HelperOffer;
 use crate::sys::control::{SharedBlock, futex_wake};
-use crate::sys::pagemap::Pagemap;
 use crate::sys::process::Process;
-use crate::sys::uffd::{MAX_MESSAGES, Message, Uffd};
+use crate::sys::uffd::{Message, Uffd};
 
 /// Seconds without an agent, and without a keeper that waits for the next one, after which the helper ends the program: both
 /// are gone for good then.
@@ -88,7 +87,7 @@ impl Helper {
         let mut count = [0u8; 8];
         let _ = rustix::io::read(&self.event, &mut count);
         let mut messages = Vec::new();
-        let _ = self.drain_uffd.read(MAX_MESSAGES, &mut messages);
+        let _ = self.drain_uffd.read(&mut messages);
         for message in messages {
             if let Message::Fault { address, .. } = message {
                 let start = address & !0xfff;
@@ -130,20 +129,11 @@ impl Helper {
 impl Pager {
     /// The program's memory as `/proc` shows it, where a page that is absent says EIO. Opened when it is first wanted.
     pub(super) fn program_memory(&mut self) -> Option<&File> {
-        self.open_program();
-        self.memory.as_ref()
-    }
-
-    /// Opens what shows the program's memory, and which of it is there, if that is not open.
-    pub(super) fn open_program(&mut self) {
-        let Some(process) = &self.process else { return };
-        let pid = process.pid();
         if self.memory.is_none() {
-            self.memory = File::open(format!("/proc/{pid}/mem")).ok();
+            let process = self.process.as_ref()?;
+            self.memory = File::open(format!("/proc/{}/mem", process.pid())).ok();
         }
-        if self.pagemap.is_none() {
-            self.pagemap = Pagemap::open(pid).ok();
-        }
+        self.memory.as_ref()
     }
 
     /// A process at the door offers ranges for a helper and says that it is this address space: a forked child.

@@ -69,23 +69,18 @@ impl Journal {
         left
     }
 
-    /// Reads what there is, so many at most, to the end of `out`. Returns how many came.
-    pub(crate) fn read(
-        &mut self,
-        uffd: &Uffd,
-        most: usize,
-        out: &mut Vec<Noted>,
-    ) -> io::Result<usize> {
+    /// Reads what there is to the end of `out`. Returns how many came.
+    pub(crate) fn read(&mut self, uffd: &Uffd, out: &mut Vec<Noted>) -> io::Result<usize> {
         let from = self.next % SLOTS;
         let room = SLOTS - self.next.wrapping_sub(self.head);
-        let places = room.min(SLOTS - from).min(most.min(MAX_MESSAGES) as u32);
-        if places == 0 {
+        let most = room.min(SLOTS - from).min(MAX_MESSAGES as u32);
+        if most == 0 {
             // Only where a batch that drops pages keeps others from being followed for long.
             self.record
                 .undecided
                 .fetch_or(undecided::EVENTS, Ordering::AcqRel);
             let mut messages = Vec::new();
-            let read = uffd.read(most, &mut messages)?;
+            let read = uffd.read(&mut messages)?;
             out.extend(
                 messages
                     .into_iter()
@@ -93,7 +88,7 @@ impl Journal {
             );
             return Ok(read);
         }
-        let slots = &self.record.journal[from as usize..(from + places) as usize];
+        let slots = &self.record.journal[from as usize..(from + most) as usize];
         let read = uffd.read_to(slots)?;
         for slot in slots.iter().take(read) {
             let at = self.next;

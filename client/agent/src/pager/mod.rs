@@ -13,7 +13,6 @@
 
 mod batch;
 pub(crate) mod dial;
-mod dropping;
 mod event;
 mod failure;
 mod fault;
@@ -51,7 +50,6 @@ use crate::prefetch::Prefetcher;
 use crate::residents::Residents;
 use crate::state::records::{space, undecided};
 use crate::state::{SpaceChunks, SpacePlace};
-use crate::sys::pagemap::Pagemap;
 use crate::sys::process::Process;
 use crate::sys::uffd::{MAX_MESSAGES, Message, Uffd};
 use farpage_fabric::Completion;
@@ -142,9 +140,8 @@ pub struct Pager {
     gate: Gate,
     helper: Option<Helper>,
     take_out: Option<TakeOut>,
-    /// The program's memory as `/proc` shows it, and which of it is there, once pages were copied from there.
+    /// The program's memory as `/proc` shows it, once pages were copied from there.
     memory: Option<File>,
-    pagemap: Option<Pagemap>,
     staging: Staging,
     shortage: Shortage,
     /// Pages that the kernel writes at thread exit: never taken out.
@@ -219,7 +216,6 @@ impl Pager {
             helper: None,
             take_out: None,
             memory: None,
-            pagemap: None,
             staging: Staging::default(),
             shortage: Shortage::default(),
             pinned: HashSet::new(),
@@ -296,9 +292,6 @@ impl Pager {
         }
         // Fewer than fit are all; if more come, the next sleep is none.
         self.uffd_has_news = matches!(read, Ok(MAX_MESSAGES..));
-        if self.is_dropping() && matches!(read, Ok(0)) {
-            self.rest_while_dropping();
-        }
         let began = Instant::now();
         let mut faults = std::mem::take(&mut self.arrived);
         self.following = true;
@@ -332,27 +325,17 @@ impl Pager {
         matches!(read, Ok(count) if count > 0)
     }
 
-    /// Reads what there is, or while pages are dropped what may be read then.
+    /// Reads what there is but for what our own drops say. Those are told apart here, when they are read: the batch they
+    /// belong to may be over before the messages before them are dealt with.
     fn read_uffd(&mut self, messages: &mut Vec<Noted>) -> io::Result<usize> {
-        if self.is_dropping() {
-            return self.read_while_dropping(messages);
-        }
-        self.read_sorted(MAX_MESSAGES, messages)
-    }
-
-    /// Reads so many but for what our own drops say. Those are told apart here, when they are read: the batch they belong to
-    /// may be over before the messages before them are dealt with.
-    fn read_sorted(&mut self, most: usize, messages: &mut Vec<Noted>) -> io::Result<usize> {
         let at = messages.len();
-        let read = self.journal.read(&self.uffd, most, messages)?;
-        if let Some(among) = self.drop_under_way() {
+        let read = self.journal.read(&self.uffd, messages)?;
+        if self.is_dropping() {
             let mut fresh = std::mem::take(&mut self.fresh_messages);
             fresh.extend(messages.drain(at..));
             for noted in fresh.drain(..) {
                 match noted.message {
-                    Message::Remove(range) => {
-                        self.without_own_drops(range, noted.at, among, messages);
-                    }
+                    Message::Remove(range) => self.without_own_drops(range, noted.at, messages),
                     message => messages.push(Noted { message, ..noted }),
                 }
             }

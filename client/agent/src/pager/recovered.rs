@@ -269,9 +269,7 @@ impl Pager {
         let mut left = Vec::new();
         for noted in std::mem::take(&mut self.left) {
             match noted.message {
-                Message::Remove(range) => {
-                    self.without_own_drops(range, noted.at, u64::MAX, &mut left);
-                }
+                Message::Remove(range) => self.without_own_drops(range, noted.at, &mut left),
                 message => left.push(Noted { message, ..noted }),
             }
         }

@@ -9,7 +9,6 @@ use farpage_attach::control::{BATCH_PAGES, Control, method, outcome, staging_off
 use smallvec::SmallVec;
 
 use super::batch::{Batch, TakeOut, each};
-use super::dropping::protected_pages;
 use super::{Noted, Pager};
 use crate::entry::Entry;
 use crate::sys::uffd::Message;
@@ -37,9 +36,6 @@ const SETTLE_REST: Duration = Duration::from_micros(100);
 /// How long the helper may take over a batch before the program counts as broken. It may be stopped or
 /// starved for a while on a loaded machine.
 const HELPER_DEADLINE: Duration = Duration::from_secs(30);
-
-/// The outcome of a page that was not there.
-const ENOENT: u32 = libc::ENOENT.unsigned_abs();
 
 /// Pages that are copied at once from the program's memory to staging.
 const COPY_PAGES: usize = 4;
@@ -142,12 +138,6 @@ impl Pager {
     }
 
     fn move_out(&mut self, pages: Batch, area: usize, how: u32) -> bool {
-        if how == method::UNSHARE_AND_MOVE {
-            // Who makes them exclusive would wait for that, if a drop that came to nothing has left them protected.
-            for run in runs(&pages) {
-                let _ = self.uffd.write_protect(&addresses(run), false);
-            }
-        }
         let Some(helper) = &self.helper else {
             return false;
         };
@@ -211,9 +201,8 @@ impl Pager {
     /// Copies pages of the program's to staging by `/proc/PID/mem`, which never faults a managed page in.
     /// Returns those that were copied, in the order of their places there, and those that are not present.
     fn copy_to_staging(&mut self, pages: &[Page], area: usize) -> (Batch, Batch) {
-        self.open_program();
-        let (Some(helper), Some(memory), Some(_)) = (&self.helper, &self.memory, &self.pagemap)
-        else {
+        self.program_memory();
+        let (Some(helper), Some(memory)) = (&self.helper, &self.memory) else {
             return (Batch::new(), pages.into());
         };
         let (mut copied, mut kept) = (Batch::new(), Batch::new());
@@ -241,14 +230,13 @@ impl Pager {
         (copied, kept)
     }
 
-    /// What the program itself discarded, of what the kernel says was. Drops of our own say the same as the program's: of pages
-    /// that are being dropped (those of `among` in the batch) the first to come is taken for ours, the second for the program's.
-    /// Which is which does not matter, since these pages are touched by nobody before the batch is over.
+    /// What the program itself discarded, of what the kernel says was. The helper's drops say the same as the program's: of
+    /// pages that are being dropped the first to come is taken for the helper's, the second for the program's. Which is
+    /// which does not matter, since these pages are touched by nobody before the batch is over.
     pub(super) fn without_own_drops(
         &mut self,
         range: Range<u64>,
         at: Option<u32>,
-        among: u64,
         messages: &mut Vec<Noted>,
     ) {
         let pages = pages_of(range.clone());
@@ -257,7 +245,7 @@ impl Pager {
             at,
         };
         let known = self.journal.sorted(at);
-        let own = known.or_else(|| self.take_out.as_ref()?.own_drops(&pages, among));
+        let own = known.or_else(|| self.take_out.as_ref()?.own_drops(&pages));
         let Some(own) = own else {
             messages.push(note(range, at));
             return;
@@ -319,19 +307,11 @@ impl Pager {
             if batch.settled >> index & 1 == 1 {
                 continue;
             }
-            let outcome = match outcome {
-                outcome::DROPPING if batch.drops.gone >> index & 1 == 1 => ENOENT,
-                outcome::DROPPING => outcome::TAKEN,
-                outcome => outcome,
-            };
             if outcome == outcome::TAKEN {
                 taken.push((index, *page));
                 continue;
             }
-            if batch.method == method::DROP
-                && batch.drops_unread & batch.bit(*page) == 0
-                && !self.is_protected(*page)
-            {
+            if batch.method == method::DROP && batch.drops_unread & batch.bit(*page) == 0 {
                 // What was read as our drop's event was the program's own. First: a page that counts as here is not looked
                 // after by whoever takes over.
                 self.discard_to_zeros(*page..page.plus(1));
@@ -354,11 +334,6 @@ impl Pager {
         self.residents.evicted(taken.len() as u64);
         self.stage(batch.area, &taken);
         true
-    }
-
-    fn is_protected(&self, page: Page) -> bool {
-        let protected = |pagemap| protected_pages(pagemap, &[page], 1);
-        self.pagemap.as_ref().and_then(protected) == Some(1)
     }
 
     /// The kernel kept a page: why decides when it is tried again.

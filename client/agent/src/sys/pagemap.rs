@@ -9,7 +9,6 @@ use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabiliti
 
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
-const WRITE_PROTECTED: u64 = 1 << 57;
 /// A page of a file, or shared: not anonymous memory of this process.
 const FILE: u64 = 1 << 61;
 /// Words read at once: the map of 2 MiB of address space.
@@ -70,22 +69,6 @@ impl Pagemap {
             }
         }
         Ok(())
-    }
-
-    /// Which of so many pages from one on, 64 at most, are write-protected by a uffd: one bit each.
-    ///
-    /// # Errors
-    /// The kernel's errno.
-    pub fn write_protected(&self, first: u64, pages: usize) -> io::Result<u64> {
-        let mut buffer = [0u8; u64::BITS as usize * 8];
-        let wanted = pages.min(u64::BITS as usize) * 8;
-        self.0.read_exact_at(&mut buffer[..wanted], first * 8)?;
-        let words = buffer[..wanted].chunks_exact(8);
-        let words = words.map(|word| u64::from_ne_bytes(word.try_into().unwrap_or_default()));
-        let protected = words
-            .enumerate()
-            .filter(|(_, word)| word & WRITE_PROTECTED != 0);
-        Ok(protected.fold(0, |all, (index, _)| all | 1 << index))
     }
 
     /// How many anonymous pages of `range` are present.

@@ -291,45 +291,6 @@ impl Mapping {
     }
 }
 
-/// A process that drops pages for a helper.
-#[derive(Debug)]
-pub struct Dropper {
-    process: Process,
-    stat: File,
-}
-
-impl Dropper {
-    /// The helper's child of that pid; none where it has ended, or is somebody else's.
-    #[must_use]
-    pub fn open(pid: i32, helper: i32) -> Option<Self> {
-        let process = Process::open(pid).ok()?;
-        let stat = File::open(format!("/proc/{pid}/stat")).ok()?;
-        let dropper = Self { process, stat };
-        let (_, parent) = dropper.state_and_parent()?;
-        (parent == helper).then_some(dropper)
-    }
-
-    /// Whether it waits in the kernel for what only SIGKILL breaks off: the reading of an event, or a lock.
-    #[must_use]
-    pub fn is_waiting(&self) -> bool {
-        self.state_and_parent()
-            .is_some_and(|(state, _)| state == 'D')
-    }
-
-    /// Breaks that off.
-    pub fn end(&self) {
-        self.process.signal(libc::SIGKILL);
-    }
-
-    fn state_and_parent(&self) -> Option<(char, i32)> {
-        let mut buffer = [0u8; 128];
-        let got = self.stat.read_at(&mut buffer, 0).ok()?;
-        let text = String::from_utf8_lossy(buffer.get(..got)?);
-        let mut fields = text.rsplit_once(") ")?.1.split(' ');
-        Some((fields.next()?.chars().next()?, fields.next()?.parse().ok()?))
-    }
-}
-
 /// How many page faults a process has had.
 #[derive(Debug)]
 pub struct FaultCount(File);

@@ -327,10 +327,9 @@ impl Uffd {
     ///
     /// # Errors
     /// The kernel's errno.
-    pub fn read(&self, most: usize, out: &mut Vec<Message>) -> io::Result<usize> {
+    pub fn read(&self, out: &mut Vec<Message>) -> io::Result<usize> {
         let mut buffer = [0u8; 32 * MAX_MESSAGES];
-        let room = most.min(MAX_MESSAGES) * 32;
-        let got = match rustix::io::read(&self.0, &mut buffer[..room]) {
+        let got = match rustix::io::read(&self.0, &mut buffer) {
             Ok(got) => got,
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(0),
             Err(error) => return Err(error.into()),
