@@ -66,7 +66,7 @@ impl Attached {
     /// Undoes the attachment once the agent has let go of this address space: ends and reaps the helper, unmaps
     /// what was ours. Neither this value nor a copy of it, nor its control block, may be used afterwards.
     pub fn detach(self) {
-        calls::kill(self.helper, 9);
+        calls::kill(self.helper, calls::SIGKILL);
         calls::reap_clone(self.helper);
         memory::unmap_own(self.own, OWN_BYTES);
         memory::unmap_own(self.shared, SHARED_BYTES);
@@ -244,7 +244,7 @@ fn handshake(
             done => done,
         };
         if let Err(error) = done {
-            calls::kill(helper, 9);
+            calls::kill(helper, calls::SIGKILL);
             calls::reap_clone(helper);
             return Err(error);
         }

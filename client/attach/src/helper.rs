@@ -23,7 +23,6 @@ mod fd {
 
 /// Between two looks at whether agent and program still live.
 const HEARTBEAT_MS: u64 = 1000;
-const SIGKILL: u32 = 9;
 const ALLOW_HOLES: u64 = 2;
 /// Tries at moving a page that something reads just now, before it is left in the holding range.
 const DRAIN_TRIES: u32 = 1000;
@@ -124,7 +123,7 @@ fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
                 if calls::peer_gone(fd::LIFELINE) {
                     seconds_alone += 1;
                     if seconds_alone > control.dead_man_seconds.load(Ordering::Relaxed) {
-                        calls::kill(program, SIGKILL);
+                        calls::kill(program, calls::SIGKILL);
                         calls::exit(1);
                     }
                 } else {

@@ -14,7 +14,6 @@ use crate::sys::{calls, memory};
 
 /// How long it may take over a batch: for copying 64 pages, on a busy machine, and under a debugger's eyes.
 const DEADLINE_MS: u64 = 100;
-const SIGKILL: u32 = 9;
 
 /// Has an unsharer make the pages of the batch exclusive, as far as it can, and waits for its end.
 pub(crate) fn run(args: &HelperArgs, control: &Control) {
@@ -25,7 +24,7 @@ pub(crate) fn run(args: &HelperArgs, control: &Control) {
     };
     calls::futex_wait(&control.unshared, unshared, DEADLINE_MS);
     if control.unshared.load(Ordering::Acquire) != command {
-        calls::kill(pid, SIGKILL);
+        calls::kill(pid, calls::SIGKILL);
     }
     calls::reap_clone(pid);
 }

@@ -161,7 +161,6 @@ pub fn set_name(name: &[u8; 16]) {
 /// Has the caller die with its parent, at once if that has died.
 pub fn end_with_parent(parent: i32) {
     const PR_SET_PDEATHSIG: usize = 1;
-    const SIGKILL: usize = 9;
     let _ = call!(k::__NR_prctl, PR_SET_PDEATHSIG, SIGKILL);
     if getppid() != parent {
         exit(1);
@@ -173,6 +172,9 @@ pub fn leave_directory() {
     let root = b"/\0";
     let _ = call!(k::__NR_chdir, root.as_ptr());
 }
+
+/// The signal that nothing stops.
+pub const SIGKILL: u32 = 9;
 
 /// Sends a signal.
 pub fn kill(pid: i32, signal: u32) {

@@ -180,7 +180,7 @@ pub fn start_helper(args_address: usize, stack_top: usize, tls: usize) -> Result
 pub fn start_for_batch(main: extern "C" fn(usize) -> !, args: &HelperArgs) -> Result<i32, Errno> {
     let argument = core::ptr::from_ref(args) as usize;
     // SAFETY: `attach` has mapped that stack for the one such process at a time that there is; the helper, whose thread pointer
-    // it shares, waits for its end, so that the arguments stay where they are. `unsharer::main` never
-    // returns, and uses only raw system calls.
+    // it shares, waits for its end, so that the arguments stay where they are. `unsharer::main` never returns,
+    // and uses only raw system calls.
     unsafe { super::clone::start(main, argument, args.batch_stack, args.tls) }
 }
