@@ -248,10 +248,10 @@ static void reuse(void)
 			continue;
 		case 2:
 		case 3:;
-			/* Mapped before there is a hole that it would fill. */
+			/* Mapped before there is a hole that it would fill; or it is moved over what is there. */
 			char *other = map(bytes);
 			fill(other, bytes, salts[piece] = 2 + 2 * (uint64_t)turn);
-			MUST(munmap(at, bytes) == 0);
+			MUST(lot >> 60 & 1 || munmap(at, bytes) == 0);
 			MUST(mremap(other, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, at) == at);
 			continue;
 		default:

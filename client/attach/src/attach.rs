@@ -8,15 +8,18 @@ use linux_raw_sys::general as k;
 use crate::PAGE_BYTES;
 use crate::control::{BATCH_PAGES, Control, SHARED_BYTES};
 use crate::helper::HelperArgs;
+use crate::landing;
 use crate::message::{MAX_FDS, MAX_TEXT, Packet, tag};
 use crate::sys::{Errno, calls, memory, socket};
 
-/// Our ranges in the program: thread pointer page and arguments, stack of the process for one batch, stack, holding, drain.
+/// Our ranges in the program: thread pointer page and arguments, stack of the process for one batch, stack, holding, drain,
+/// landing.
 const TLS_BYTES: usize = PAGE_BYTES;
 const STACK_BYTES: usize = 4 * PAGE_BYTES;
 const BATCH_STACK_BYTES: usize = 4 * PAGE_BYTES;
 const RANGE_BYTES: usize = BATCH_PAGES * PAGE_BYTES;
-const OWN_BYTES: usize = TLS_BYTES + BATCH_STACK_BYTES + STACK_BYTES + 2 * RANGE_BYTES;
+const OWN_BYTES: usize =
+    TLS_BYTES + BATCH_STACK_BYTES + STACK_BYTES + 2 * RANGE_BYTES + landing::BYTES;
 
 /// How an attempt to attach ended badly. The process is as it was before.
 #[derive(Debug)]
@@ -75,9 +78,10 @@ impl Attached {
         }
     }
 
-    /// Forgets the parent's attachment in a forked child. Its own ranges did not come along (DONTFORK); the
-    /// shared block did.
+    /// Forgets the parent's attachment in a forked child. Its own ranges did not come along (DONTFORK), but what lay in the landing
+    /// range just then; the shared block did.
     pub fn abandon_after_fork(self) {
+        memory::unmap_own(landing_range(self.own), landing::BYTES);
         memory::unmap_own(self.shared, SHARED_BYTES);
     }
 }
@@ -218,6 +222,7 @@ fn handshake(
             shared,
             holding: holding(own),
             drain: holding(own) + RANGE_BYTES,
+            landing: landing_range(own),
             uffd: inherited.unwrap_or(uffd),
             drain_uffd: drain,
             event,
@@ -272,6 +277,7 @@ fn with_ranges(
     for advice in [k::MADV_DONTFORK, k::MADV_DONTDUMP, k::MADV_NOHUGEPAGE] {
         memory::advise_own(own, OWN_BYTES, advice);
     }
+    memory::clear_range(landing_range(own), landing::BYTES);
     let result = body(own);
     if result.is_err() {
         memory::unmap_own(own, OWN_BYTES);
@@ -305,6 +311,10 @@ const RANDOM_TRIES: usize = 4;
 
 const fn holding(own: usize) -> usize {
     own + TLS_BYTES + BATCH_STACK_BYTES + STACK_BYTES
+}
+
+const fn landing_range(own: usize) -> usize {
+    holding(own) + 2 * RANGE_BYTES
 }
 
 fn start_helper(own: usize, args: HelperArgs) -> Result<i32, AttachError> {

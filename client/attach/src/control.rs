@@ -33,9 +33,9 @@ pub const fn staging_offset(area: usize, index: usize) -> usize {
 pub mod method {
     /// `UFFDIO_MOVE` to the holding range, copy to staging, move on to the drain range, drop there.
     pub const MOVE: u32 = 1;
-    /// Drop pages that the agent has write-protected and copied itself (kernels without `UFFDIO_MOVE`, mappings that are
-    /// not plain read-write), after a look whether each is still protected.
-    pub const DROP: u32 = 2;
+    /// `mremap` to the landing range, copy to staging, unmap there (kernels without `UFFDIO_MOVE`, mappings that are not
+    /// plain read-write). See [`crate::landing`].
+    pub const REMAP: u32 = 2;
     /// As [`MOVE`], after making each page exclusive (`MADV_POPULATE_WRITE`): what a fork left shared
     /// cannot be moved. See [`crate::unsharer`].
     pub const UNSHARE_AND_MOVE: u32 = 3;
@@ -45,10 +45,12 @@ pub mod method {
 pub mod outcome {
     /// Not looked at yet.
     pub const PENDING: u32 = 0;
-    /// Taken out; under [`super::method::MOVE`] its bytes are in staging.
+    /// Taken out; its bytes are in staging.
     pub const TAKEN: u32 = u32::MAX;
     /// Its mapping is not under the program's uffd: what would be taken out of it would be gone.
     pub const UNMANAGED: u32 = u32::MAX - 1;
+    /// Taken out, but it may be another page than was chosen: the program has moved it there at the same moment.
+    pub const REPLACED: u32 = u32::MAX - 2;
 }
 
 /// One batch of pages to take out. Written by the agent while the helper rests.
@@ -103,6 +105,15 @@ pub struct Control {
     pub quit: AtomicU32,
     /// Agent to helper: seconds without an agent after which the program is ended.
     pub dead_man_seconds: AtomicU32,
+
+    /// Helper to agent: counts the calls of `mremap` that it has begun, [`Self::remap_run`] said before, and those that are over.
+    pub remaps_begun: AtomicU32,
+    /// See [`Self::remaps_begun`].
+    pub remaps_over: AtomicU32,
+    /// Which pages of the batch the last one moves: the first, and behind it by 16 bits how many.
+    pub remap_run: AtomicU32,
+    /// Agent to helper: the batch in which it is to move nothing more by `mremap`.
+    pub given_up: AtomicU32,
 
     /// Unsharer to helper, a futex: the batch whose pages it has seen to.
     pub unshared: AtomicU32,

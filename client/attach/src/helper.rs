@@ -1,6 +1,6 @@
 //! The helper: the one process of ours inside a program's memory.
 //!
-//! It does what only that address space may do, `UFFDIO_MOVE` and `MADV_DONTNEED`, on the agent's word, and it
+//! It does what only that address space may do, `UFFDIO_MOVE` and `mremap`, on the agent's word, and it
 //! is the dead-man switch: when the agent is gone for longer than it may be, the program is ended rather than
 //! left waiting for pages that nobody will bring. It shares the program's memory, but none of its
 //! descriptors, signals or locks, so nothing the program does to those reaches it.
@@ -9,16 +9,16 @@ use core::sync::atomic::Ordering;
 
 use crate::control::{BATCH_PAGES, Batch, Control, method, outcome, staging_offset};
 use crate::sys::{calls, memory};
-use crate::{PAGE_BYTES, unsharer};
+use crate::{PAGE_BYTES, landing, unsharer};
 
 /// Descriptor numbers in the helper.
-mod fd {
-    pub(super) const UFFD: i32 = 0;
-    pub(super) const DRAIN_UFFD: i32 = 1;
-    pub(super) const EVENT: i32 = 2;
-    pub(super) const LIFELINE: i32 = 3;
-    pub(super) const PAGEMAP: i32 = 4;
-    pub(super) const FIRST_UNUSED: u32 = 5;
+pub(crate) mod fd {
+    pub(crate) const UFFD: i32 = 0;
+    pub(crate) const DRAIN_UFFD: i32 = 1;
+    pub(crate) const EVENT: i32 = 2;
+    pub(crate) const LIFELINE: i32 = 3;
+    pub(crate) const PAGEMAP: i32 = 4;
+    pub(crate) const FIRST_UNUSED: u32 = 5;
 }
 
 /// Between two looks at whether agent and program still live.
@@ -26,11 +26,10 @@ const HEARTBEAT_MS: u64 = 1000;
 const ALLOW_HOLES: u64 = 2;
 /// Tries at moving a page that something reads just now, before it is left in the holding range.
 const DRAIN_TRIES: u32 = 1000;
-const PAGEMAP_UFFD_WP: u64 = 1 << 57;
-const EAGAIN: u32 = 11;
-const ENOENT: u32 = 2;
+pub(crate) const EAGAIN: u32 = 11;
+pub(crate) const ENOENT: u32 = 2;
 const EEXIST: u32 = 17;
-const EINVAL: u32 = 22;
+pub(crate) const EINVAL: u32 = 22;
 
 /// What the helper needs to know; lies at the bottom of its own stack.
 #[repr(C)]
@@ -42,6 +41,8 @@ pub struct HelperArgs {
     pub holding: usize,
     /// The drain range.
     pub drain: usize,
+    /// The landing range.
+    pub landing: usize,
     /// The program's uffd, as numbered in the program.
     pub uffd: i32,
     /// The drain range's uffd.
@@ -153,17 +154,20 @@ fn run_batch(args: &HelperArgs, control: &Control, command: u32) {
     let count = (batch.count.load(Ordering::Relaxed) as usize).min(BATCH_PAGES);
     let area = (batch.area.load(Ordering::Relaxed) as usize) % crate::control::STAGING_AREAS;
     let how = batch.method.load(Ordering::Relaxed);
-    if how == method::DROP {
-        drop_protected(batch, count);
-        control.taken.store(command, Ordering::Release);
+    if how == method::UNSHARE_AND_MOVE {
+        unsharer::run(args, control);
+    }
+    if how == method::REMAP {
+        landing::take_out(args, control, command, count);
     } else {
-        if how == method::UNSHARE_AND_MOVE {
-            unsharer::run(args, control);
-        }
         take_out(args, batch, count);
-        // From here on the agent may read events again: what was taken lies where the program cannot reach.
-        control.taken.store(command, Ordering::Release);
-        calls::futex_wake(&control.taken);
+    }
+    // From here on the agent may read events again: what was taken lies where the program cannot reach.
+    control.taken.store(command, Ordering::Release);
+    calls::futex_wake(&control.taken);
+    if how == method::REMAP {
+        landing::stage(args, batch, count, area);
+    } else {
         stage(args, batch, count, area);
     }
     control.done.store(command, Ordering::SeqCst);
@@ -175,9 +179,7 @@ fn take_out(args: &HelperArgs, batch: &Batch, count: usize) {
         // A page left over would be taken for one that was moved.
         empty_holding(args, 0, count);
         if !is_holding_empty(args, count) {
-            for index in 0..count {
-                set(batch, index, EAGAIN);
-            }
+            set_all(batch, 0, count, EAGAIN);
             return;
         }
     }
@@ -201,23 +203,17 @@ fn take_run(args: &HelperArgs, batch: &Batch, index: usize, start: usize, len: u
             return 1;
         }
         Some(errno) => {
-            for i in index..index + len {
-                set(batch, i, errno);
-            }
+            set_all(batch, index, len, errno);
             return len;
         }
     }
     let to = args.holding + index * PAGE_BYTES;
     let (moved, error) = move_pages(fd::UFFD, to, start, len, 0);
-    for i in index..index + moved {
-        set(batch, i, outcome::TAKEN);
-    }
+    set_all(batch, index, moved, outcome::TAKEN);
     let Some(errno) = error else { return len };
     if errno == EAGAIN {
         // An event waits to be read: nothing more will move until it is.
-        for i in index + moved..index + len {
-            set(batch, i, EAGAIN);
-        }
+        set_all(batch, index + moved, len - moved, EAGAIN);
         return len;
     }
     let at = moved * PAGE_BYTES;
@@ -274,20 +270,25 @@ fn is_holding_empty(args: &HelperArgs, count: usize) -> bool {
 
 /// Copies what was taken to staging and drops it by way of the drain range.
 fn stage(args: &HelperArgs, batch: &Batch, count: usize, area: usize) {
-    let mut index = 0;
-    while index < count {
-        if !is_taken(batch, index) {
-            index += 1;
-            continue;
-        }
-        let mut len = 1;
-        while index + len < count && is_taken(batch, index + len) {
-            len += 1;
-        }
+    for_each_taken(batch, count, |index, len| {
         let from = args.holding + index * PAGE_BYTES;
         memory::copy_to_staging(from, args.shared + staging_offset(area, index), len);
         empty_holding(args, index, len);
-        index += len;
+    });
+}
+
+/// Calls `with` for each run of places that were taken, with its first and how many.
+pub(crate) fn for_each_taken(batch: &Batch, count: usize, mut with: impl FnMut(usize, usize)) {
+    let mut index = 0;
+    while index < count {
+        let mut len = 0;
+        while index + len < count && is_taken(batch, index + len) {
+            len += 1;
+        }
+        if len > 0 {
+            with(index, len);
+        }
+        index += len.max(1);
     }
 }
 
@@ -319,64 +320,6 @@ fn empty_holding(args: &HelperArgs, index: usize, len: usize) {
         }
     }
     memory::drop_drained(to, len * PAGE_BYTES);
-}
-
-/// Drops pages that the agent has write-protected and copied, where they are still the same pages: run by run, since each
-/// drop waits for the agent to read its event.
-fn drop_protected(batch: &Batch, count: usize) {
-    let mut index = 0;
-    while index < count {
-        let start = page(batch, index);
-        let len = run_len(batch, index, count);
-        let dropped = if protected_pages(start, len) == len {
-            match memory::drop_pages(start, len * PAGE_BYTES) {
-                Ok(()) => len,
-                // It came as far as the first mapping that the kernel keeps it out of.
-                Err(_) => unprotected_pages(start, len),
-            }
-        } else {
-            0
-        };
-        for i in index..index + dropped {
-            set(batch, i, outcome::TAKEN);
-        }
-        for i in index + dropped..index + len {
-            set(batch, i, drop_one(page(batch, i)));
-        }
-        index += len;
-    }
-}
-
-/// Drops a page if it is still protected; returns its outcome.
-fn drop_one(address: usize) -> u32 {
-    if protected_pages(address, 1) == 0 {
-        return ENOENT;
-    }
-    match memory::drop_pages(address, PAGE_BYTES) {
-        Ok(()) => outcome::TAKEN,
-        Err(errno) => errno.0,
-    }
-}
-
-/// How many pages from `start` on, of `len`, are write-protected, up to the first that is not.
-fn protected_pages(start: usize, len: usize) -> usize {
-    leading(start, len, |word| word & PAGEMAP_UFFD_WP != 0)
-}
-
-/// How many are not, up to the first that is.
-fn unprotected_pages(start: usize, len: usize) -> usize {
-    leading(start, len, |word| word & PAGEMAP_UFFD_WP == 0)
-}
-
-fn leading(start: usize, len: usize, holds: impl Fn(u64) -> bool) -> usize {
-    let mut words = [0; BATCH_PAGES];
-    let words = words.get_mut(..len).unwrap_or_default();
-    let read = calls::pagemap_words(fd::PAGEMAP, start, words).unwrap_or(0);
-    words
-        .iter()
-        .take(read)
-        .take_while(|word| holds(**word))
-        .count()
 }
 
 /// Moves pages; returns how many went and what stopped the next.
@@ -415,11 +358,18 @@ fn is_taken(batch: &Batch, index: usize) -> bool {
     batch
         .outcomes
         .get(index)
-        .is_some_and(|word| word.load(Ordering::Relaxed) == outcome::TAKEN)
+        .map(|word| word.load(Ordering::Relaxed))
+        .is_some_and(|word| matches!(word, outcome::TAKEN | outcome::REPLACED))
 }
 
-fn set(batch: &Batch, index: usize, value: u32) {
+pub(crate) fn set(batch: &Batch, index: usize, value: u32) {
     if let Some(word) = batch.outcomes.get(index) {
         word.store(value, Ordering::Relaxed);
+    }
+}
+
+pub(crate) fn set_all(batch: &Batch, index: usize, len: usize, value: u32) {
+    for i in index..index + len {
+        set(batch, i, value);
     }
 }

@@ -97,7 +97,7 @@ pub struct Packet {
     pub parent: u64,
     /// `Ready`: where the holding range was mapped. `Region`, `SoftDirty`: start address.
     pub holding: u64,
-    /// `Ready`: where the drain range was mapped. `Region`, `SoftDirty`: length in bytes.
+    /// `Ready`: where the drain range was mapped, with the landing range behind it. `Region`, `SoftDirty`: length in bytes.
     pub drain: u64,
     /// `HelperUp`, and `Hello` to confirm: the helper's pid.
     pub helper: u64,

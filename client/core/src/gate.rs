@@ -6,6 +6,10 @@
 //! Each read of events begins a new epoch. What was decided in an older epoch is decided again: a victim is
 //! chosen and handed over, or a page installed, only under the epoch in which the table was last consulted.
 //!
+//! Where the helper has no `UFFDIO_MOVE` it moves memory by `mremap`, which asks nothing and raises an event of its own: it
+//! waits, its move done, until that has been read. So there one message may be read after the other, but only while the helper
+//! waits in that way; and once the program's own calls have been among them, nothing more is moved in that batch.
+//!
 //! Installs and take-outs may overlap each other: the table's claims keep them to different pages. Only
 //! reading excludes both. One pager thread owns an address space, so the gate is a small state machine rather
 //! than a lock; the helper is the only other party, and speaks through one word of shared memory.
@@ -26,6 +30,21 @@ pub struct Gate {
     /// The command that the helper may be moving pages for.
     outstanding: Option<u32>,
     last_command: u32,
+    /// The helper's `mremap` during which something may be read, and the one whose own event has been: its caller is on its way
+    /// back from it.
+    reads_in: u32,
+    read_of: Option<u32>,
+    /// Whether the helper knows that it is to move nothing more in this batch.
+    given_up: bool,
+}
+
+/// The helper's count of its `mremap` calls: one is under way while they differ.
+#[derive(Clone, Copy, Debug)]
+pub struct Remaps<'a> {
+    /// Those that it has begun.
+    pub begun: &'a AtomicU32,
+    /// Those that are over.
+    pub over: &'a AtomicU32,
 }
 
 /// Why events may not be read now.
@@ -38,6 +57,9 @@ impl Default for Gate {
             epoch: Epoch(0),
             outstanding: None,
             last_command: 0,
+            reads_in: 0,
+            read_of: None,
+            given_up: false,
         }
     }
 }
@@ -90,13 +112,46 @@ impl Gate {
         }
         self.last_command = self.last_command.wrapping_add(1);
         self.outstanding = Some(self.last_command);
+        (self.read_of, self.given_up) = (None, false);
         Some(self.last_command)
     }
 
-    /// The number for a batch that moves nothing, so that events may be read while it is under way.
-    pub fn batch_without_moves(&mut self) -> u32 {
-        self.last_command = self.last_command.wrapping_add(1);
-        self.last_command
+    /// Leave to read one message while the helper moves memory by `mremap`: what it has begun to move has moved, as
+    /// `has_moved` says of that call, so that it does nothing more before its event is read.
+    ///
+    /// # Errors
+    /// [`TakingOut`] while it may move something more.
+    pub fn read_between(
+        &mut self,
+        remaps: Remaps<'_>,
+        has_moved: impl FnOnce(u32) -> bool,
+    ) -> Result<Epoch, TakingOut> {
+        let call = remaps.begun.load(Ordering::SeqCst);
+        let may_read = if remaps.over.load(Ordering::SeqCst) == call {
+            // It may be about to begin the next.
+            self.given_up
+        } else {
+            (self.given_up || self.read_of != Some(call))
+                && has_moved(call)
+                && remaps.begun.load(Ordering::SeqCst) == call
+        };
+        if !may_read {
+            return Err(TakingOut);
+        }
+        self.reads_in = call;
+        self.epoch = Epoch(self.epoch.0 + 1);
+        Ok(self.epoch)
+    }
+
+    /// The message that was read was of the helper's own `mremap`.
+    pub fn own_event_is_read(&mut self) {
+        self.read_of = Some(self.reads_in);
+    }
+
+    /// Tells the helper by `word` to move nothing more in this batch. What it is moving already it does.
+    pub fn give_up(&mut self, word: &AtomicU32) {
+        word.store(self.last_command, Ordering::SeqCst);
+        self.given_up = true;
     }
 
     /// The helper is gone: nothing moves any more.

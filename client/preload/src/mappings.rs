@@ -53,7 +53,7 @@ pub(crate) fn grew(len: usize) {
 pub(crate) fn advised(address: *mut c_void, len: usize, advice: c_int, result: c_int) {
     const MADV_GUARD_INSTALL: c_int = 102;
     if advice == MADV_GUARD_INSTALL && result == 0 && control().is_some() {
-        let _ = memory::drop_pages(address.addr(), len);
+        memory::discard(address.addr(), len);
     }
 }
 

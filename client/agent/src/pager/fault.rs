@@ -113,6 +113,9 @@ impl Pager {
         if fault.protected {
             return self.lift_protection(fault);
         }
+        if self.is_to_be_put_back(fault.page) {
+            return Some(fault);
+        }
         self.zero_uncounted(fault)
     }
 

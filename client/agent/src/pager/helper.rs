@@ -14,11 +14,13 @@ use super::{Pager, Wakeups};
 use crate::mailbox::HelperOffer;
 use crate::sys::control::{SharedBlock, futex_wake};
 use crate::sys::process::Process;
-use crate::sys::uffd::{Message, Uffd};
+use crate::sys::uffd::{MAX_MESSAGES, Message, Uffd};
 
 /// Seconds without an agent, and without a keeper that waits for the next one, after which the helper ends the program: both
 /// are gone for good then.
 const DEAD_MAN_SECONDS: u32 = 1;
+
+const LANDING_BYTES: u64 = farpage_attach::landing::BYTES as u64;
 
 /// The helper of one address space.
 #[derive(Debug)]
@@ -28,8 +30,8 @@ pub(crate) struct Helper {
     /// Known once the helper has reported itself.
     process: Option<Process>,
     drain_uffd: Uffd,
-    /// Holding and drain range, kept apart from what the program owns.
-    own: [Range<u64>; 2],
+    /// Holding, drain and landing range, kept apart from what the program owns.
+    own: [Range<u64>; 3],
     _lifeline: OwnedFd,
     reported: u32,
 }
@@ -46,7 +48,11 @@ impl Helper {
             event: offer.event,
             process: None,
             drain_uffd: offer.drain_uffd,
-            own: [offer.holding, offer.drain],
+            own: [
+                offer.holding,
+                offer.drain.clone(),
+                landing_behind(&offer.drain),
+            ],
             _lifeline: offer.lifeline,
             reported: 0,
         };
@@ -87,7 +93,7 @@ impl Helper {
         let mut count = [0u8; 8];
         let _ = rustix::io::read(&self.event, &mut count);
         let mut messages = Vec::new();
-        let _ = self.drain_uffd.read(&mut messages);
+        let _ = self.drain_uffd.read(MAX_MESSAGES, &mut messages);
         for message in messages {
             if let Message::Fault { address, .. } = message {
                 let start = address & !0xfff;
@@ -101,6 +107,12 @@ impl Helper {
     /// Has who waits in the drain range look again.
     pub(super) fn wake_all(&self) {
         self.drain_uffd.wake_all();
+    }
+
+    /// Where the helper's `mremap` puts what it takes.
+    pub(super) fn landing(&self) -> &Range<u64> {
+        let [_, _, landing] = &self.own;
+        landing
     }
 
     pub(super) fn owns(&self, address: u64) -> bool {
@@ -263,6 +275,11 @@ impl Pager {
             futex_wake(&helper.control().report_ack);
         }
     }
+}
+
+/// The landing range that goes with a drain range.
+pub(super) fn landing_behind(drain: &Range<u64>) -> Range<u64> {
+    drain.end..drain.end.saturating_add(LANDING_BYTES)
 }
 
 /// A number that nobody can have put into a page by chance.

@@ -162,10 +162,10 @@ impl Pager {
         }
     }
 
-    /// A write to a page under write protection: it is not being dropped, so the protection is lifted.
+    /// A write to a page under write protection: it is not leaving, so the protection is lifted.
     pub(super) fn lift_protection(&mut self, fault: Fault) -> Option<Fault> {
         let range = fault.page.address()..fault.page.plus(1).address();
-        match self.uffd.write_protect(&range, false) {
+        match self.uffd.lift_protection(&range) {
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Some(fault),
             _ => {
                 self.wake(fault.page, 1);

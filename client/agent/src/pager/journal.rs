@@ -10,13 +10,11 @@ use std::sync::atomic::Ordering;
 
 use crate::state::records::{JOURNAL_SLOTS, JournalSlot, SpaceRecord, undecided};
 use crate::sys::state::Ref;
-use crate::sys::uffd::{MAX_MESSAGES, Message, Uffd};
+use crate::sys::uffd::{Message, Uffd};
 
 const SLOTS: u32 = JOURNAL_SLOTS as u32;
 /// In the first word of a slot, which the kernel leaves zero there: the move's target has been cleared.
 const BEGUN: u64 = 1 << 32;
-/// Likewise: which pages of a discarded range our own drops account for is known, and in the last word.
-const SORTED: u64 = 1 << 33;
 
 /// A message, and where it is noted; nowhere if it is a fault.
 #[derive(Debug)]
@@ -69,18 +67,23 @@ impl Journal {
         left
     }
 
-    /// Reads what there is to the end of `out`. Returns how many came.
-    pub(crate) fn read(&mut self, uffd: &Uffd, out: &mut Vec<Noted>) -> io::Result<usize> {
+    /// Reads what there is, at most so much, to the end of `out`. Returns how many came.
+    pub(crate) fn read(
+        &mut self,
+        uffd: &Uffd,
+        most: usize,
+        out: &mut Vec<Noted>,
+    ) -> io::Result<usize> {
         let from = self.next % SLOTS;
         let room = SLOTS - self.next.wrapping_sub(self.head);
-        let most = room.min(SLOTS - from).min(MAX_MESSAGES as u32);
-        if most == 0 {
-            // Only where a batch that drops pages keeps others from being followed for long.
+        let slots = room.min(SLOTS - from).min(most as u32);
+        if slots == 0 {
+            // Only where a batch that moves pages by `mremap` keeps others from being followed for long.
             self.record
                 .undecided
                 .fetch_or(undecided::EVENTS, Ordering::AcqRel);
             let mut messages = Vec::new();
-            let read = uffd.read(&mut messages)?;
+            let read = uffd.read(most, &mut messages)?;
             out.extend(
                 messages
                     .into_iter()
@@ -88,7 +91,7 @@ impl Journal {
             );
             return Ok(read);
         }
-        let slots = &self.record.journal[from as usize..(from + most) as usize];
+        let slots = &self.record.journal[from as usize..(from + slots) as usize];
         let read = uffd.read_to(slots)?;
         for slot in slots.iter().take(read) {
             let at = self.next;
@@ -129,21 +132,6 @@ impl Journal {
         }
     }
 
-    /// Which pages of a discarded range our own drops account for, from its first page on: one bit each.
-    pub(crate) fn sort(&self, at: Option<u32>, own: u64) {
-        if let Some(at) = at {
-            let [kind, .., last] = self.slot(at);
-            last.store(own, Ordering::Relaxed);
-            kind.fetch_or(SORTED, Ordering::AcqRel);
-        }
-    }
-
-    /// What [`Self::sort`] noted, by this agent or by one before it.
-    pub(crate) fn sorted(&self, at: Option<u32>) -> Option<u64> {
-        let [kind, .., own] = self.slot(at?);
-        (kind.load(Ordering::Acquire) & SORTED != 0).then(|| own.load(Ordering::Relaxed))
-    }
-
     /// Whether everything that was read has been followed.
     pub(crate) fn is_empty(&self) -> bool {
         self.head == self.next
@@ -168,30 +156,11 @@ mod tests {
     use crate::state::State;
 
     const UNMAP: u64 = 0x16;
-    const REMOVE: u64 = 0x15;
 
     fn write(record: &SpaceRecord, at: usize, words: [u64; 4]) {
         for (place, word) in record.journal[at].iter().zip(words) {
             place.store(word, Ordering::Relaxed);
         }
-    }
-
-    /// An agent that was killed while pages were being dropped could not be followed by another: which events were the
-    /// program's own was nowhere.
-    #[test]
-    fn which_discards_are_of_our_own_drops_outlives_the_agent() {
-        let place = State::create().unwrap().new_space().unwrap();
-        write(&place, 0, [REMOVE, 4096, 3 * 4096, 0]);
-        write(&place, 1, [REMOVE, 4096, 2 * 4096, 0]);
-        let mut journal = Journal::new(place.record().clone());
-        let left = journal.left(&HashSet::new());
-        assert_eq!(journal.sorted(left[0].at), None);
-        journal.sort(left[0].at, 0b10);
-        let mut next = Journal::new(place.record().clone());
-        let left = next.left(&HashSet::new());
-        assert!(matches!(&left[0].message, Message::Remove(range) if *range == (4096..3 * 4096)));
-        assert_eq!(next.sorted(left[0].at), Some(0b10));
-        assert_eq!(next.sorted(left[1].at), None);
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! program; [`register`] finds what to manage; [`soft_dirty`] says what was written.
 
 mod batch;
+mod between;
 pub(crate) mod dial;
 mod event;
 mod failure;
@@ -50,10 +51,13 @@ use crate::prefetch::Prefetcher;
 use crate::residents::Residents;
 use crate::state::records::{space, undecided};
 use crate::state::{SpaceChunks, SpacePlace};
+use crate::sys::pagemap::Pagemap;
 use crate::sys::process::Process;
 use crate::sys::uffd::{MAX_MESSAGES, Message, Uffd};
+use farpage_attach::control::method;
 use farpage_fabric::Completion;
 
+use between::Replaced;
 use patience::Patience;
 use waiting::Starved;
 use wakeups::Source;
@@ -140,8 +144,12 @@ pub struct Pager {
     gate: Gate,
     helper: Option<Helper>,
     take_out: Option<TakeOut>,
-    /// The program's memory as `/proc` shows it, once pages were copied from there.
+    /// The program's memory as `/proc` shows it, once it was read there.
     memory: Option<File>,
+    /// The program's pagemap, once it was looked at.
+    pagemap: Option<Pagemap>,
+    /// What the helper has taken from where the program had just put something else, to be put back.
+    replaced: Vec<Replaced>,
     staging: Staging,
     shortage: Shortage,
     /// Pages that the kernel writes at thread exit: never taken out.
@@ -151,7 +159,6 @@ pub struct Pager {
     last_fault: Option<Instant>,
     next_fault: Patience,
     messages: Vec<Noted>,
-    fresh_messages: Vec<Noted>,
     arrived: Vec<Fault>,
     completions: Vec<Completion>,
     closing: bool,
@@ -216,6 +223,8 @@ impl Pager {
             helper: None,
             take_out: None,
             memory: None,
+            pagemap: None,
+            replaced: Vec::new(),
             staging: Staging::default(),
             shortage: Shortage::default(),
             pinned: HashSet::new(),
@@ -224,7 +233,6 @@ impl Pager {
             last_fault: None,
             next_fault: Patience::default(),
             messages: Vec::new(),
-            fresh_messages: Vec::new(),
             arrived: Vec::new(),
             completions: Vec::new(),
             closing: false,
@@ -269,6 +277,7 @@ impl Pager {
         worked |= self.poll_helper();
         let read = self.uffd_has_news && self.read_messages();
         worked |= self.compare_with_memory();
+        worked |= self.put_back_replaced();
         worked |= self.retry_waiting();
         worked |= self.evict_ahead();
         worked |= self.retry_writes();
@@ -282,7 +291,7 @@ impl Pager {
     /// Reads the uffd, if the gate allows it, and handles what it says: events before faults, since the read
     /// has released the program already and a fault must find the table as the events left it.
     fn read_messages(&mut self) -> bool {
-        if !self.may_read_events() {
+        if !self.may_read_events() && !self.is_remapping() {
             return false;
         }
         let mut messages = std::mem::take(&mut self.messages);
@@ -290,8 +299,8 @@ impl Pager {
         if read.is_err() {
             self.closing = true;
         }
-        // Fewer than fit are all; if more come, the next sleep is none.
-        self.uffd_has_news = matches!(read, Ok(MAX_MESSAGES..));
+        // Fewer than fit are all; if more come, the next sleep is none. Between moves not all that there is may be read.
+        self.uffd_has_news = self.is_remapping() || matches!(read, Ok(MAX_MESSAGES..));
         let began = Instant::now();
         let mut faults = std::mem::take(&mut self.arrived);
         self.following = true;
@@ -325,30 +334,10 @@ impl Pager {
         matches!(read, Ok(count) if count > 0)
     }
 
-    /// Reads what there is but for what our own drops say. Those are told apart here, when they are read: the batch they
-    /// belong to may be over before the messages before them are dealt with.
-    fn read_uffd(&mut self, messages: &mut Vec<Noted>) -> io::Result<usize> {
-        let at = messages.len();
-        let read = self.journal.read(&self.uffd, messages)?;
-        if self.is_dropping() {
-            let mut fresh = std::mem::take(&mut self.fresh_messages);
-            fresh.extend(messages.drain(at..));
-            for noted in fresh.drain(..) {
-                match noted.message {
-                    Message::Remove(range) => self.without_own_drops(range, noted.at, messages),
-                    message => messages.push(Noted { message, ..noted }),
-                }
-            }
-            self.fresh_messages = fresh;
-        }
-        Ok(read)
-    }
-
-    /// Nothing that was read is still to be followed: what could not be handed on before can be now, unless pages are being
-    /// dropped, whose events look like the program's.
+    /// Nothing that was read is still to be followed: what could not be handed on before can be now.
     fn all_is_followed(&self) {
         let transient = self.place.undecided.load(Ordering::Relaxed) & undecided::EVENTS != 0;
-        if transient && self.journal.is_empty() && !self.is_dropping() {
+        if transient && self.journal.is_empty() {
             self.place
                 .undecided
                 .fetch_and(!undecided::EVENTS, Ordering::AcqRel);
@@ -402,8 +391,13 @@ impl Pager {
         };
         let control = helper.control();
         let taken = control.taken.load(Ordering::Acquire);
-        if batch.is_taken(Some(control)) || taken == batch.command {
+        if taken == batch.command {
             return false;
+        }
+        if batch.method == method::REMAP {
+            // It waits for its events to be read, and what else there is may have to wait for that.
+            take_out::rest_while_settling(batch.read);
+            return true;
         }
         crate::sys::control::futex_wait(&control.taken, taken, MOVES_WAIT);
         true

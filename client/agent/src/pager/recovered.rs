@@ -14,7 +14,8 @@ use std::sync::atomic::Ordering;
 use farpage_attach::control::{BATCH_PAGES, STAGING_AREAS, method, staging_offset};
 
 use super::batch::{Batch, TakeOut};
-use super::{Inheritance, Journal, Noted, Pager, Registered, Shared, SoftDirty};
+use super::helper::landing_behind;
+use super::{Inheritance, Journal, Pager, Registered, Shared, SoftDirty};
 use crate::entry::{Entry, Slot, State};
 use crate::gate::Gate;
 use crate::job::Job;
@@ -174,7 +175,6 @@ impl Pager {
     /// Brings every entry to a state that this pager can go on from.
     fn settle_what_was_left(&mut self, soft_dirty: bool) {
         let mut on_their_way = self.take_up_batch();
-        self.sort_what_was_left();
         for area in 0..STAGING_AREAS {
             on_their_way.extend(self.take_up_area(area));
         }
@@ -220,9 +220,11 @@ impl Pager {
         let was_handed_over = helper.control().command.load(Ordering::Acquire) == command;
         let is_under_way = self.place.batch.load(Ordering::Acquire);
         let how = self.place.method.load(Ordering::Relaxed);
-        // Nothing moves where pages are dropped: there the helper waits for its events to be read.
-        let moves = is_under_way && was_handed_over && how != method::DROP;
-        self.gate = Gate::resumed(command, moves);
+        self.gate = Gate::resumed(command, is_under_way && was_handed_over);
+        if how == method::REMAP {
+            // Of which of its moves the event was read is not known.
+            self.gate.give_up(&helper.control().given_up);
+        }
         if !is_under_way {
             return HashSet::new();
         }
@@ -250,30 +252,16 @@ impl Pager {
         let unsettled = pages.iter().enumerate();
         let unsettled = unsettled.filter(|(index, _)| settled >> index & 1 == 0);
         let unsettled = unsettled.map(|(_, page)| *page).collect();
-        let unread = self.place.drops_unread.load(Ordering::Acquire);
         tracing::debug!(
             space = self.handle.id,
             how,
             pages = pages.len(),
-            unread,
             settled,
             "a batch was under way"
         );
-        let batch = TakeOut::left(command, how, area, pages, unread, settled);
+        let batch = TakeOut::left(command, how, area, pages, settled);
         self.take_out = Some(batch);
         unsettled
-    }
-
-    /// Of the events that are left, those of our own drops are not the program's.
-    fn sort_what_was_left(&mut self) {
-        let mut left = Vec::new();
-        for noted in std::mem::take(&mut self.left) {
-            match noted.message {
-                Message::Remove(range) => self.without_own_drops(range, noted.at, &mut left),
-                message => left.push(Noted { message, ..noted }),
-            }
-        }
-        self.left = left;
     }
 
     /// A staging area whose batch is over: what of it is still nowhere else waits for a slot again.
@@ -309,7 +297,8 @@ impl Pager {
         if !self.is_recovered {
             return;
         }
-        let left = std::mem::take(&mut self.left);
+        let mut left = std::mem::take(&mut self.left);
+        self.leave_out_own(&mut left);
         self.following = true;
         self.keep_messages(left);
         self.follow_later();
@@ -402,7 +391,7 @@ fn offer_left(
 fn ranges_left(offer: &HelperOffer) -> io::Result<Registered> {
     let mut registered = Registered::default();
     let is_own = |range: &Range<u64>| {
-        [&offer.holding, &offer.drain]
+        [&offer.holding, &offer.drain, &landing_behind(&offer.drain)]
             .iter()
             .any(|own| own.start < range.end && range.start < own.end)
     };

@@ -1,18 +1,16 @@
 //! Taking pages out: victims are chosen ahead of need, the helper moves them, what it got is staged.
 
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use farpage_attach::control::{BATCH_PAGES, Control, method, outcome, staging_offset};
+use farpage_attach::control::{BATCH_PAGES, Control, method, outcome};
 use smallvec::SmallVec;
 
-use super::batch::{Batch, TakeOut, each};
+use super::batch::{Batch, TakeOut};
 use super::{Noted, Pager};
 use crate::entry::Entry;
-use crate::sys::uffd::Message;
-use crate::table::{Page, pages_of};
+use crate::table::Page;
 
 /// Frames kept free, as a share of the limit, and its bounds: so much may be installed before an eviction must
 /// have finished.
@@ -36,9 +34,6 @@ const SETTLE_REST: Duration = Duration::from_micros(100);
 /// How long the helper may take over a batch before the program counts as broken. It may be stopped or
 /// starved for a while on a loaded machine.
 const HELPER_DEADLINE: Duration = Duration::from_secs(30);
-
-/// Pages that are copied at once from the program's memory to staging.
-const COPY_PAGES: usize = 4;
 
 impl Pager {
     /// Starts a batch if frames are short. Returns whether it did.
@@ -72,11 +67,7 @@ impl Pager {
             self.rest_until = Some(Instant::now() + REST);
             return false;
         }
-        if self.shared.kernel.has_move && how != method::DROP {
-            self.move_out(pages, area, how)
-        } else {
-            self.drop_out(&pages, area)
-        }
+        self.move_out(pages, area, how)
     }
 
     /// How many pages should go now: up to the free share, or what the sampler asked for.
@@ -106,7 +97,7 @@ impl Pager {
         }
         if !pages.is_empty() {
             pages.sort_unstable();
-            return (pages, method::DROP);
+            return (pages, method::REMAP);
         }
         while pages.len() < most {
             let Some(page) = self.staging.next_shared() else {
@@ -116,13 +107,13 @@ impl Pager {
                 pages.push(page);
             }
         }
-        let how = if pages.is_empty() {
-            method::MOVE
-        } else {
-            method::UNSHARE_AND_MOVE
+        let how = match (pages.is_empty(), self.shared.kernel.has_move) {
+            (true, true) => method::MOVE,
+            (false, true) => method::UNSHARE_AND_MOVE,
+            (_, false) => method::REMAP,
         };
         let mut looked_at = self.residents.len();
-        while how == method::MOVE && pages.len() < most && looked_at > 0 {
+        while how != method::UNSHARE_AND_MOVE && pages.len() < most && looked_at > 0 {
             looked_at -= 1;
             let Some(page) = self.residents.next_victim() else {
                 break;
@@ -152,128 +143,6 @@ impl Pager {
         helper.publish(command);
         self.take_out = Some(TakeOut::new(command, how, area, pages));
         true
-    }
-
-    /// Without `UFFDIO_MOVE`: protect, copy, have the helper drop what is still protected. The helper's drops
-    /// raise events like the program's own, and are told apart by this batch's list.
-    fn drop_out(&mut self, pages: &[Page], area: usize) -> bool {
-        // One that cannot be protected or read keeps none of the others back.
-        let (pages, kept) = self.protect(pages);
-        self.turn_round(&kept);
-        let (pages, kept) = self.copy_to_staging(&pages, area);
-        for page in &kept {
-            let _ = self.uffd.write_protect(&addresses(&[*page]), false);
-        }
-        self.turn_round(&kept);
-        let Some(helper) = self.helper.as_ref().filter(|_| !pages.is_empty()) else {
-            self.rest_until = Some(Instant::now() + REST);
-            return false;
-        };
-        let command = self.gate.batch_without_moves();
-        self.place.note_batch(command, method::DROP, area, &pages);
-        write_batch(helper.control(), &pages, area, method::DROP);
-        helper.publish(command);
-        self.take_out = Some(TakeOut::new(command, method::DROP, area, pages));
-        true
-    }
-
-    /// Protects pages against writing, run by run. Returns those that are, and those that cannot be.
-    fn protect(&self, pages: &[Page]) -> (Batch, Batch) {
-        let (mut protected, mut kept) = (Batch::new(), Batch::new());
-        let protects = |pages: &[Page]| self.uffd.write_protect(&addresses(pages), true).is_ok();
-        for run in runs(pages) {
-            if protects(run) {
-                protected.extend_from_slice(run);
-                continue;
-            }
-            for page in run {
-                let to = if protects(&[*page]) {
-                    &mut protected
-                } else {
-                    &mut kept
-                };
-                to.push(*page);
-            }
-        }
-        (protected, kept)
-    }
-
-    /// Copies pages of the program's to staging by `/proc/PID/mem`, which never faults a managed page in.
-    /// Returns those that were copied, in the order of their places there, and those that are not present.
-    fn copy_to_staging(&mut self, pages: &[Page], area: usize) -> (Batch, Batch) {
-        self.program_memory();
-        let (Some(helper), Some(memory)) = (&self.helper, &self.memory) else {
-            return (Batch::new(), pages.into());
-        };
-        let (mut copied, mut kept) = (Batch::new(), Batch::new());
-        let mut buffer = [0; COPY_PAGES * 4096];
-        for run in runs(pages).flat_map(|run| run.chunks(COPY_PAGES)) {
-            let mut rest = run;
-            while let [first, ..] = rest {
-                let wanted = buffer.get_mut(..rest.len() * 4096).unwrap_or_default();
-                let read = memory.read_at(wanted, first.address()).unwrap_or(0) / 4096;
-                let offset = staging_offset(area, copied.len()) as u64;
-                let bytes = buffer.get(..read * 4096).unwrap_or_default();
-                let read = match helper.shared().memory().write(offset, bytes) {
-                    Ok(()) => read,
-                    Err(_) => 0,
-                };
-                let (there, beyond) = rest.split_at(read);
-                copied.extend_from_slice(there);
-                rest = beyond;
-                if let [missing, others @ ..] = rest {
-                    kept.push(*missing);
-                    rest = others;
-                }
-            }
-        }
-        (copied, kept)
-    }
-
-    /// What the program itself discarded, of what the kernel says was. The helper's drops say the same as the program's: of
-    /// pages that are being dropped the first to come is taken for the helper's, the second for the program's. Which is
-    /// which does not matter, since these pages are touched by nobody before the batch is over.
-    pub(super) fn without_own_drops(
-        &mut self,
-        range: Range<u64>,
-        at: Option<u32>,
-        messages: &mut Vec<Noted>,
-    ) {
-        let pages = pages_of(range.clone());
-        let note = |range, at| Noted {
-            message: Message::Remove(range),
-            at,
-        };
-        let known = self.journal.sorted(at);
-        let own = known.or_else(|| self.take_out.as_ref()?.own_drops(&pages));
-        let Some(own) = own else {
-            messages.push(note(range, at));
-            return;
-        };
-        // The event says so itself before the batch does: whoever takes over in between comes to the same.
-        self.journal.sort(at, own);
-        if let Some(batch) = &mut self.take_out {
-            batch.drops_are_read(&pages, own);
-            self.place
-                .drops_unread
-                .store(batch.drops_unread, Ordering::Release);
-        }
-        let theirs = each(&pages).take(BATCH_PAGES).enumerate();
-        let theirs = theirs.filter(|(index, _)| own >> index & 1 == 0);
-        let from = messages.len();
-        messages.extend(theirs.map(|(_, page)| note(addresses(&[page]), None)));
-        match messages.get_mut(from..) {
-            // All of it has been followed once the last has.
-            Some([.., last]) => last.at = at,
-            _ => self.journal.done(at),
-        }
-    }
-
-    /// Whether events may come of drops of our own.
-    pub(super) fn is_dropping(&self) -> bool {
-        self.take_out
-            .as_ref()
-            .is_some_and(|batch| batch.method == method::DROP)
     }
 
     /// Looks after the helper: takes over a batch that is done. Returns whether there was one.
@@ -311,10 +180,8 @@ impl Pager {
                 taken.push((index, *page));
                 continue;
             }
-            if batch.method == method::DROP && batch.drops_unread & batch.bit(*page) == 0 {
-                // What was read as our drop's event was the program's own. First: a page that counts as here is not looked
-                // after by whoever takes over.
-                self.discard_to_zeros(*page..page.plus(1));
+            if outcome == outcome::REPLACED {
+                self.keep_replaced(*page, batch.area, index);
             }
             self.not_taken(*page, outcome, batch.method);
             self.place.left_staging(batch.area, index);
@@ -327,7 +194,7 @@ impl Pager {
             .pages_evicted
             .fetch_add(taken.len() as u64, Ordering::Relaxed);
         if batch.method != method::MOVE {
-            // What a move takes is nobody else's. Of what is dropped that is not known.
+            // What a move takes is nobody else's. Of what others take that is not known.
             self.job.sharing.went(taken.len() as u64);
         }
         self.shrink = self.shrink.saturating_sub(taken.len() as u64);
@@ -345,8 +212,8 @@ impl Pager {
             how,
             "was not taken out"
         );
-        if how == method::DROP {
-            let _ = self.uffd.write_protect(&addresses(&[page]), false);
+        if how == method::REMAP {
+            let _ = self.uffd.lift_protection(&addresses(page));
         }
         if self.table.change(page, Entry::turned_round).is_none() {
             // Discarded while it was claimed.
@@ -355,7 +222,12 @@ impl Pager {
         }
         if errno == outcome::UNMANAGED {
             // The next look at the mappings may find it worth managing.
-            self.registered.remove(&addresses(&[page]));
+            self.registered.remove(&addresses(page));
+            self.discard_pages(page..page.plus(1));
+            return;
+        }
+        if errno == outcome::REPLACED {
+            // An event to come says what is there now.
             self.discard_pages(page..page.plus(1));
             return;
         }
@@ -363,11 +235,9 @@ impl Pager {
             // Shared since a fork, or pinned: the first can be made exclusive.
             libc::EBUSY if how == method::MOVE => self.staging.shared_page(page),
             // Not there any more; an event to come says why. The table forgets it if it was not replaced.
-            libc::ENOENT if how != method::DROP => {
-                self.discard_to_zeros(page..page.plus(1));
-            }
-            // Not plain read-write any more: it cannot move, but be protected, copied and dropped.
-            libc::EINVAL if how != method::DROP => self.staging.unmovable_page(page),
+            libc::ENOENT => self.discard_to_zeros(page..page.plus(1)),
+            // Not plain read-write any more: `mremap` moves it.
+            libc::EINVAL if how != method::REMAP => self.staging.unmovable_page(page),
             // Locked: it is tried again after a while.
             libc::EINVAL => {
                 self.handle.figures.stuck.fetch_add(1, Ordering::Relaxed);
@@ -420,8 +290,8 @@ impl Pager {
         self.pinned_at = Some(Instant::now());
     }
 
-    /// Waits until nothing is being taken out or written back. Events are read only for our own drops, and what
-    /// else comes is returned, in order, to be handled afterwards.
+    /// Waits until nothing is being taken out or written back. Events are read only as far as the helper waits for that, and
+    /// what comes is returned, in order, to be handled afterwards.
     pub(super) fn settle(&mut self, deadline: Duration) -> Vec<Noted> {
         let began = Instant::now();
         let mut kept = Vec::new();
@@ -438,7 +308,7 @@ impl Pager {
                 break;
             }
             let mut worked = self.poll_links() | self.poll_helper() | self.post_writes();
-            if self.is_dropping() {
+            if self.is_remapping() {
                 worked |= matches!(self.read_uffd(&mut kept), Ok(1..));
             }
             if !worked {
@@ -459,15 +329,9 @@ pub(super) fn rest_while_settling(began: Instant) {
     }
 }
 
-/// Runs of pages that lie one behind the other.
-fn runs(pages: &[Page]) -> impl Iterator<Item = &[Page]> {
-    pages.chunk_by(|page, next| page.plus(1) == *next)
-}
-
-/// Where the pages of a run lie.
-fn addresses(run: &[Page]) -> Range<u64> {
-    let first = run.first().map_or(0, |page| page.address());
-    first..first + run.len() as u64 * 4096
+/// Where a page lies.
+fn addresses(page: Page) -> Range<u64> {
+    page.address()..page.plus(1).address()
 }
 
 fn write_batch(control: &Control, pages: &[Page], area: usize, how: u32) {

@@ -177,8 +177,6 @@ pub struct SpaceRecord {
     pub area: AtomicU32,
     /// How many pages it has.
     pub batch_pages: AtomicU32,
-    /// Of which of them the events of our own drops are still to be read, one bit each, where it drops pages.
-    pub drops_unread: AtomicU64,
     /// The oldest event that may not have been followed.
     pub journal_head: AtomicU32,
     /// Events read and not followed yet; a ring.

@@ -44,7 +44,6 @@ impl SpacePlace {
         self.area.store(area as u32, Ordering::Relaxed);
         self.batch_pages
             .store(pages.len() as u32, Ordering::Relaxed);
-        self.drops_unread.store(u64::MAX, Ordering::Relaxed);
         let bits = match pages.len() {
             BATCH_PAGES.. => u64::MAX,
             less => (1 << less) - 1,

@@ -71,6 +71,14 @@ impl Pagemap {
         Ok(())
     }
 
+    /// Whether any anonymous page of `range` is present.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn any_present(&self, range: Range<u64>) -> io::Result<bool> {
+        self.count_present(range).map(|count| count > 0)
+    }
+
     /// How many anonymous pages of `range` are present.
     ///
     /// # Errors

@@ -18,8 +18,6 @@ const UFFDIO_COPY: u64 = 0xc028_aa03;
 const UFFDIO_ZEROPAGE: u64 = 0xc020_aa04;
 const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
 const UFFDIO_POISON: u64 = 0xc020_aa08;
-/// Of `UFFDIO_WRITEPROTECT`: protect rather than lift.
-const MODE_WP: u64 = 1;
 
 /// All that a program can map: above `vm.mmap_min_addr`, below the last page that the kernel keeps for itself.
 const LOWEST_ADDRESS: u64 = 1 << 16;
@@ -227,17 +225,16 @@ impl Uffd {
         self.ioctl(UFFDIO_POISON, &mut request)
     }
 
-    /// Sets or lifts write protection of the pages present in a range; lifting wakes who waits there.
+    /// Lifts write protection of the pages present in a range, and wakes who waits there.
     ///
     /// # Errors
     /// The kernel's errno; EAGAIN while an event is unread.
-    pub fn write_protect(&self, range: &Range<u64>, protect: bool) -> io::Result<()> {
-        let mode = if protect { MODE_WP } else { 0 };
+    pub fn lift_protection(&self, range: &Range<u64>) -> io::Result<()> {
         self.ioctl(
             UFFDIO_WRITEPROTECT,
             &mut k::uffdio_writeprotect {
                 range: to_range(range),
-                mode,
+                mode: 0,
             },
         )
     }
@@ -323,13 +320,14 @@ impl Uffd {
         let _ = self.wake(&(LOWEST_ADDRESS..HIGHEST_ADDRESS));
     }
 
-    /// Reads what there is, without waiting, to the end of `out`. Returns how many came.
+    /// Reads what there is, at most so much and [`MAX_MESSAGES`], without waiting, to the end of `out`. Returns how many came.
     ///
     /// # Errors
     /// The kernel's errno.
-    pub fn read(&self, out: &mut Vec<Message>) -> io::Result<usize> {
+    pub fn read(&self, most: usize, out: &mut Vec<Message>) -> io::Result<usize> {
         let mut buffer = [0u8; 32 * MAX_MESSAGES];
-        let got = match rustix::io::read(&self.0, &mut buffer) {
+        let wanted = &mut buffer[..32 * most.min(MAX_MESSAGES)];
+        let got = match rustix::io::read(&self.0, wanted) {
             Ok(got) => got,
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(0),
             Err(error) => return Err(error.into()),

@@ -11,6 +11,8 @@ use crate::helper::HelperArgs;
 
 const UFFDIO_MOVE: usize = 0xc028_aa05;
 const UFFDIO_WRITEPROTECT: usize = 0xc018_aa06;
+const UFFDIO_UNREGISTER: usize = 0x8010_aa01;
+const MADV_COLD: usize = 20;
 const MADV_POPULATE_READ: usize = 22;
 const MADV_POPULATE_WRITE: usize = 23;
 
@@ -49,7 +51,7 @@ pub fn control_at(address: usize) -> &'static Control {
 
 /// Copies pages to staging without calling `memcpy`, which might be somebody's interposed one.
 pub fn copy_to_staging(from: usize, to: usize, pages: usize) {
-    // SAFETY: `from` is in the holding range, where these pages have just been moved and only this process
+    // SAFETY: `from` is in the holding or the landing range, where these pages have just been moved and only this process
     // takes them away; `to` is in the shared mapping; they do not overlap; the ABI keeps the direction clear.
     unsafe {
         asm!(
@@ -93,12 +95,22 @@ pub fn move_ioctl(
 /// The kernel's errno: ENOENT where a mapping is not under that uffd, EAGAIN while an event is unread.
 pub fn lift_protection(uffd: i32, at: usize, len: usize) -> Result<(), u32> {
     const DONTWAKE: u64 = 1 << 1;
+    write_protect(uffd, at, len, DONTWAKE)
+}
+
+/// Write-protects pages.
+///
+/// # Errors
+/// As [`lift_protection`].
+pub fn protect(uffd: i32, at: usize, len: usize) -> Result<(), u32> {
+    const PROTECT: u64 = 1;
+    write_protect(uffd, at, len, PROTECT)
+}
+
+fn write_protect(uffd: i32, at: usize, len: usize, mode: u64) -> Result<(), u32> {
     let mut request = k::uffdio_writeprotect {
-        range: k::uffdio_range {
-            start: at as u64,
-            len: len as u64,
-        },
-        mode: DONTWAKE,
+        range: uffd_range(at, len),
+        mode,
     };
     let pointer = core::ptr::from_mut(&mut request) as usize;
     call(
@@ -107,6 +119,67 @@ pub fn lift_protection(uffd: i32, at: usize, len: usize) -> Result<(), u32> {
     )
     .map(drop)
     .map_err(|errno| errno.0)
+}
+
+fn uffd_range(at: usize, len: usize) -> k::uffdio_range {
+    k::uffdio_range {
+        start: at as u64,
+        len: len as u64,
+    }
+}
+
+/// Takes a range of ours from under a uffd.
+pub fn unregister(uffd: i32, at: usize, len: usize) {
+    let mut range = uffd_range(at, len);
+    let pointer = core::ptr::from_mut(&mut range) as usize;
+    let _ = call(
+        k::__NR_ioctl,
+        [uffd as usize, UFFDIO_UNREGISTER, pointer, 0, 0, 0],
+    );
+}
+
+/// Whether memory is locked: the kernel then takes no advice that it is not needed soon.
+#[must_use]
+pub fn is_locked(at: usize, len: usize) -> bool {
+    const EINVAL: u32 = 22;
+    call(k::__NR_madvise, [at, len, MADV_COLD, 0, 0, 0]) == Err(Errno(EINVAL))
+}
+
+/// Moves pages of the program's to a range of ours, and leaves their mapping where it is. Blocks until the agent has read its
+/// event.
+///
+/// # Errors
+/// The kernel's errno; what was mapped at `to` may be gone.
+pub fn remap(from: usize, len: usize, to: usize) -> Result<(), u32> {
+    let flags = k::MREMAP_MAYMOVE | k::MREMAP_FIXED | k::MREMAP_DONTUNMAP;
+    call(k::__NR_mremap, [from, len, len, flags as usize, to, 0])
+        .map(drop)
+        .map_err(|errno| errno.0)
+}
+
+/// Keeps a range of ours from others where nothing is mapped any more.
+pub fn keep_range(at: usize, len: usize) {
+    map_nothing(at, len, k::MAP_FIXED_NOREPLACE);
+}
+
+/// Unmaps what has come to a range of ours, and keeps it.
+pub fn clear_range(at: usize, len: usize) {
+    map_nothing(at, len, k::MAP_FIXED);
+    // No child needs it.
+    advise_own(at, len, k::MADV_DONTFORK);
+}
+
+fn map_nothing(at: usize, len: usize, fixed: u32) {
+    let flags = k::MAP_PRIVATE | k::MAP_ANONYMOUS | k::MAP_NORESERVE | fixed;
+    let _ = super::calls::mmap_at(at, len, k::PROT_NONE, flags, -1);
+}
+
+/// Makes what lies in a range of ours readable, whatever it was to the program.
+pub fn make_readable(at: usize, len: usize) {
+    let _ = call(
+        k::__NR_mprotect,
+        [at, len, k::PROT_READ as usize, 0, 0, 0],
+    );
 }
 
 /// Makes pages that a fork left shared exclusive again, with their contents kept.
@@ -135,17 +208,12 @@ pub fn drop_drained(address: usize, len: usize) {
     );
 }
 
-/// Drops pages of the program's that the agent holds copies of. Blocks until the agent has read the events, one for each
-/// mapping.
-///
-/// # Errors
-/// The kernel's errno.
-pub fn drop_pages(address: usize, len: usize) -> Result<(), Errno> {
-    call(
+/// Discards pages of the program's for it. Blocks until the agent has read of it.
+pub fn discard(address: usize, len: usize) {
+    let _ = call(
         k::__NR_madvise,
         [address, len, k::MADV_DONTNEED as usize, 0, 0, 0],
-    )
-    .map(drop)
+    );
 }
 
 /// Undoes a lock that an `mlockall` of the program's put on a range of ours.

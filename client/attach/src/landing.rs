@@ -1,0 +1,130 @@
+//! The landing range: where the helper moves what `UFFDIO_MOVE` cannot, by `mremap` with `MREMAP_DONTUNMAP`.
+//!
+//! That leaves the mapping in its place, empty, and takes what is in it just then, at once: nothing that is written later can be
+//! lost by it, as with a copy and `MADV_DONTNEED`, which drops whatever is there when the agent has read its event. It asks
+//! nothing, though. So each run is write-protected first, which the kernel refuses while an event of the program's is unread and
+//! where the mapping is not managed, and which tells afterwards whether the pages that came are those. The call raises an event
+//! and comes back when the agent has read it, which is when the agent knows that nothing else is being moved (the pager's
+//! `between`).
+
+use core::sync::atomic::Ordering;
+
+use crate::PAGE_BYTES;
+use crate::control::{BATCH_PAGES, Batch, Control, outcome, staging_offset};
+use crate::helper::{
+    EAGAIN, EINVAL, ENOENT, HelperArgs, fd, for_each_taken, page, run_len, set, set_all,
+};
+use crate::sys::{calls, memory};
+
+/// Bytes of the range.
+pub const BYTES: usize = BATCH_PAGES * PAGE_BYTES;
+
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const PROTECTED: u64 = 1 << 57;
+
+/// Moves the pages of the batch to the landing range, run by run, and notes what became of each.
+pub(crate) fn take_out(args: &HelperArgs, control: &Control, command: u32, count: usize) {
+    let batch = &control.batch;
+    let mut index = 0;
+    while index < count {
+        let len = run_len(batch, index, count);
+        if !take_run(args, control, command, index, len) {
+            // It may cross from one mapping to the next.
+            for i in index..index + len {
+                take_run(args, control, command, i, 1);
+            }
+        }
+        index += len;
+    }
+}
+
+/// Moves a run. Returns false where its pages are to be tried one by one.
+fn take_run(
+    args: &HelperArgs,
+    control: &Control,
+    command: u32,
+    index: usize,
+    len: usize,
+) -> bool {
+    let batch = &control.batch;
+    let (start, bytes) = (page(batch, index), len * PAGE_BYTES);
+    let errno = if control.given_up.load(Ordering::Acquire) == command {
+        EAGAIN
+    } else if let Err(errno) = memory::protect(fd::UFFD, start, bytes) {
+        match errno {
+            ENOENT if len > 1 => return false,
+            ENOENT => outcome::UNMANAGED,
+            errno => errno,
+        }
+    } else if memory::is_locked(start, bytes) {
+        match len {
+            1 => EINVAL,
+            _ => return false,
+        }
+    } else {
+        match move_run(args, control, command, index, len) {
+            Ok(()) => {
+                note_what_came(args, batch, index, len);
+                return true;
+            }
+            Err(errno) if errno != EAGAIN && len > 1 => return false,
+            Err(errno) => errno,
+        }
+    };
+    set_all(batch, index, len, errno);
+    true
+}
+
+/// The call itself, with the agent told of it.
+fn move_run(
+    args: &HelperArgs,
+    control: &Control,
+    command: u32,
+    index: usize,
+    len: usize,
+) -> Result<(), u32> {
+    let (from, bytes) = (page(&control.batch, index), len * PAGE_BYTES);
+    let to = args.landing + index * PAGE_BYTES;
+    let run = index as u32 | (len as u32) << 16;
+    control.remap_run.store(run, Ordering::Relaxed);
+    control.remaps_begun.fetch_add(1, Ordering::SeqCst);
+    // Either this is seen here, or the agent sees that something is being moved.
+    let moved = match control.given_up.load(Ordering::SeqCst) == command {
+        true => Err(EAGAIN),
+        false => memory::remap(from, bytes, to),
+    };
+    control.remaps_over.fetch_add(1, Ordering::SeqCst);
+    if moved.is_err() {
+        // Some kernels have unmapped it by then.
+        memory::keep_range(to, bytes);
+    }
+    moved
+}
+
+/// What has come is what was there, be it protected or not; what was not there has not come.
+fn note_what_came(args: &HelperArgs, batch: &Batch, index: usize, len: usize) {
+    let mut words = [0; BATCH_PAGES];
+    let words = words.get_mut(..len).unwrap_or_default();
+    let read = calls::pagemap_words(fd::PAGEMAP, args.landing + index * PAGE_BYTES, words);
+    for (i, word) in words.iter().enumerate() {
+        let what = match read {
+            Ok(read) if i >= read || word & (PRESENT | SWAPPED) == 0 => ENOENT,
+            Ok(_) if word & PROTECTED == 0 => outcome::REPLACED,
+            _ => outcome::TAKEN,
+        };
+        set(batch, index + i, what);
+    }
+}
+
+/// Copies what was taken to staging and clears the landing range. Its mappings are still under the program's uffd: nothing may
+/// be touched or unmapped there before they are not.
+pub(crate) fn stage(args: &HelperArgs, batch: &Batch, count: usize, area: usize) {
+    memory::unregister(fd::UFFD, args.landing, BYTES);
+    for_each_taken(batch, count, |index, len| {
+        let from = args.landing + index * PAGE_BYTES;
+        memory::make_readable(from, len * PAGE_BYTES);
+        memory::copy_to_staging(from, args.shared + staging_offset(area, index), len);
+    });
+    memory::clear_range(args.landing, BYTES);
+}
