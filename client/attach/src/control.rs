@@ -112,6 +112,8 @@ pub struct Control {
     pub remaps_over: AtomicU32,
     /// Which pages of the batch the last one moves: the first, and behind it by 16 bits how many.
     pub remap_run: AtomicU32,
+    /// Agent to helper: the last one during which the uffd was read.
+    pub remap_read_in: AtomicU32,
     /// Agent to helper: the batch in which it is to move nothing more by `mremap`.
     pub given_up: AtomicU32,
 

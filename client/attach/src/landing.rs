@@ -40,13 +40,7 @@ pub(crate) fn take_out(args: &HelperArgs, control: &Control, command: u32, count
 }
 
 /// Moves a run. Returns false where its pages are to be tried one by one.
-fn take_run(
-    args: &HelperArgs,
-    control: &Control,
-    command: u32,
-    index: usize,
-    len: usize,
-) -> bool {
+fn take_run(args: &HelperArgs, control: &Control, command: u32, index: usize, len: usize) -> bool {
     let batch = &control.batch;
     let (start, bytes) = (page(batch, index), len * PAGE_BYTES);
     let errno = if control.given_up.load(Ordering::Acquire) == command {
@@ -64,10 +58,7 @@ fn take_run(
         }
     } else {
         match move_run(args, control, command, index, len) {
-            Ok(()) => {
-                note_what_came(args, batch, index, len);
-                return true;
-            }
+            Ok(()) => return true,
             Err(errno) if errno != EAGAIN && len > 1 => return false,
             Err(errno) => errno,
         }
@@ -76,7 +67,7 @@ fn take_run(
     true
 }
 
-/// The call itself, with the agent told of it.
+/// The call itself, with the agent told of it. Notes what became of the pages if it did anything.
 fn move_run(
     args: &HelperArgs,
     control: &Control,
@@ -88,25 +79,33 @@ fn move_run(
     let to = args.landing + index * PAGE_BYTES;
     let run = index as u32 | (len as u32) << 16;
     control.remap_run.store(run, Ordering::Relaxed);
-    control.remaps_begun.fetch_add(1, Ordering::SeqCst);
+    let call = control.remaps_begun.fetch_add(1, Ordering::SeqCst);
+    let call = call.wrapping_add(1);
     // Either this is seen here, or the agent sees that something is being moved.
     let moved = match control.given_up.load(Ordering::SeqCst) == command {
         true => Err(EAGAIN),
         false => memory::remap(from, bytes, to),
     };
-    control.remaps_over.fetch_add(1, Ordering::SeqCst);
-    if moved.is_err() {
+    match moved {
         // Some kernels have unmapped it by then.
-        memory::keep_range(to, bytes);
+        Err(_) => memory::keep_range(to, bytes),
+        // No event was waited for: the program has put something there that is not managed, in a call that waits to be read of.
+        Ok(()) if control.remap_read_in.load(Ordering::SeqCst) != call => {
+            memory::move_back(to, bytes, from);
+            memory::keep_range(to, bytes);
+            set_all(&control.batch, index, len, outcome::UNMANAGED);
+        }
+        Ok(()) => note_what_came(&control.batch, to, index, len),
     }
+    control.remaps_over.fetch_add(1, Ordering::SeqCst);
     moved
 }
 
-/// What has come is what was there, be it protected or not; what was not there has not come.
-fn note_what_came(args: &HelperArgs, batch: &Batch, index: usize, len: usize) {
+/// What is protected is what was chosen. What was not there any more has not come.
+fn note_what_came(batch: &Batch, at: usize, index: usize, len: usize) {
     let mut words = [0; BATCH_PAGES];
     let words = words.get_mut(..len).unwrap_or_default();
-    let read = calls::pagemap_words(fd::PAGEMAP, args.landing + index * PAGE_BYTES, words);
+    let read = calls::pagemap_words(fd::PAGEMAP, at, words);
     for (i, word) in words.iter().enumerate() {
         let what = match read {
             Ok(read) if i >= read || word & (PRESENT | SWAPPED) == 0 => ENOENT,

@@ -45,6 +45,8 @@ pub struct Remaps<'a> {
     pub begun: &'a AtomicU32,
     /// Those that are over.
     pub over: &'a AtomicU32,
+    /// The last one during which something was read.
+    pub read_in: &'a AtomicU32,
 }
 
 /// Why events may not be read now.
@@ -139,6 +141,7 @@ impl Gate {
             return Err(TakingOut);
         }
         self.reads_in = call;
+        remaps.read_in.store(call, Ordering::SeqCst);
         self.epoch = Epoch(self.epoch.0 + 1);
         Ok(self.epoch)
     }

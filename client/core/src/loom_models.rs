@@ -400,3 +400,191 @@ mod gate {
         run(false);
     }
 }
+
+mod between {
+    use std::collections::VecDeque;
+
+    use loom::sync::atomic::{AtomicU32, Ordering};
+    use loom::sync::{Arc, Condvar, Mutex};
+    use loom::thread;
+
+    use crate::gate::{Gate, Remaps};
+
+    const COMMAND: u32 = 1;
+
+    /// What is mapped at the second of the batch's pages, which the program uses for something else. The first is left alone.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Mapping {
+        Old,
+        Gone,
+        New,
+    }
+
+    #[derive(Debug, PartialEq, Eq)]
+    enum Event {
+        Unmap,
+        Remap,
+    }
+
+    /// The kernel's part: `mremap` takes whatever is there, and returns when its event has been read.
+    struct Kernel {
+        mapping: Mapping,
+        announced: bool,
+        events: VecDeque<Event>,
+        unmap_read: bool,
+        remaps_read: u32,
+        /// The call whose pages lie in the landing range.
+        moved: u32,
+    }
+
+    struct World {
+        kernel: Mutex<Kernel>,
+        event_read: Condvar,
+        begun: AtomicU32,
+        over: AtomicU32,
+        read_in: AtomicU32,
+        given_up: AtomicU32,
+        taken: AtomicU32,
+    }
+
+    impl World {
+        fn new() -> Arc<Self> {
+            Arc::new(Self {
+                kernel: Mutex::new(Kernel {
+                    mapping: Mapping::Old,
+                    announced: false,
+                    events: VecDeque::new(),
+                    unmap_read: false,
+                    remaps_read: 0,
+                    moved: 0,
+                }),
+                event_read: Condvar::new(),
+                begun: AtomicU32::new(0),
+                over: AtomicU32::new(0),
+                read_in: AtomicU32::new(0),
+                given_up: AtomicU32::new(0),
+                taken: AtomicU32::new(0),
+            })
+        }
+
+        fn program(&self) {
+            let mut kernel = self.kernel.lock().unwrap();
+            kernel.announced = true;
+            kernel.mapping = Mapping::Gone;
+            kernel.events.push_back(Event::Unmap);
+            while !kernel.unmap_read {
+                kernel = self.event_read.wait(kernel).unwrap();
+            }
+            kernel.mapping = Mapping::New;
+        }
+
+        /// The helper takes both pages, one after the other. Returns what it took of the second.
+        fn helper(&self) -> Option<Mapping> {
+            let took = [1, 2].into_iter().map_while(|call| self.take(call)).nth(1);
+            self.taken.store(COMMAND, Ordering::Release);
+            took
+        }
+
+        fn take(&self, call: u32) -> Option<Mapping> {
+            let is_given_up = || self.given_up.load(Ordering::SeqCst) == COMMAND;
+            {
+                // Protecting is refused while an event is unread.
+                let kernel = self.kernel.lock().unwrap();
+                if kernel.announced && !kernel.unmap_read {
+                    return None;
+                }
+            }
+            self.begun.fetch_add(1, Ordering::SeqCst);
+            let took = (!is_given_up()).then(|| self.mremap(call)).flatten();
+            self.over.fetch_add(1, Ordering::SeqCst);
+            took
+        }
+
+        fn mremap(&self, call: u32) -> Option<Mapping> {
+            let mut kernel = self.kernel.lock().unwrap();
+            let took = match call {
+                1 => Mapping::Old,
+                _ => kernel.mapping,
+            };
+            if took == Mapping::Gone {
+                return None;
+            }
+            kernel.moved = call;
+            kernel.events.push_back(Event::Remap);
+            while kernel.remaps_read < call {
+                kernel = self.event_read.wait(kernel).unwrap();
+            }
+            Some(took)
+        }
+
+        /// The pager, until the program's event has been read and the batch is over. `gated` is whether it asks the gate.
+        fn pager(&self, gated: bool) {
+            let mut gate = Gate::default();
+            let command = gate.take_out(gate.epoch(), &self.taken).unwrap();
+            assert_eq!(command, COMMAND);
+            loop {
+                let is_taken = gate.read_events(&self.taken).is_ok();
+                let remaps = Remaps {
+                    begun: &self.begun,
+                    over: &self.over,
+                    read_in: &self.read_in,
+                };
+                let has_moved = |call| self.kernel.lock().unwrap().moved == call;
+                let may_read = is_taken || !gated || gate.read_between(remaps, has_moved).is_ok();
+                let event = may_read.then(|| self.read_event()).flatten();
+                match event {
+                    Some(Event::Remap) => gate.own_event_is_read(),
+                    Some(Event::Unmap) => gate.give_up(&self.given_up),
+                    None if is_taken && self.kernel.lock().unwrap().unmap_read => return,
+                    None => thread::yield_now(),
+                }
+            }
+        }
+
+        fn read_event(&self) -> Option<Event> {
+            let mut kernel = self.kernel.lock().unwrap();
+            let event = kernel.events.pop_front()?;
+            match event {
+                Event::Unmap => kernel.unmap_read = true,
+                Event::Remap => kernel.remaps_read += 1,
+            }
+            self.event_read.notify_all();
+            Some(event)
+        }
+    }
+
+    fn run(gated: bool) {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(move || {
+            let world = World::new();
+            let program = {
+                let world = Arc::clone(&world);
+                thread::spawn(move || world.program())
+            };
+            let helper = {
+                let world = Arc::clone(&world);
+                thread::spawn(move || world.helper())
+            };
+            world.pager(gated);
+            program.join().unwrap();
+            let took = helper.join().unwrap();
+            assert_ne!(
+                took,
+                Some(Mapping::New),
+                "the helper moved a page of the new mapping"
+            );
+        });
+    }
+
+    #[test]
+    fn between_moves_the_program_is_not_let_go_ahead_of_the_helper() {
+        run(true);
+    }
+
+    #[test]
+    #[should_panic(expected = "the helper moved a page of the new mapping")]
+    fn reading_whenever_there_is_something_lets_the_helper_take_the_new_page() {
+        run(false);
+    }
+}

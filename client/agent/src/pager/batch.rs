@@ -44,13 +44,7 @@ impl TakeOut {
     }
 
     /// The batch that another agent has handed over.
-    pub(super) fn left(
-        command: u32,
-        how: u32,
-        area: usize,
-        pages: Batch,
-        settled: u64,
-    ) -> Self {
+    pub(super) fn left(command: u32, how: u32, area: usize, pages: Batch, settled: u64) -> Self {
         Self {
             settled,
             ..Self::new(command, how, area, pages)

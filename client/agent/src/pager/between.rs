@@ -2,7 +2,7 @@
 //!
 //! Each of these moves raises an event, and the helper waits for its reading, the move done. As long as it waits nothing else
 //! moves, and what the program's threads do once their own events are read can be in nobody's way; the gate has the rule. That a
-//! move is done shows in the landing range, by what has come there.
+//! move is done shows in the landing range, by the protected pages that have come there.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -17,9 +17,9 @@ use crate::sys::process::registered_ranges;
 use crate::sys::uffd::{InstallError, MAX_MESSAGES, Message};
 use crate::table::Page;
 
-/// How long a move may be under way before it is looked for where nothing has come with it: the kernel has reclaimed what the
-/// program did not need any more (MADV_FREE).
-const EMPTY_MOVE: Duration = Duration::from_millis(20);
+/// How long a move may be under way before its mapping is looked for, where no protected page has come with it: the kernel has
+/// reclaimed what the program did not need any more (MADV_FREE), or the program has put another there.
+const BARE_MOVE: Duration = Duration::from_millis(20);
 
 /// A page that the program had moved to where the helper was just taking another from. Its bytes were taken instead.
 #[derive(Debug)]
@@ -32,6 +32,7 @@ fn remaps(control: &Control) -> Remaps<'_> {
     Remaps {
         begun: &control.remaps_begun,
         over: &control.remaps_over,
+        read_in: &control.remap_read_in,
     }
 }
 
@@ -106,14 +107,17 @@ impl Pager {
             let run = control.remap_run.load(std::sync::atomic::Ordering::Acquire);
             let (first, pages) = (u64::from(run & 0xffff), u64::from(run >> 16));
             let start = helper.landing().start + first * 4096;
-            if pagemap.any_present(start..start + pages * 4096).unwrap_or(false) {
+            if pagemap
+                .any_protected(start..start + pages * 4096)
+                .unwrap_or(false)
+            {
                 return true;
             }
             let (_, since) = *seen.insert(match *seen {
                 Some((before, since)) if before == call => (before, since),
                 _ => (call, Instant::now()),
             });
-            since.elapsed() > EMPTY_MOVE
+            since.elapsed() > BARE_MOVE
                 && registered_ranges(process.pid())
                     .is_ok_and(|ranges| ranges.iter().any(|(range, _)| range.contains(&start)))
         };
@@ -134,7 +138,12 @@ impl Pager {
         };
         let mut bytes = Box::new([0; 4096]);
         let offset = staging_offset(area, index) as u64;
-        if helper.shared().memory().read(offset, &mut bytes[..]).is_ok() {
+        if helper
+            .shared()
+            .memory()
+            .read(offset, &mut bytes[..])
+            .is_ok()
+        {
             tracing::debug!(space = self.handle.id, page = page.0, "was replaced");
             self.replaced.push(Replaced { page, bytes });
         }
@@ -156,11 +165,19 @@ impl Pager {
             if self.table.get(it.page).state() != State::Local {
                 return false;
             }
-            match self.uffd.copy(it.page.address(), it.bytes.as_ptr(), 4096, false) {
+            match self
+                .uffd
+                .copy(it.page.address(), it.bytes.as_ptr(), 4096, false)
+            {
                 Ok(()) | Err(InstallError::Present(_)) => false,
                 Err(InstallError::EventsPending(_) | InstallError::NoMemory(_)) => true,
                 Err(error) => {
-                    tracing::error!(?error, pid = self.pid(), page = it.page.0, "a page could not be put back");
+                    tracing::error!(
+                        ?error,
+                        pid = self.pid(),
+                        page = it.page.0,
+                        "a page could not be put back"
+                    );
                     false
                 }
             }

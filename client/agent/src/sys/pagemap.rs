@@ -11,6 +11,7 @@ const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 /// A page of a file, or shared: not anonymous memory of this process.
 const FILE: u64 = 1 << 61;
+const PROTECTED: u64 = 1 << 57;
 /// Words read at once: the map of 2 MiB of address space.
 const WINDOW: usize = 512;
 
@@ -45,12 +46,31 @@ impl Pagemap {
         opened
     }
 
+    /// Whether any page of `range` is write-protected by a uffd.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn any_protected(&self, range: Range<u64>) -> io::Result<bool> {
+        let mut any = false;
+        self.words(range, |_, word| any |= word & PROTECTED != 0)?;
+        Ok(any)
+    }
+
     /// Calls `found` with the number of every page in `range` (addresses) that is present or in kernel swap, and
     /// anonymous.
     ///
     /// # Errors
     /// The kernel's errno.
     pub fn present(&self, range: Range<u64>, mut found: impl FnMut(u64)) -> io::Result<()> {
+        self.words(range, |page, word| {
+            if word & (PRESENT | SWAPPED) != 0 && word & FILE == 0 {
+                found(page);
+            }
+        })
+    }
+
+    /// Calls `with` with the number of every page in `range` and what the map says of it.
+    fn words(&self, range: Range<u64>, mut with: impl FnMut(u64, u64)) -> io::Result<()> {
         let mut buffer = [0u8; WINDOW * 8];
         let mut page = range.start >> 12;
         let end = range.end >> 12;
@@ -61,22 +81,14 @@ impl Pagemap {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             for word in buffer[..got].chunks_exact(8) {
-                let word = u64::from_ne_bytes(word.try_into().unwrap_or_default());
-                if word & (PRESENT | SWAPPED) != 0 && word & FILE == 0 {
-                    found(page);
-                }
+                with(
+                    page,
+                    u64::from_ne_bytes(word.try_into().unwrap_or_default()),
+                );
                 page += 1;
             }
         }
         Ok(())
-    }
-
-    /// Whether any anonymous page of `range` is present.
-    ///
-    /// # Errors
-    /// The kernel's errno.
-    pub fn any_present(&self, range: Range<u64>) -> io::Result<bool> {
-        self.count_present(range).map(|count| count > 0)
     }
 
     /// How many anonymous pages of `range` are present.

@@ -157,6 +157,12 @@ pub fn remap(from: usize, len: usize, to: usize) -> Result<(), u32> {
         .map_err(|errno| errno.0)
 }
 
+/// Moves pages back to where they were taken from, and the mapping that they were in.
+pub fn move_back(from: usize, len: usize, to: usize) {
+    let flags = k::MREMAP_MAYMOVE | k::MREMAP_FIXED;
+    let _ = call(k::__NR_mremap, [from, len, len, flags as usize, to, 0]);
+}
+
 /// Keeps a range of ours from others where nothing is mapped any more.
 pub fn keep_range(at: usize, len: usize) {
     map_nothing(at, len, k::MAP_FIXED_NOREPLACE);
@@ -176,10 +182,7 @@ fn map_nothing(at: usize, len: usize, fixed: u32) {
 
 /// Makes what lies in a range of ours readable, whatever it was to the program.
 pub fn make_readable(at: usize, len: usize) {
-    let _ = call(
-        k::__NR_mprotect,
-        [at, len, k::PROT_READ as usize, 0, 0, 0],
-    );
+    let _ = call(k::__NR_mprotect, [at, len, k::PROT_READ as usize, 0, 0, 0]);
 }
 
 /// Makes pages that a fork left shared exclusive again, with their contents kept.
