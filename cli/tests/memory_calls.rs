@@ -65,7 +65,7 @@ fn mremap_over_far_memory() {
     case("remap_fixed");
 }
 
-/// Pages were taken out of what had been mapped anew while it was being registered. Only with `UFFDIO_MOVE`: docs/limits.md.
+/// Pages were taken out of what had been mapped anew while it was being registered, and were dropped when something else was there.
 #[test]
 fn what_takes_the_place_of_leaving_memory_stays() {
     case("reuse");

@@ -331,16 +331,16 @@ fn killed_with_pages_far_nothing_is_left_behind() {
     }
 }
 
-/// Who waits for the agent to read of its drops must not outlive it, with the program's whole memory.
+/// Who waits for the agent to read of its moves must not outlive it, with the program's whole memory.
 #[test]
-fn killed_while_pages_are_dropped_nothing_is_left_behind() {
-    const TEST: &str = "killed_while_pages_are_dropped_nothing_is_left_behind";
+fn killed_while_pages_leave_by_mremap_nothing_is_left_behind() {
+    const TEST: &str = "killed_while_pages_leave_by_mremap_nothing_is_left_behind";
     if without_privilege(TEST) || without_program(TEST, "cc") {
         return;
     }
     let local = LOCAL.to_string();
     for turn in 0..12 {
-        let mark = format!("farpage-mark-drop-{}-{turn}", std::process::id());
+        let mark = format!("farpage-mark-leave-{}-{turn}", std::process::id());
         let mut launcher = Command::new(farpage())
             .args(["run", "--local", &local, "--summary", "none", "--"])
             .arg(compiled("memory_calls"))

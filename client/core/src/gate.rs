@@ -12,7 +12,7 @@
 //!
 //! Installs and take-outs may overlap each other: the table's claims keep them to different pages. Only
 //! reading excludes both. One pager thread owns an address space, so the gate is a small state machine rather
-//! than a lock; the helper is the only other party, and speaks through one word of shared memory.
+//! than a lock; the helper is the only other party, and speaks through a few words of shared memory.
 
 #[cfg(loom)]
 use loom::sync::atomic::{AtomicU32, Ordering};

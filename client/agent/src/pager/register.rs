@@ -330,7 +330,7 @@ impl Pager {
             .store(unmanaged, Ordering::Relaxed);
     }
 
-    /// Waits for the batch that is with the helper. One that drops pages goes on only as its events are read.
+    /// Waits for the batch that is with the helper. One that moves pages by `mremap` goes on only as its events are read.
     fn settle_batch(&mut self) {
         let began = Instant::now();
         while self.take_out.is_some() && !self.closing && began.elapsed() < SETTLE_BATCH {

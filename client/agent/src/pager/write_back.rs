@@ -52,7 +52,7 @@ pub(crate) struct Staging {
     areas: [Area; STAGING_AREAS],
     /// Pages that a fork left shared, to be made exclusive before they can move.
     shared: VecDeque<Page>,
-    /// Pages of mappings that are not plain read-write any more, to be dropped rather than moved.
+    /// Pages of mappings that are not plain read-write any more, which `mremap` takes.
     unmovable: VecDeque<Page>,
     /// Pages that the program has locked, and when one was last found to be.
     stuck: Vec<Page>,
