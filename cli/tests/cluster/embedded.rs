@@ -90,9 +90,14 @@ fn killed_parts_of_an_embedded_run_leave_nothing_running() {
     let script = "import sys, time\nd = [bytes([i % 251]) * 4000 for i in range(8000)]\n\
                   print('built', flush=True)\n\
                   while True:\n    time.sleep(0.01)\n    sum(x[7] for x in d)\n";
-    for victim in ["agent", "far-memory", "run"] {
-        let mark = format!("mark-of-{test}-{victim}-{}", std::process::id());
-        let mut program = Program::start(embedded(&mark, script));
+    // Who takes pages out without UFFDIO_MOVE waits for the agent, mostly.
+    let turns = ["agent", "far-memory", "run"].map(|victim| (victim, None));
+    let without_move = [("agent", Some("1")); 4];
+    for (turn, (victim, hidden)) in turns.into_iter().chain(without_move).enumerate() {
+        let mark = format!("mark-of-{test}-{turn}-{}", std::process::id());
+        let mut command = embedded(&mark, script);
+        command.envs(hidden.map(|value| ("FARPAGE_WITHOUT_MOVE", value)));
+        let mut program = Program::start(command);
         program.built();
         let of_kind = |pid: &u32| {
             let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();

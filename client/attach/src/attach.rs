@@ -12,14 +12,15 @@ use crate::landing;
 use crate::message::{MAX_FDS, MAX_TEXT, Packet, tag};
 use crate::sys::{Errno, calls, memory, socket};
 
-/// Our ranges in the program: thread pointer page and arguments, stack of the process for one batch, stack, holding, drain,
-/// landing.
+/// Our ranges in the program: thread pointer page and arguments, stacks of the process for one batch, of the one that moves to
+/// the landing range and of the helper, holding, drain, landing.
 const TLS_BYTES: usize = PAGE_BYTES;
 const STACK_BYTES: usize = 4 * PAGE_BYTES;
 const BATCH_STACK_BYTES: usize = 4 * PAGE_BYTES;
 const RANGE_BYTES: usize = BATCH_PAGES * PAGE_BYTES;
-const OWN_BYTES: usize =
-    TLS_BYTES + BATCH_STACK_BYTES + STACK_BYTES + 2 * RANGE_BYTES + landing::BYTES;
+const LANDING_STACK_BYTES: usize = 4 * PAGE_BYTES;
+const BEFORE_RANGES: usize = TLS_BYTES + BATCH_STACK_BYTES + LANDING_STACK_BYTES + STACK_BYTES;
+const OWN_BYTES: usize = BEFORE_RANGES + 2 * RANGE_BYTES + landing::BYTES;
 
 /// How an attempt to attach ended badly. The process is as it was before.
 #[derive(Debug)]
@@ -229,6 +230,7 @@ fn handshake(
             lifeline,
             pagemap,
             batch_stack: own + TLS_BYTES + BATCH_STACK_BYTES,
+            landing_stack: own + TLS_BYTES + BATCH_STACK_BYTES + LANDING_STACK_BYTES,
             tls: own,
             pid: 0,
         };
@@ -310,7 +312,7 @@ const RANDOM_TO: usize = 0x5000_0000_0000;
 const RANDOM_TRIES: usize = 4;
 
 const fn holding(own: usize) -> usize {
-    own + TLS_BYTES + BATCH_STACK_BYTES + STACK_BYTES
+    own + BEFORE_RANGES
 }
 
 const fn landing_range(own: usize) -> usize {

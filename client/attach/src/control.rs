@@ -71,6 +71,18 @@ pub struct Batch {
     pub outcomes: [AtomicU32; BATCH_PAGES],
 }
 
+impl Batch {
+    /// How many pages it has.
+    pub(crate) fn count(&self) -> usize {
+        (self.count.load(Ordering::Relaxed) as usize).min(BATCH_PAGES)
+    }
+
+    /// Its staging area.
+    pub(crate) fn area(&self) -> usize {
+        (self.area.load(Ordering::Relaxed) as usize) % STAGING_AREAS
+    }
+}
+
 /// The block itself.
 #[repr(C)]
 #[derive(Debug)]
@@ -106,6 +118,10 @@ pub struct Control {
     /// Agent to helper: seconds without an agent after which the program is ended.
     pub dead_man_seconds: AtomicU32,
 
+    /// Not zero once there is a process beside the helper that takes batches out by `mremap`. The agent tells it itself then.
+    pub lander: AtomicU32,
+    /// Agent, or helper for the first, to that process, a futex: the batch that it is to take out.
+    pub landing_command: AtomicU32,
     /// Helper to agent: counts the calls of `mremap` that it has begun, [`Self::remap_run`] said before, and those that are over.
     pub remaps_begun: AtomicU32,
     /// See [`Self::remaps_begun`].

@@ -1,4 +1,4 @@
-//! The helper: the one process of ours inside a program's memory.
+//! The helper: the process of ours inside a program's memory.
 //!
 //! It does what only that address space may do, `UFFDIO_MOVE` and `mremap`, on the agent's word, and it
 //! is the dead-man switch: when the agent is gone for longer than it may be, the program is ended rather than
@@ -55,6 +55,8 @@ pub struct HelperArgs {
     pub pagemap: i32,
     /// Where the stack of a process for one batch ends.
     pub batch_stack: usize,
+    /// Where the stack of the process ends that moves to the landing range.
+    pub landing_stack: usize,
     /// The thread pointer.
     pub tls: usize,
     /// The helper's own pid, once it runs.
@@ -99,11 +101,12 @@ pub extern "C" fn run(argument: usize) -> ! {
 fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
     // The agent may have left its mark there while it looked whose memory this is.
     empty_holding(args, 0, BATCH_PAGES);
-    let mut done = 0u32;
+    let mut has_lander = false;
+    let mut last = 0u32;
     let mut reported = 0u32;
     let mut seconds_alone = 0u32;
     loop {
-        let command = next_command(control, done, reported);
+        let command = next_command(control, last, reported);
         let report = control.report.load(Ordering::Acquire);
         if report != reported {
             reported = report;
@@ -111,11 +114,12 @@ fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
         }
         match command {
             Some(command) => {
-                run_batch(args, control, command);
-                done = command;
-                if control.agent_sleeps.load(Ordering::SeqCst) != 0 {
-                    calls::signal_event(fd::EVENT);
+                if control.batch.method.load(Ordering::Relaxed) == method::REMAP {
+                    has_lander = land_batch(args, control, command, has_lander);
+                } else {
+                    run_batch(args, control, command);
                 }
+                last = command;
             }
             None => {
                 if control.quit.load(Ordering::Relaxed) != 0 || calls::getppid() != program {
@@ -136,41 +140,57 @@ fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
 }
 
 /// Sleeps until there is a batch or a report. `None` for a report, and after a heartbeat without either.
-fn next_command(control: &Control, done: u32, reported: u32) -> Option<u32> {
+fn next_command(control: &Control, last: u32, reported: u32) -> Option<u32> {
     control.helper_sleeps.store(1, Ordering::SeqCst);
     let bell = control.bell.load(Ordering::SeqCst);
-    if control.command.load(Ordering::SeqCst) == done
+    if control.command.load(Ordering::SeqCst) == last
         && control.report.load(Ordering::SeqCst) == reported
     {
         calls::futex_wait(&control.bell, bell, HEARTBEAT_MS);
     }
     control.helper_sleeps.store(0, Ordering::SeqCst);
     let command = control.command.load(Ordering::Acquire);
-    (command != done).then_some(command)
+    (command != last).then_some(command)
 }
 
 fn run_batch(args: &HelperArgs, control: &Control, command: u32) {
     let batch = &control.batch;
-    let count = (batch.count.load(Ordering::Relaxed) as usize).min(BATCH_PAGES);
-    let area = (batch.area.load(Ordering::Relaxed) as usize) % crate::control::STAGING_AREAS;
-    let how = batch.method.load(Ordering::Relaxed);
-    if how == method::UNSHARE_AND_MOVE {
+    let count = batch.count();
+    if batch.method.load(Ordering::Relaxed) == method::UNSHARE_AND_MOVE {
         unsharer::run(args, control);
     }
-    if how == method::REMAP {
-        landing::take_out(args, control, command, count);
-    } else {
-        take_out(args, batch, count);
-    }
-    // From here on the agent may read events again: what was taken lies where the program cannot reach.
+    take_out(args, batch, count);
+    taken(control, command);
+    stage(args, batch, count);
+    done(control, command);
+}
+
+/// From here on the agent may read events again: what was taken lies where the program cannot reach.
+pub(crate) fn taken(control: &Control, command: u32) {
     control.taken.store(command, Ordering::Release);
     calls::futex_wake(&control.taken);
-    if how == method::REMAP {
-        landing::stage(args, batch, count, area);
-    } else {
-        stage(args, batch, count, area);
-    }
+}
+
+/// What was taken is in staging.
+pub(crate) fn done(control: &Control, command: u32) {
     control.done.store(command, Ordering::SeqCst);
+    if control.agent_sleeps.load(Ordering::SeqCst) != 0 {
+        calls::signal_event(fd::EVENT);
+    }
+}
+
+/// A batch for the process beside this one, which waits for the agent. Returns whether there is one.
+fn land_batch(args: &HelperArgs, control: &Control, command: u32, has_lander: bool) -> bool {
+    if has_lander {
+        return true;
+    }
+    let started = landing::start(args, control, command);
+    if let Err(errno) = started {
+        set_all(&control.batch, 0, control.batch.count(), errno);
+        taken(control, command);
+        done(control, command);
+    }
+    started.is_ok()
 }
 
 /// The first hop: out of the program's ranges, into the holding range, run by run.
@@ -269,7 +289,8 @@ fn is_holding_empty(args: &HelperArgs, count: usize) -> bool {
 }
 
 /// Copies what was taken to staging and drops it by way of the drain range.
-fn stage(args: &HelperArgs, batch: &Batch, count: usize, area: usize) {
+fn stage(args: &HelperArgs, batch: &Batch, count: usize) {
+    let area = batch.area();
     for_each_taken(batch, count, |index, len| {
         let from = args.holding + index * PAGE_BYTES;
         memory::copy_to_staging(from, args.shared + staging_offset(area, index), len);

@@ -6,13 +6,17 @@
 //! where the mapping is not managed, and which tells afterwards whether the pages that came are those. The call raises an event
 //! and comes back when the agent has read it, which is when the agent knows that nothing else is being moved (the pager's
 //! `between`).
+//!
+//! So it is not the helper itself that calls, which has to see when the agent is gone for good, but a process beside it: started
+//! for the first batch of this kind, it ends with the helper.
 
 use core::sync::atomic::Ordering;
 
 use crate::PAGE_BYTES;
 use crate::control::{BATCH_PAGES, Batch, Control, outcome, staging_offset};
 use crate::helper::{
-    EAGAIN, EINVAL, ENOENT, HelperArgs, fd, for_each_taken, page, run_len, set, set_all,
+    EAGAIN, EINVAL, ENOENT, HelperArgs, done, fd, for_each_taken, page, run_len, set, set_all,
+    taken,
 };
 use crate::sys::{calls, memory};
 
@@ -23,8 +27,50 @@ const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const PROTECTED: u64 = 1 << 57;
 
+/// Between two looks for a batch, when none was told of.
+const LOOK_MS: u64 = 10_000;
+
+/// Starts the process beside the helper, for its first batch.
+///
+/// # Errors
+/// The kernel's errno.
+pub(crate) fn start(args: &HelperArgs, control: &Control, command: u32) -> Result<(), u32> {
+    control.landing_command.store(command, Ordering::Release);
+    memory::start_for_landing(main, args)
+        .map(drop)
+        .map_err(|errno| errno.0)
+}
+
+/// Where it begins. `argument` is the address of the helper's [`HelperArgs`].
+extern "C" fn main(argument: usize) -> ! {
+    let args = memory::args_at(argument);
+    calls::end_with_parent(args.pid);
+    let control = memory::control_at(args.shared);
+    // It is started for a batch that is handed over and not done.
+    let mut last = control.done.load(Ordering::Acquire);
+    control.lander.store(1, Ordering::Release);
+    loop {
+        let command = control.landing_command.load(Ordering::Acquire);
+        if command == last {
+            calls::futex_wait(&control.landing_command, last, LOOK_MS);
+            continue;
+        }
+        run_batch(&args, control, command);
+        last = command;
+    }
+}
+
+fn run_batch(args: &HelperArgs, control: &Control, command: u32) {
+    let batch = &control.batch;
+    let count = batch.count();
+    take_out(args, control, command, count);
+    taken(control, command);
+    stage(args, batch, count);
+    done(control, command);
+}
+
 /// Moves the pages of the batch to the landing range, run by run, and notes what became of each.
-pub(crate) fn take_out(args: &HelperArgs, control: &Control, command: u32, count: usize) {
+fn take_out(args: &HelperArgs, control: &Control, command: u32, count: usize) {
     let batch = &control.batch;
     let mut index = 0;
     while index < count {
@@ -118,7 +164,8 @@ fn note_what_came(batch: &Batch, at: usize, index: usize, len: usize) {
 
 /// Copies what was taken to staging and clears the landing range. Its mappings are still under the program's uffd: nothing may
 /// be touched or unmapped there before they are not.
-pub(crate) fn stage(args: &HelperArgs, batch: &Batch, count: usize, area: usize) {
+fn stage(args: &HelperArgs, batch: &Batch, count: usize) {
+    let area = batch.area();
     memory::unregister(fd::UFFD, args.landing, BYTES);
     for_each_taken(batch, count, |index, len| {
         let from = args.landing + index * PAGE_BYTES;

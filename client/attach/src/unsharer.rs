@@ -35,7 +35,7 @@ extern "C" fn main(argument: usize) -> ! {
     calls::end_with_parent(args.pid);
     let control = memory::control_at(args.shared);
     let batch = &control.batch;
-    let count = (batch.count.load(Ordering::Relaxed) as usize).min(BATCH_PAGES);
+    let count = batch.count();
     let mut index = 0;
     while index < count {
         let (start, len) = (page(batch, index), run_len(batch, index, count));

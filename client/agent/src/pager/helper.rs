@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use farpage_attach::control::Control;
+use farpage_attach::control::{Control, method};
 
 use super::wakeups::Source;
 use super::{Pager, Wakeups};
@@ -120,9 +120,14 @@ impl Helper {
     }
 
     /// Publishes a batch that lies ready in the control block.
-    pub(super) fn publish(&self, command: u32) {
+    pub(super) fn publish(&self, command: u32, how: u32) {
         let control = self.control();
         control.command.store(command, Ordering::SeqCst);
+        if how == method::REMAP && control.lander.load(Ordering::Acquire) != 0 {
+            control.landing_command.store(command, Ordering::SeqCst);
+            futex_wake(&control.landing_command);
+            return;
+        }
         control.bell.fetch_add(1, Ordering::SeqCst);
         if control.helper_sleeps.load(Ordering::SeqCst) != 0 {
             futex_wake(&control.bell);

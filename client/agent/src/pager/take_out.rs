@@ -140,7 +140,7 @@ impl Pager {
         };
         self.place.note_batch(command, how, area, &pages);
         write_batch(control, &pages, area, how);
-        helper.publish(command);
+        helper.publish(command, how);
         self.take_out = Some(TakeOut::new(command, how, area, pages));
         true
     }

@@ -31,7 +31,7 @@ fn call(number: u32, args: [usize; 6]) -> Result<usize, Errno> {
 #[must_use]
 pub fn args_at(address: usize) -> HelperArgs {
     // SAFETY: a HelperArgs was there before the clone, and stays: in the page at the helper's thread pointer, or on the stack
-    // of the helper that waits for its process.
+    // of the helper, which its processes do not outlive.
     unsafe { core::ptr::read(address as *const HelperArgs) }
 }
 
@@ -249,9 +249,25 @@ pub fn start_helper(args_address: usize, stack_top: usize, tls: usize) -> Result
 /// # Errors
 /// The kernel's errno.
 pub fn start_for_batch(main: extern "C" fn(usize) -> !, args: &HelperArgs) -> Result<i32, Errno> {
+    start_beside(main, args, args.batch_stack)
+}
+
+/// Starts the process that moves to the landing range, of which the helper has one.
+///
+/// # Errors
+/// The kernel's errno.
+pub fn start_for_landing(main: extern "C" fn(usize) -> !, args: &HelperArgs) -> Result<i32, Errno> {
+    start_beside(main, args, args.landing_stack)
+}
+
+fn start_beside(
+    main: extern "C" fn(usize) -> !,
+    args: &HelperArgs,
+    stack: usize,
+) -> Result<i32, Errno> {
     let argument = core::ptr::from_ref(args) as usize;
-    // SAFETY: `attach` has mapped that stack for the one such process at a time that there is; the helper, whose thread pointer
-    // it shares, waits for its end, so that the arguments stay where they are. `unsharer::main` never returns,
-    // and uses only raw system calls.
-    unsafe { super::clone::start(main, argument, args.batch_stack, args.tls) }
+    // SAFETY: `attach` has mapped that stack for the one such process at a time that there is. It dies with the helper, whose
+    // thread pointer it shares and on whose stack the arguments stay. `unsharer::main` and `landing::main` never return, and use
+    // only raw system calls.
+    unsafe { super::clone::start(main, argument, stack, args.tls) }
 }
