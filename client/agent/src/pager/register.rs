@@ -104,7 +104,7 @@ impl Pager {
         if let Some(helper) = &self.helper {
             helper.control().headroom.store(-1, Ordering::Release);
         }
-        // Drops of our own look like changes of the program's.
+        // Moves of our own look like changes of the program's.
         self.settle_batch();
         let mut fresh = Vec::new();
         let mut settled = None;
@@ -206,6 +206,7 @@ impl Pager {
                 if before.is_plain()
                     && reserve.is_reserve()
                     && before.range.end == reserve.range.start
+                    && !self.is_own_range(Page::of(reserve.range.start))
                     && RESERVE_BYTES.contains(&(reserve.range.end - reserve.range.start))
                     && !self.registered.covers(&reserve.range) =>
             {
