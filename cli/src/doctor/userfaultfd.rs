@@ -81,7 +81,7 @@ const FEATURES: [Feature; 10] = [
         uapi::UFFD_FEATURE_MOVE,
         "uffd_move",
         "taking pages out at once and safely, also while they are written or pinned for I/O",
-        "6.8; until then pages are write-protected, copied and dropped, which does not see pins",
+        "6.8; until then pages are moved by mremap, which does not see pins",
         false,
     ),
     (

@@ -103,7 +103,7 @@ pub struct Control {
 
     /// Agent and program to helper, a futex: counts new commands and new reports.
     pub bell: AtomicU32,
-    /// Agent to helper: counts batches handed over.
+    /// Agent to helper: the batch handed over, numbered on and on together with those of [`Self::landing_command`].
     pub command: AtomicU32,
     /// Helper to agent: the batch whose pages have left the program's ranges.
     pub taken: AtomicU32,

@@ -101,7 +101,7 @@ pub extern "C" fn run(argument: usize) -> ! {
 fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
     // The agent may have left its mark there while it looked whose memory this is.
     empty_holding(args, 0, BATCH_PAGES);
-    let mut has_lander = false;
+    let mut lander = None;
     let mut last = 0u32;
     let mut reported = 0u32;
     let mut seconds_alone = 0u32;
@@ -115,7 +115,7 @@ fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
         match command {
             Some(command) => {
                 if control.batch.method.load(Ordering::Relaxed) == method::REMAP {
-                    has_lander = land_batch(args, control, command, has_lander);
+                    lander = lander.or_else(|| land_batch(args, control, command));
                 } else {
                     run_batch(args, control, command);
                 }
@@ -124,6 +124,11 @@ fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
             None => {
                 if control.quit.load(Ordering::Relaxed) != 0 || calls::getppid() != program {
                     calls::exit(0);
+                }
+                if lander.is_some_and(calls::has_ended) {
+                    // With pages in hand, maybe.
+                    calls::kill(program, calls::SIGKILL);
+                    calls::exit(1);
                 }
                 if calls::peer_gone(fd::LIFELINE) {
                     seconds_alone += 1;
@@ -179,18 +184,17 @@ pub(crate) fn done(control: &Control, command: u32) {
     }
 }
 
-/// A batch for the process beside this one, which waits for the agent. Returns whether there is one.
-fn land_batch(args: &HelperArgs, control: &Control, command: u32, has_lander: bool) -> bool {
-    if has_lander {
-        return true;
+/// The first batch for a process beside this one, which is started for it.
+fn land_batch(args: &HelperArgs, control: &Control, command: u32) -> Option<i32> {
+    match landing::start(args, control, command) {
+        Ok(pid) => Some(pid),
+        Err(errno) => {
+            set_all(&control.batch, 0, control.batch.count(), errno);
+            taken(control, command);
+            done(control, command);
+            None
+        }
     }
-    let started = landing::start(args, control, command);
-    if let Err(errno) = started {
-        set_all(&control.batch, 0, control.batch.count(), errno);
-        taken(control, command);
-        done(control, command);
-    }
-    started.is_ok()
 }
 
 /// The first hop: out of the program's ranges, into the holding range, run by run.

@@ -27,18 +27,18 @@ const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const PROTECTED: u64 = 1 << 57;
 
+const EIO: u32 = 5;
+
 /// Between two looks for a batch, when none was told of.
 const LOOK_MS: u64 = 10_000;
 
-/// Starts the process beside the helper, for its first batch.
+/// Starts the process beside the helper, for its first batch. Returns its pid.
 ///
 /// # Errors
 /// The kernel's errno.
-pub(crate) fn start(args: &HelperArgs, control: &Control, command: u32) -> Result<(), u32> {
+pub(crate) fn start(args: &HelperArgs, control: &Control, command: u32) -> Result<i32, u32> {
     control.landing_command.store(command, Ordering::Release);
-    memory::start_for_landing(main, args)
-        .map(drop)
-        .map_err(|errno| errno.0)
+    memory::start_for_landing(main, args).map_err(|errno| errno.0)
 }
 
 /// Where it begins. `argument` is the address of the helper's [`HelperArgs`].
@@ -72,6 +72,10 @@ fn run_batch(args: &HelperArgs, control: &Control, command: u32) {
 /// Moves the pages of the batch to the landing range, run by run, and notes what became of each.
 fn take_out(args: &HelperArgs, control: &Control, command: u32, count: usize) {
     let batch = &control.batch;
+    if calls::pagemap_words(fd::PAGEMAP, args.landing, &mut [0]) != Ok(1) {
+        // What comes could not be told from what was chosen.
+        return set_all(batch, 0, count, EAGAIN);
+    }
     let mut index = 0;
     while index < count {
         let len = run_len(batch, index, count);
@@ -133,8 +137,12 @@ fn move_run(
         false => memory::remap(from, bytes, to),
     };
     match moved {
-        // Some kernels have unmapped it by then.
-        Err(_) => memory::keep_range(to, bytes),
+        Err(_) => {
+            // Some kernels move one mapping before they find the next to be another,
+            move_back_what_came(to, from, len);
+            // and some have unmapped it by then.
+            memory::keep_range(to, bytes);
+        }
         // No event was waited for: the program has put something there that is not managed, in a call that waits to be read of.
         Ok(()) if control.remap_read_in.load(Ordering::SeqCst) != call => {
             memory::move_back(to, bytes, from);
@@ -145,6 +153,18 @@ fn move_run(
     }
     control.remaps_over.fetch_add(1, Ordering::SeqCst);
     moved
+}
+
+/// After a call that has failed.
+fn move_back_what_came(at: usize, to: usize, len: usize) {
+    let mut words = [0; BATCH_PAGES];
+    let words = words.get_mut(..len).unwrap_or_default();
+    let read = calls::pagemap_words(fd::PAGEMAP, at, words).unwrap_or(0);
+    for (i, word) in words.iter().enumerate().take(read) {
+        if word & (PRESENT | SWAPPED) != 0 {
+            memory::move_back(at + i * PAGE_BYTES, PAGE_BYTES, to + i * PAGE_BYTES);
+        }
+    }
 }
 
 /// What is protected is what was chosen. What was not there any more has not come.
@@ -165,12 +185,22 @@ fn note_what_came(batch: &Batch, at: usize, index: usize, len: usize) {
 /// Copies what was taken to staging and clears the landing range. Its mappings are still under the program's uffd: nothing may
 /// be touched or unmapped there before they are not.
 fn stage(args: &HelperArgs, batch: &Batch, count: usize) {
-    let area = batch.area();
+    let (area, pid) = (batch.area(), calls::getpid());
     memory::unregister(fd::UFFD, args.landing, BYTES);
     for_each_taken(batch, count, |index, len| {
         let from = args.landing + index * PAGE_BYTES;
+        let to = args.shared + staging_offset(area, index);
         memory::make_readable(from, len * PAGE_BYTES);
-        memory::copy_to_staging(from, args.shared + staging_offset(area, index), len);
+        let mut done = 0;
+        while done < len {
+            let at = done * PAGE_BYTES;
+            done += memory::copy_as_the_kernel(pid, from + at, to + at, len - done);
+            if done < len {
+                // It has failed, as memory does.
+                set(batch, index + done, EIO);
+                done += 1;
+            }
+        }
     });
     memory::clear_range(args.landing, BYTES);
 }

@@ -5,6 +5,8 @@
 //! move is done shows in the landing range, by the protected pages that have come there.
 
 use std::io;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use farpage_attach::control::{Control, method, staging_offset};
@@ -12,8 +14,9 @@ use farpage_core::gate::Remaps;
 
 use super::{Noted, Pager};
 use crate::entry::State;
+use crate::state::records::undecided;
 use crate::sys::pagemap::Pagemap;
-use crate::sys::process::registered_ranges;
+use crate::sys::process::{mappings, registered_ranges};
 use crate::sys::uffd::{InstallError, MAX_MESSAGES, Message};
 use crate::table::Page;
 
@@ -22,7 +25,7 @@ use crate::table::Page;
 const BARE_MOVE: Duration = Duration::from_millis(20);
 
 /// A page that the program had moved to where the helper was just taking another from. Its bytes were taken instead.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Replaced {
     page: Page,
     bytes: Box<[u8; 4096]>,
@@ -34,6 +37,14 @@ fn remaps(control: &Control) -> Remaps<'_> {
         over: &control.remaps_over,
         read_in: &control.remap_read_in,
     }
+}
+
+/// Whether something has come to a place of the landing range, or it is not even kept any more: a call that has failed after
+/// something had come waits to be read of too.
+fn is_no_more_kept(pid: i32, start: u64) -> bool {
+    let holds = |range: &Range<u64>| range.contains(&start);
+    let has_come = registered_ranges(pid).is_ok_and(|all| all.iter().any(|(it, _)| holds(it)));
+    has_come || mappings(pid).is_ok_and(|all| !all.iter().any(|it| holds(&it.range)))
 }
 
 impl Pager {
@@ -51,7 +62,7 @@ impl Pager {
             return self.journal.read(&self.uffd, MAX_MESSAGES, messages);
         }
         let mut read = 0;
-        while self.may_read_between() {
+        while read < MAX_MESSAGES && self.may_read_between() {
             let from = messages.len();
             match self.journal.read(&self.uffd, 1, messages)? {
                 0 => break,
@@ -83,7 +94,11 @@ impl Pager {
             return;
         };
         messages.retain(|noted| {
-            let own = matches!(noted.message, Message::Remap { to, .. } if helper.landing().contains(&to));
+            let own = match &noted.message {
+                Message::Remap { to, .. } => helper.landing().contains(to),
+                Message::Unmap(range) => helper.landing().contains(&range.start),
+                _ => false,
+            };
             if own {
                 self.journal.done(noted.at);
             }
@@ -93,42 +108,51 @@ impl Pager {
 
     fn may_read_between(&mut self) -> bool {
         self.open_pagemap();
-        let (Some(helper), Some(batch), Some(pagemap), Some(process)) = (
-            &self.helper,
-            &mut self.take_out,
-            &self.pagemap,
-            &self.process,
-        ) else {
+        let is_late = self.is_remap_late();
+        let (Some(helper), Some(pagemap), Some(process)) =
+            (&self.helper, &self.pagemap, &self.process)
+        else {
             return false;
         };
         let control = helper.control();
-        let seen = &mut batch.remap_seen;
-        let has_moved = |call: u32| {
-            let run = control.remap_run.load(std::sync::atomic::Ordering::Acquire);
+        if is_late {
+            // Where it shows in nothing else whether the call waits to be read of, it had better be the last.
+            self.gate.give_up(&control.given_up);
+        }
+        let has_moved = |_| {
+            let run = control.remap_run.load(Ordering::Acquire);
             let (first, pages) = (u64::from(run & 0xffff), u64::from(run >> 16));
             let start = helper.landing().start + first * 4096;
-            if pagemap
-                .any_protected(start..start + pages * 4096)
-                .unwrap_or(false)
-            {
-                return true;
-            }
-            let (_, since) = *seen.insert(match *seen {
-                Some((before, since)) if before == call => (before, since),
-                _ => (call, Instant::now()),
-            });
-            since.elapsed() > BARE_MOVE
-                && registered_ranges(process.pid())
-                    .is_ok_and(|ranges| ranges.iter().any(|(range, _)| range.contains(&start)))
+            let protected = pagemap.any_protected(start..start + pages * 4096);
+            protected.unwrap_or(false) || is_late && is_no_more_kept(process.pid(), start)
         };
         self.gate.read_between(remaps(control), has_moved).is_ok()
     }
 
-    fn open_pagemap(&mut self) {
+    /// Whether the `mremap` that is under way, if one is, has been so for long.
+    fn is_remap_late(&mut self) -> bool {
+        let (Some(helper), Some(batch)) = (&self.helper, &mut self.take_out) else {
+            return false;
+        };
+        let control = helper.control();
+        let call = control.remaps_begun.load(Ordering::Acquire);
+        if control.remaps_over.load(Ordering::Acquire) == call {
+            return false;
+        }
+        let seen = batch.remap_seen.filter(|(before, _)| *before == call);
+        let (_, since) = *batch
+            .remap_seen
+            .insert(seen.unwrap_or_else(|| (call, Instant::now())));
+        since.elapsed() > BARE_MOVE
+    }
+
+    /// The program's pagemap, opened when it is first wanted.
+    pub(super) fn open_pagemap(&mut self) -> bool {
         if self.pagemap.is_none() {
             let process = self.process.as_ref();
             self.pagemap = process.and_then(|process| Pagemap::open(process.pid()).ok());
         }
+        self.pagemap.is_some()
     }
 
     /// Keeps what was taken from where it had just been put, until the table says that it is there.
@@ -146,11 +170,23 @@ impl Pager {
         {
             tracing::debug!(space = self.handle.id, page = page.0, "was replaced");
             self.replaced.push(Replaced { page, bytes });
+            // Another agent would take it for being here.
+            self.place
+                .undecided
+                .fetch_or(undecided::EVENTS, Ordering::AcqRel);
         }
     }
 
     pub(super) fn is_to_be_put_back(&self, page: Page) -> bool {
         self.replaced.iter().any(|replaced| replaced.page == page)
+    }
+
+    /// Pages have moved on: what is to be put back among them goes along.
+    pub(super) fn replaced_have_moved(&mut self, from: &Range<Page>, to: Page) {
+        let moved = self.replaced.iter_mut();
+        for it in moved.filter(|it| from.contains(&it.page)) {
+            it.page = to.plus(it.page.0 - from.start.0);
+        }
     }
 
     /// Puts back what was taken by mistake. The kernel refuses it for as long as the event is unread that says what it is.

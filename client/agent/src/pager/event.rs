@@ -58,6 +58,7 @@ impl Pager {
         for entry in released {
             self.forget_entry(entry);
         }
+        self.replaced_have_moved(&left, to_page);
         self.soft_dirty.forget_range(&left);
         self.soft_dirty.forget_range(&entered);
         self.mark_soft_dirty(emptied);

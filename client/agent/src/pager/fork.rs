@@ -148,6 +148,7 @@ impl Pager {
         child.table = table;
         child.registered = registered;
         child.soft_dirty = self.soft_dirty.inherited();
+        child.replaced = self.replaced.clone();
         child.inheritance = Inheritance::Unknown { parent };
         child.is_recovered = self.is_recovered;
         // It is whole. From here on the event says nothing that is not in the state: its descriptor may be closed at any time.

@@ -122,16 +122,26 @@ impl Helper {
     /// Publishes a batch that lies ready in the control block.
     pub(super) fn publish(&self, command: u32, how: u32) {
         let control = self.control();
-        control.command.store(command, Ordering::SeqCst);
         if how == method::REMAP && control.lander.load(Ordering::Acquire) != 0 {
+            // The helper is told nothing of it: it might see what is in the next batch only.
             control.landing_command.store(command, Ordering::SeqCst);
             futex_wake(&control.landing_command);
             return;
         }
+        control.command.store(command, Ordering::SeqCst);
         control.bell.fetch_add(1, Ordering::SeqCst);
         if control.helper_sleeps.load(Ordering::SeqCst) != 0 {
             futex_wake(&control.bell);
         }
+    }
+
+    /// Whether an agent had come to publish this batch. Who is to take it out may not have been woken: it is now.
+    pub(super) fn was_published(&self, command: u32) -> bool {
+        let control = self.control();
+        futex_wake(&control.landing_command);
+        [&control.command, &control.landing_command]
+            .iter()
+            .any(|word| word.load(Ordering::Acquire) == command)
     }
 
     /// Ends it: the program is gone.

@@ -337,7 +337,7 @@ impl Pager {
     /// Nothing that was read is still to be followed: what could not be handed on before can be now.
     fn all_is_followed(&self) {
         let transient = self.place.undecided.load(Ordering::Relaxed) & undecided::EVENTS != 0;
-        if transient && self.journal.is_empty() {
+        if transient && self.journal.is_empty() && self.replaced.is_empty() {
             self.place
                 .undecided
                 .fetch_and(!undecided::EVENTS, Ordering::AcqRel);

@@ -217,7 +217,7 @@ impl Pager {
         let Some(helper) = &self.helper else {
             return HashSet::new();
         };
-        let was_handed_over = helper.control().command.load(Ordering::Acquire) == command;
+        let was_handed_over = helper.was_published(command);
         let is_under_way = self.place.batch.load(Ordering::Acquire);
         let how = self.place.method.load(Ordering::Relaxed);
         self.gate = Gate::resumed(command, is_under_way && was_handed_over);

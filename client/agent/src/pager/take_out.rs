@@ -41,6 +41,9 @@ impl Pager {
         if self.take_out.is_some() || !self.helper.as_ref().is_some_and(super::Helper::is_ready) {
             return false;
         }
+        if !self.replaced.is_empty() {
+            return false;
+        }
         let need = self.pages_to_evict();
         if need == 0 {
             return false;
@@ -129,6 +132,12 @@ impl Pager {
     }
 
     fn move_out(&mut self, pages: Batch, area: usize, how: u32) -> bool {
+        // Of a move by `mremap` only the pagemap tells when it is done.
+        if how == method::REMAP && !self.open_pagemap() {
+            self.turn_round(&pages);
+            self.rest_until = Some(Instant::now() + REST);
+            return false;
+        }
         let Some(helper) = &self.helper else {
             return false;
         };
@@ -173,15 +182,15 @@ impl Pager {
         // Those that another way takes need no rest.
         let unmovable = outcomes.contains(&libc::EINVAL.unsigned_abs());
         for (index, (page, outcome)) in batch.pages.iter().zip(outcomes).enumerate() {
+            if outcome == outcome::REPLACED {
+                self.keep_replaced(*page, batch.area, index);
+            }
             if batch.settled >> index & 1 == 1 {
                 continue;
             }
             if outcome == outcome::TAKEN {
                 taken.push((index, *page));
                 continue;
-            }
-            if outcome == outcome::REPLACED {
-                self.keep_replaced(*page, batch.area, index);
             }
             self.not_taken(*page, outcome, batch.method);
             self.place.left_staging(batch.area, index);
@@ -238,12 +247,27 @@ impl Pager {
             libc::ENOENT => self.discard_to_zeros(page..page.plus(1)),
             // Not plain read-write any more: `mremap` moves it.
             libc::EINVAL if how != method::REMAP => self.staging.unmovable_page(page),
+            // Nobody could read it where it is now.
+            libc::EIO if how == method::REMAP => self.is_unreadable(page),
             // Locked: it is tried again after a while.
             libc::EINVAL => {
                 self.handle.figures.stuck.fetch_add(1, Ordering::Relaxed);
                 self.staging.stuck_page(page);
             }
             _ => self.residents.stayed(page),
+        }
+    }
+
+    /// A page that has failed, as memory does: who touches it is told so.
+    fn is_unreadable(&mut self, page: Page) {
+        tracing::error!(
+            pid = self.pid(),
+            page = page.0,
+            "a page cannot be read any more"
+        );
+        if let Some((before, _)) = self.table.change(page, |entry| Some(entry.poisoned())) {
+            self.release_slot_of(before);
+            self.job.discharge(1);
         }
     }
 

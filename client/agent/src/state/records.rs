@@ -117,7 +117,7 @@ pub mod space {
 
 /// Why an address space cannot be taken over.
 pub mod undecided {
-    /// Which events are the program's own, or what of them has been followed, is not in the state.
+    /// What of the events that were read has been followed is not in the state, or what a page holds that one of them put there.
     pub const EVENTS: u32 = 1;
     /// A part of the table is not.
     pub const TABLE: u32 = 2;

@@ -214,6 +214,21 @@ pub fn reap_clone(pid: i32) {
     while call!(k::__NR_wait4, pid as isize, 0usize, WCLONE, 0usize) == Err(Errno(EINTR)) {}
 }
 
+/// Whether such a process has ended; it is gone then.
+#[must_use]
+pub fn has_ended(pid: i32) -> bool {
+    const WCLONE: usize = 0x8000_0000;
+    const WNOHANG: usize = 1;
+    call!(
+        k::__NR_wait4,
+        pid as isize,
+        0usize,
+        WCLONE | WNOHANG,
+        0usize
+    )
+    .is_ok_and(|it| it != 0)
+}
+
 /// Sleeps while `word` holds `value`, at most `milliseconds`.
 pub fn futex_wait(word: &AtomicU32, value: u32, milliseconds: u64) {
     let timeout = k::__kernel_timespec {
