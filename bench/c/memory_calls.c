@@ -198,6 +198,42 @@ static void protect_read(void)
 	check(at, DATA, 3, "written afterwards");
 }
 
+/* Memory that moves, and memory that does not, leave by turns, while the program asks for more of it. */
+static void protect_some(void)
+{
+	enum { BLOCKS = 16, TURNS = 40000 };
+	const size_t pages = DATA / PAGE / BLOCKS;
+	char *at = far_map(DATA, 1);
+	for (size_t block = 0; block < BLOCKS; block += 2)
+		MUST(mprotect(at + block * pages * PAGE, pages * PAGE, PROT_READ) == 0);
+	uint64_t lot = 1;
+	for (int turn = 0; turn < TURNS; turn++) {
+		lot = lot * 6364136223846793005ull + 1442695040888963407ull;
+		size_t page = (lot >> 33) % (DATA / PAGE);
+		check_from(at + page * PAGE, PAGE, page, 1, "a page of some");
+		if (page / pages % 2)
+			fill_page(at + page * PAGE, page, 1);
+		if (turn % 4 == 0) {
+			void *more = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+			MUST(more != MAP_FAILED && munmap(more, 4 * PAGE) == 0);
+		}
+	}
+}
+
+/* Who takes it out has no right to such memory. */
+static void protect_key(void)
+{
+	int key = pkey_alloc(0, 0);
+	if (key < 0)
+		skip("the processor has no memory protection keys");
+	char *at = far_map(DATA, 2);
+	MUST(pkey_mprotect(at, DATA, PROT_READ | PROT_WRITE, key) == 0);
+	check(at, DATA, 2, "under a key");
+	fill(at, DATA, 3);
+	push_far(at, DATA);
+	check(at, DATA, 3, "under a key, and far again");
+}
+
 /* Until its parent ends. A session of its own has its own share of the processors. */
 static void keep_a_processor(void)
 {
@@ -287,7 +323,7 @@ static const struct test_case cases[] = {
 	{"unmap_whole", unmap_whole}, {"unmap_part", unmap_part}, {"dontneed", dontneed}, {"free", free_lazily},
 	{"remove", remove_pages}, {"remap_grow", remap_grow}, {"remap_move", remap_move}, {"remap_shrink", remap_shrink},
 	{"remap_dontunmap", remap_dontunmap}, {"remap_fixed", remap_fixed}, {"brk_shrink", brk_shrink},
-	{"protect_none", protect_none}, {"protect_read", protect_read}, {"reuse", reuse}, {"exit", just_exit},
+	{"protect_none", protect_none}, {"protect_read", protect_read}, {"protect_some", protect_some}, {"protect_key", protect_key}, {"reuse", reuse}, {"exit", just_exit},
 	{"killed", be_killed}, {"exec", exec_another},
 };
 MAIN(cases)

@@ -71,6 +71,17 @@ fn what_takes_the_place_of_leaving_memory_stays() {
     case("reuse");
 }
 
+/// Both ways in which pages leave, by turns: the helper could take the next batch for the one that was not its own.
+#[test]
+fn read_only_memory_among_other() {
+    case("protect_some");
+}
+
+#[test]
+fn memory_under_a_protection_key() {
+    case("protect_key");
+}
+
 #[test]
 fn brk_given_back() {
     case("brk_shrink");

@@ -189,6 +189,8 @@ pub const CASES: &[Case] = &[
     case("memory_calls", "brk_shrink", "the heap given back").both(),
     case("memory_calls", "protect_none", "inaccessible memory keeps its contents").both(),
     case("memory_calls", "protect_read", "read-only memory keeps its contents").both(),
+    case("memory_calls", "protect_some", "read-only memory among other").both(),
+    case("memory_calls", "protect_key", "memory under a protection key").both(),
     case("memory_calls", "reuse", "what is written where memory is just leaving stays").both(),
     case("memory_calls", "exit", "exit frees every far slot").both(),
     case("memory_calls", "killed", "SIGKILL frees every far slot").both().ending(128 + 9),
