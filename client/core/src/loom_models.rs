@@ -4,6 +4,9 @@
 //! claims carries the transfer out, and whoever takes an entry away gives its slot back. The gate's model runs
 //! the real gate against a kernel of a few lines that behaves as `UFFDIO_MOVE` and the event queue were seen to.
 
+use loom::sync::Arc;
+use loom::thread;
+
 mod cell {
     use loom::cell::UnsafeCell;
     use loom::sync::Arc;
@@ -246,20 +249,47 @@ mod cell {
     }
 }
 
+/// What is mapped at the one address that the models of the gate are about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mapping {
+    Old,
+    Gone,
+    New,
+}
+
+/// Every interleaving with three preemptions of a program that uses the address anew, a helper that says what it took there, and a
+/// pager. The breakages that the models show need one.
+fn explore<W: Send + Sync + 'static>(
+    new: fn() -> Arc<W>,
+    program: fn(&W),
+    helper: fn(&W) -> Option<Mapping>,
+    pager: impl Fn(&W) + Send + Sync + 'static,
+) {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(move || {
+        let world = new();
+        let shared = Arc::clone(&world);
+        let program = thread::spawn(move || program(&shared));
+        let shared = Arc::clone(&world);
+        let helper = thread::spawn(move || helper(&shared));
+        pager(&world);
+        program.join().unwrap();
+        assert_ne!(
+            helper.join().unwrap(),
+            Some(Mapping::New),
+            "the helper moved a page of the new mapping"
+        );
+    });
+}
+
 mod gate {
     use loom::sync::atomic::{AtomicU32, Ordering};
     use loom::sync::{Arc, Condvar, Mutex};
     use loom::thread;
 
+    use super::{Mapping, explore};
     use crate::gate::Gate;
-
-    /// What is mapped at the one address that everybody is about.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    enum Mapping {
-        Old,
-        Gone,
-        New,
-    }
 
     /// The kernel's part: an unmap is announced, then done, then waits for its event to be read; MOVE is
     /// refused from the announcement to the read, and otherwise takes whatever is there.
@@ -364,28 +394,8 @@ mod gate {
     }
 
     fn run(gated: bool) {
-        let mut model = loom::model::Builder::new();
-        // Every interleaving with so many preemptions; the breakage below shows itself with one.
-        model.preemption_bound = Some(3);
-        model.check(move || {
-            let world = World::new();
-            let program = {
-                let world = Arc::clone(&world);
-                thread::spawn(move || world.program())
-            };
-            let helper = {
-                let world = Arc::clone(&world);
-                thread::spawn(move || world.helper())
-            };
-            world.pager(gated);
-            program.join().unwrap();
-            let took = helper.join().unwrap();
-            assert_ne!(
-                took,
-                Some(Mapping::New),
-                "the helper moved a page of the new mapping"
-            );
-        });
+        let pager = move |world: &World| world.pager(gated);
+        explore(World::new, World::program, World::helper, pager);
     }
 
     #[test]
@@ -408,17 +418,10 @@ mod between {
     use loom::sync::{Arc, Condvar, Mutex};
     use loom::thread;
 
+    use super::{Mapping, explore};
     use crate::gate::{Gate, Remaps};
 
     const COMMAND: u32 = 1;
-
-    /// What is mapped at the second of the batch's pages, which the program uses for something else. The first is left alone.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    enum Mapping {
-        Old,
-        Gone,
-        New,
-    }
 
     #[derive(Debug, PartialEq, Eq)]
     enum Event {
@@ -426,7 +429,8 @@ mod between {
         Remap,
     }
 
-    /// The kernel's part: `mremap` takes whatever is there, and returns when its event has been read.
+    /// The kernel's part: `mremap` takes whatever is there, and returns when its event has been read. `mapping` is at the second
+    /// of the batch's pages; the program leaves the first alone.
     struct Kernel {
         mapping: Mapping,
         announced: bool,
@@ -554,27 +558,8 @@ mod between {
     }
 
     fn run(gated: bool) {
-        let mut model = loom::model::Builder::new();
-        model.preemption_bound = Some(3);
-        model.check(move || {
-            let world = World::new();
-            let program = {
-                let world = Arc::clone(&world);
-                thread::spawn(move || world.program())
-            };
-            let helper = {
-                let world = Arc::clone(&world);
-                thread::spawn(move || world.helper())
-            };
-            world.pager(gated);
-            program.join().unwrap();
-            let took = helper.join().unwrap();
-            assert_ne!(
-                took,
-                Some(Mapping::New),
-                "the helper moved a page of the new mapping"
-            );
-        });
+        let pager = move |world: &World| world.pager(gated);
+        explore(World::new, World::program, World::helper, pager);
     }
 
     #[test]

@@ -207,17 +207,18 @@ pub fn set_signal_mask(mask: u64) -> u64 {
     old
 }
 
+/// Of `wait4`: of processes that were cloned without an exit signal.
+const WCLONE: usize = 0x8000_0000;
+
 /// Waits for a process that was cloned without an exit signal, and has been killed, to be gone.
 pub fn reap_clone(pid: i32) {
     const EINTR: u32 = 4;
-    const WCLONE: usize = 0x8000_0000;
     while call!(k::__NR_wait4, pid as isize, 0usize, WCLONE, 0usize) == Err(Errno(EINTR)) {}
 }
 
 /// Whether such a process has ended; it is gone then.
 #[must_use]
 pub fn has_ended(pid: i32) -> bool {
-    const WCLONE: usize = 0x8000_0000;
     const WNOHANG: usize = 1;
     call!(
         k::__NR_wait4,
