@@ -182,12 +182,9 @@ impl Parts {
         let is_it = |pinned: &Pinned| usize::from(pinned.slot) == slot;
         let at = self.pinned.iter().position(is_it)?;
         let pinned = self.pinned.swap_remove(at);
-        if pinned.given_up {
-            // It may be pinned for both.
-            match self.pinned.iter_mut().find(|other| is_it(other)) {
-                Some(other) => other.given_up = true,
-                None => self.free.give_back(slot),
-            }
+        // It may be pinned for both.
+        if pinned.given_up && !self.pinned.iter().any(is_it) {
+            self.free.give_back(slot);
         }
         Some(pinned)
     }
@@ -197,9 +194,10 @@ impl Parts {
         for copy in &mut self.copies {
             copy.holds.clear(slot.into());
         }
-        match self.pinned.iter_mut().find(|pinned| pinned.slot == slot) {
-            Some(pinned) => pinned.given_up = true,
-            None => self.free.give_back(slot.into()),
+        let pins = self.pinned.iter_mut().filter(|pinned| pinned.slot == slot);
+        let pins = pins.map(|pinned| pinned.given_up = true).count();
+        if pins == 0 {
+            self.free.give_back(slot.into());
         }
     }
 }

@@ -93,6 +93,37 @@ mod tests {
         assert_eq!(far.take_run(2, 1), Some(run));
         assert!(far.take_run(1, 1).is_none());
     }
+
+    /// A transfer's end took it for still named where another slot's end had changed the order of what is pinned, and the copy then
+    /// counted for whatever was put there next.
+    #[test]
+    fn what_rests_and_is_copied_is_given_up_for_both() {
+        let far = FarMemory::new(State::create().unwrap());
+        far.add(2, vec![grant(1, 8), grant(2, 8)]).unwrap();
+        let broken_off = |len| {
+            let run = far.take_run(len, 2).unwrap();
+            let targets = far.targets(run);
+            far.written(run, targets[0].copy, true);
+            far.written(run, targets[1].copy, false);
+            far.may_still_arrive(run);
+            (run, targets[1].copy)
+        };
+        let (first, _) = broken_off(1);
+        let (second, lacks) = broken_off(1);
+        let transfer = far.next_transfer(0).unwrap();
+        assert_eq!((transfer.first, transfer.to.len), (first.first, 2));
+        assert!(far.release(second.first));
+        far.transferred(&transfer, 3, false);
+        far.end_rests_until(Instant::now() + REST);
+        let again = far.take_run(1, 2).unwrap();
+        assert_eq!(again, second);
+        for target in far.targets(again) {
+            far.written(again, target.copy, target.copy != lacks);
+        }
+        let places = far.places(again.first, 1);
+        assert!(places.iter().all(|place| place.copy != lacks));
+    }
+
     /// What a node lacked since it was killed was made up for two minutes late.
     #[test]
     fn what_rests_is_copied_to_where_it_is_missing() {
