@@ -79,17 +79,22 @@ fn take_out(args: &HelperArgs, control: &Control, command: u32, count: usize) {
     let mut index = 0;
     while index < count {
         let len = run_len(batch, index, count);
-        if !take_run(args, control, command, index, len) {
-            // It may cross from one mapping to the next.
-            for i in index..index + len {
-                take_run(args, control, command, i, 1);
-            }
-        }
+        take_in_halves(args, control, command, index, len);
         index += len;
     }
 }
 
-/// Moves a run. Returns false where its pages are to be tried one by one.
+/// Moves a run, in halves where it cannot be moved whole: it may cross from one mapping to the next. Page by page each would
+/// cost a turn of the agent's.
+fn take_in_halves(args: &HelperArgs, control: &Control, command: u32, index: usize, len: usize) {
+    if !take_run(args, control, command, index, len) {
+        let half = len / 2;
+        take_in_halves(args, control, command, index, half);
+        take_in_halves(args, control, command, index + half, len - half);
+    }
+}
+
+/// Moves a run. Returns false where parts of it are to be tried; never of one page.
 fn take_run(args: &HelperArgs, control: &Control, command: u32, index: usize, len: usize) -> bool {
     let batch = &control.batch;
     let (start, bytes) = (page(batch, index), len * PAGE_BYTES);

@@ -50,6 +50,23 @@ impl Registered {
             .is_some_and(|(_, end)| range.end <= *end)
     }
 
+    /// The parts of a range that are not.
+    fn gaps(&self, range: &Range<u64>) -> Vec<Range<u64>> {
+        let before = self.ranges.range(..range.start).next_back();
+        let within = self.ranges.range(range.start..range.end);
+        let (mut gaps, mut from) = (Vec::new(), range.start);
+        for (start, end) in before.into_iter().chain(within) {
+            if from < *start {
+                gaps.push(from..*start);
+            }
+            from = from.max(*end);
+        }
+        if from < range.end {
+            gaps.push(from..range.end);
+        }
+        gaps
+    }
+
     pub(super) fn ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         self.ranges.iter().map(|(start, end)| *start..*end)
     }
@@ -87,6 +104,16 @@ impl Registered {
             }
         }
     }
+}
+
+/// What of a mapping is managed that has room behind it: of the heap, all but its last page.
+///
+/// What `brk` adds has been touched by the time it is registered. Were all before it registered too, it would be a mapping of its
+/// own from then on, since the kernel joins none that have each been touched before they were alike; and a program may have some
+/// 65530. To the last page it is added as to any heap, and joins what is managed as it is registered.
+fn without_tail(mapping: &Mapping) -> Range<u64> {
+    let tail = if mapping.is_heap() { 4096 } else { 0 };
+    mapping.range.start..mapping.range.end - tail
 }
 
 impl Pager {
@@ -175,8 +202,12 @@ impl Pager {
     fn worth_managing(&self, mappings: &[Mapping]) -> Vec<Range<u64>> {
         let mut found = Vec::new();
         let mut before: Option<&Mapping> = None;
-        for mapping in mappings {
+        for (index, mapping) in mappings.iter().enumerate() {
             let size = mapping.range.end - mapping.range.start;
+            let range = match mappings.get(index + 1) {
+                Some(after) if after.range.start == mapping.range.end => mapping.range.clone(),
+                _ => without_tail(mapping),
+            };
             let guarded = before.is_some_and(|before| {
                 &before.permissions[..3] == b"---"
                     && before.range.end == mapping.range.start
@@ -189,9 +220,9 @@ impl Pager {
                 && size >= LEAST_BYTES
                 && !like_a_stack
                 && !ours
-                && !self.registered.covers(&mapping.range)
+                && !self.registered.covers(&range)
             {
-                found.push(mapping.range.clone());
+                found.push(range);
             }
             before = Some(mapping);
         }
@@ -319,11 +350,9 @@ impl Pager {
         };
         let unmanaged = mappings
             .iter()
-            .filter(|mapping| mapping.permissions[3] == b'p')
-            .filter(|mapping| {
-                !self.registered.covers(&mapping.range) && !mapping.name.starts_with("[v")
-            })
-            .map(|mapping| pagemap.count_present(mapping.range.clone()).unwrap_or(0))
+            .filter(|mapping| mapping.permissions[3] == b'p' && !mapping.name.starts_with("[v"))
+            .flat_map(|mapping| self.registered.gaps(&mapping.range))
+            .map(|range| pagemap.count_present(range).unwrap_or(0))
             .sum();
         self.handle
             .figures
@@ -365,6 +394,11 @@ mod tests {
                 for page in 0..80 {
                     prop_assert_eq!(registered.contains(Page(page)), model.contains(&page));
                 }
+                let gaps = registered.gaps(&(10 * 4096..70 * 4096));
+                prop_assert!(gaps.iter().all(|gap| !gap.is_empty()));
+                let missing: Vec<u64> = gaps.into_iter().flatten().step_by(4096).map(|at| at / 4096).collect();
+                let expected: Vec<u64> = (10..70).filter(|page| !model.contains(page)).collect();
+                prop_assert_eq!(missing, expected);
             }
         }
     }

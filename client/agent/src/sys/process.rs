@@ -286,8 +286,14 @@ impl Mapping {
         &self.permissions == b"---p" && self.inode == 0 && self.name.is_empty()
     }
 
+    /// Whether `brk` made this.
+    #[must_use]
+    pub fn is_heap(&self) -> bool {
+        self.name == "[heap]"
+    }
+
     fn is_nameable(&self) -> bool {
-        self.name == "[heap]" || self.name.starts_with("[anon:")
+        self.is_heap() || self.name.starts_with("[anon:")
     }
 }
 
