@@ -1,5 +1,5 @@
-//! What is managed: the program's large plain anonymous mappings, registered whole, late, and again as they
-//! grow.
+//! What is managed: the program's large plain anonymous mappings, registered whole (the heap but for its last page), late, and
+//! again as they grow.
 
 use std::collections::BTreeMap;
 use std::ops::{Range, RangeInclusive};
