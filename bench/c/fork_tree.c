@@ -6,7 +6,7 @@ enum { AT_WORK = 4 };
 
 /* What the whole tree shares, in shared memory, which stays here. */
 static struct {
-	volatile uint32_t processes, failures, killed;
+	volatile uint32_t processes, lived, deepest, failures, killed;
 	/* Who works now, by process: a processor or two do not serve hundreds at once, and who is killed frees his place. */
 	volatile int32_t at_work[AT_WORK];
 	volatile int32_t pids[256];
@@ -15,6 +15,8 @@ static struct {
 static size_t bytes, pages;
 static uint32_t processes_at_most;
 static int generations, kills;
+/* Whether this is the root, or a firstborn of firstborns: each of them has a place kept, so that all generations live. */
+static int of_first_line = 1;
 
 /* What each page must hold, for one process; in shared memory too, so that the judge does not go far. */
 static uint32_t *salts;
@@ -120,24 +122,47 @@ static void reap(void)
 	}
 }
 
+/* The number of the next to be born at this depth, or 0 where there are enough. */
+static uint32_t next_number(int depth, int first_line)
+{
+	if (first_line)
+		return (uint32_t)depth + 1;
+	uint32_t number = __atomic_add_fetch(&tree->processes, 1, __ATOMIC_RELAXED);
+	if (number <= processes_at_most)
+		return number;
+	__atomic_fetch_sub(&tree->processes, 1, __ATOMIC_RELAXED);
+	return 0;
+}
+
+static void be_counted(uint32_t number, int depth)
+{
+	tree->pids[number] = getpid();
+	__atomic_fetch_add(&tree->lived, 1, __ATOMIC_RELAXED);
+	for (uint32_t deepest = tree->deepest; deepest < (uint32_t)depth;)
+		if (__atomic_compare_exchange_n(&tree->deepest, &deepest, (uint32_t)depth, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+			break;
+}
+
 static void live(char *at, int depth)
 {
 	write_some(at, 64);
 	pid_t children[4];
 	int born = 0;
-	while (depth < generations && born < 2 + (int)draw(3)) {
-		uint32_t number = __atomic_add_fetch(&tree->processes, 1, __ATOMIC_RELAXED);
-		if (number >= processes_at_most) {
-			__atomic_fetch_sub(&tree->processes, 1, __ATOMIC_RELAXED);
+	/* The root has four, and so there are enough in the end whatever is drawn. */
+	while (depth < generations && born < (depth ? 2 + (int)draw(3) : 4)) {
+		int first_line = of_first_line;
+		of_first_line = 0;
+		uint32_t number = next_number(depth + 1, first_line);
+		if (!number)
 			break;
-		}
 		/* The child goes its own way from here, its model too. */
 		uint32_t *theirs = unmanaged(pages * sizeof *salts), child_lot = draw(1u << 30);
 		memcpy(theirs, salts, pages * sizeof *salts);
 		pid_t child = fork();
 		MUST(child >= 0);
 		if (!child) {
-			tree->pids[number] = getpid();
+			of_first_line = first_line;
+			be_counted(number, depth + 1);
 			munmap(salts, pages * sizeof *salts);
 			salts = theirs;
 			lot = lot * 31 + child_lot;
@@ -178,7 +203,9 @@ int main(int argc, char **argv)
 	generations = is_long ? 6 : 4;
 	processes_at_most = is_long ? 200 : 24;
 	tree = unmanaged(PAGE);
-	tree->processes = 1;
+	/* The root and the first line have their places. */
+	tree->processes = 1 + (uint32_t)generations;
+	be_counted(1, 0);
 	salts = unmanaged(pages * sizeof *salts);
 	MUST(prctl(PR_SET_CHILD_SUBREAPER, 1) == 0);
 	MUST(signal(SIGBUS, lost) != SIG_ERR);
@@ -188,6 +215,10 @@ int main(int argc, char **argv)
 	live(at, 0);
 	reap();
 	verify(at, "in the end");
-	fprintf(stderr, "seed %s: %u processes, %u kills, %u failures\n", argv[3], tree->processes, tree->killed, tree->failures);
+	fprintf(stderr, "seed %s: %u processes lived in %u generations after the first, %u kills, %u failures\n", argv[3], tree->lived,
+		tree->deepest, tree->killed, tree->failures);
+	/* Who is killed may have been counted or not, and has fewer descendants than he would have had. */
+	if (!kills && (tree->lived != processes_at_most || tree->deepest != (uint32_t)generations))
+		fail("%u processes in %d generations were asked for", processes_at_most, generations);
 	return tree->failures != 0;
 }
