@@ -201,6 +201,178 @@ static void threads_fork(void)
 	check(shared, DATA, 1, "after threads forked");
 }
 
+/* Threads with a region each, who discard parts of it, map them anew and write them again, while the process forks. */
+enum { WORKERS = 3, PARTS = 16, PART_PAGES = 96, FORKS = 24, AT_A_TIME = 3 };
+
+/* What a worker says of itself before it does it: a child inherits each worker's words and pages as of one moment. */
+static struct worker {
+	pthread_t thread;
+	char *at;
+	/* Its pages' numbers begin here: no two workers' pages are alike. */
+	size_t first;
+	/* What each part has: a pattern of this salt, or zeros if that is 0. */
+	uint64_t salts[PARTS];
+	/* The part that is changed (PARTS if none), whether it is given up for that, and what it will have. */
+	size_t changed, given_up;
+	uint64_t next;
+	/* The page of that part that is written (PART_PAGES if none), and whether the part is a hole. */
+	size_t written, hole;
+	size_t rounds;
+} workers[WORKERS];
+
+/* In the program's own order with what is written to pages. */
+static void say(size_t *what, size_t now) { __atomic_store_n(what, now, __ATOMIC_SEQ_CST); }
+
+static char *page_of(const struct worker *one, size_t part, size_t page) { return one->at + (part * PART_PAGES + page) * PAGE; }
+
+static int holds(const struct worker *one, size_t part, size_t page, uint64_t salt)
+{
+	const volatile uint64_t *words = (uint64_t *)page_of(one, part, page);
+	if (salt)
+		return wrong_word((const void *)words, one->first + part * PART_PAGES + page, salt) < 0;
+	for (size_t i = 0; i < WORDS; i++)
+		if (words[i])
+			return 0;
+	return 1;
+}
+
+static void check_part(const struct worker *one, size_t part, uint64_t salt, const char *what)
+{
+	for (size_t page = 0; page < PART_PAGES; page++)
+		if (!holds(one, part, page, salt))
+			fail("%s: worker %td, part %zu, page %zu at %p, salt %lu", what, one - workers, part, page,
+			     (void *)page_of(one, part, page), salt);
+}
+
+static void write_part(struct worker *one, size_t part, uint64_t salt)
+{
+	for (size_t page = 0; page < PART_PAGES; page++) {
+		say(&one->written, page);
+		fill_page(page_of(one, part, page), one->first + part * PART_PAGES + page, salt);
+	}
+	say(&one->written, PART_PAGES);
+}
+
+/* By MADV_DONTNEED, by another mapping over it, or by one where it was. */
+static void give_up(struct worker *one, size_t part, int how)
+{
+	const int protection = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+	const size_t bytes = PART_PAGES * PAGE;
+	char *at = page_of(one, part, 0);
+	if (how == 0) {
+		MUST(madvise(at, bytes, MADV_DONTNEED) == 0);
+		return;
+	}
+	if (how == 1) {
+		say(&one->hole, 1);
+		MUST(munmap(at, bytes) == 0);
+	}
+	MUST(mmap(at, bytes, protection, flags, -1, 0) == at);
+	say(&one->hole, 0);
+}
+
+static void *discard_often(void *worker)
+{
+	struct worker *self = worker;
+	uint64_t lot = self->first + 1;
+	for (uint64_t round = 2; !stop; round++) {
+		lot = lot * 6364136223846793005ull + 1442695040888963407ull;
+		size_t part = (lot >> 33) % PARTS;
+		check_part(self, part, self->salts[part], "before a change");
+		/* A quarter is only written over; of the rest a quarter stays zeros. */
+		int how = (int)(lot >> 62), stays = how < 3 && (lot >> 58) % 4 == 0;
+		say(&self->next, stays ? 0 : round);
+		say(&self->given_up, how < 3);
+		say(&self->changed, part);
+		if (self->given_up) {
+			give_up(self, part, how);
+			check_part(self, part, 0, "given up");
+		}
+		if (!stays)
+			write_part(self, part, round);
+		say(&self->salts[part], self->next);
+		say(&self->changed, PARTS);
+		say(&self->rounds, self->rounds + 1);
+		usleep(200);
+	}
+	for (size_t part = 0; part < PARTS; part++)
+		check_part(self, part, self->salts[part], "in the end");
+	return NULL;
+}
+
+/* What a child finds of a part that was just being changed is, page by page, what it had, zeros if it was given up, or what it
+ * was to have; of the page that was just being written it may be some of each. */
+static void check_changed(const struct worker *one)
+{
+	const size_t part = one->changed;
+	for (size_t page = 0; page < PART_PAGES; page++)
+		if (page != one->written && !holds(one, part, page, one->salts[part]) && !holds(one, part, page, one->next) &&
+		    !(one->given_up && holds(one, part, page, 0)))
+			fail("a part that changed as it was inherited: worker %td, part %zu, page %zu at %p, salts %lu and %lu", one - workers,
+			     part, page, (void *)page_of(one, part, page), one->salts[part], one->next);
+}
+
+static void live_beside_workers(uint64_t salt)
+{
+	for (struct worker *one = workers; one < workers + WORKERS; one++)
+		for (size_t part = 0; part < PARTS; part++)
+			if (part != one->changed)
+				check_part(one, part, one->salts[part], "inherited");
+			else if (!one->hole)
+				check_changed(one);
+	for (int checks = 0; checks < 2; checks++)
+		for (struct worker *one = workers; one < workers + WORKERS; one++)
+			for (size_t part = 0; part < PARTS; part++) {
+				/* Something else may lie in a hole by now. */
+				if (part == one->changed && one->hole)
+					continue;
+				if (checks)
+					check_part(one, part, salt, "written by a child");
+				else
+					write_part(one, part, salt);
+			}
+}
+
+static int all_have_worked(void)
+{
+	for (struct worker *one = workers; one < workers + WORKERS; one++)
+		if (__atomic_load_n(&one->rounds, __ATOMIC_SEQ_CST) < PARTS)
+			return 0;
+	return 1;
+}
+
+static void fork_discard(void)
+{
+	pid_t children[AT_A_TIME] = {0};
+	for (size_t i = 0; i < WORKERS; i++) {
+		workers[i].at = map(PARTS * PART_PAGES * PAGE);
+		workers[i].first = i * PARTS * PART_PAGES;
+		workers[i].changed = PARTS;
+		workers[i].written = PART_PAGES;
+		for (size_t part = 0; part < PARTS; part++)
+			write_part(&workers[i], part, workers[i].salts[part] = 1);
+	}
+	for (size_t i = 0; i < WORKERS; i++)
+		MUST(pthread_create(&workers[i].thread, NULL, discard_often, &workers[i]) == 0);
+	for (unsigned turn = 0; turn < FORKS || !all_have_worked(); turn++) {
+		pid_t *child = &children[turn % AT_A_TIME];
+		if (*child)
+			wait_for(*child, "a child beside workers");
+		usleep(turn * 7 % 23 * 100);
+		*child = fork();
+		MUST(*child >= 0);
+		if (!*child) {
+			live_beside_workers(1000000 + turn);
+			_exit(0);
+		}
+	}
+	for (size_t i = 0; i < AT_A_TIME; i++)
+		wait_for(children[i], "a child beside workers");
+	stop = 1;
+	for (size_t i = 0; i < WORKERS; i++)
+		MUST(pthread_join(workers[i].thread, NULL) == 0);
+}
+
 /* What another program does. */
 static void work(void)
 {
@@ -210,6 +382,6 @@ static void work(void)
 
 static const struct test_case cases[] = {
 	{"daemon", daemonized}, {"raw_clone", raw_clone}, {"vfork", by_vfork}, {"posix_spawn", by_posix_spawn},
-	{"fork_exec", fork_exec}, {"threads_fork", threads_fork}, {"work", work},
+	{"fork_exec", fork_exec}, {"threads_fork", threads_fork}, {"fork_discard", fork_discard}, {"work", work},
 };
 MAIN(cases)

@@ -136,3 +136,8 @@ fn children_that_become_other_programs() {
 fn threads_that_fork_while_others_fault() {
     run_registered("births", "threads_fork");
 }
+
+#[test]
+fn fork_while_threads_discard_and_map_anew() {
+    run_registered("births", "fork_discard");
+}

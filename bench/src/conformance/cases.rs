@@ -215,6 +215,7 @@ pub const CASES: &[Case] = &[
     case("births", "posix_spawn", "programs spawned, and run by a shell"),
     case("births", "fork_exec", "children that become other programs"),
     case("births", "threads_fork", "threads that fork while others wait for far pages").both(),
+    case("births", "fork_discard", "fork while threads discard, map anew and write").within(6 << 20).both(),
 
     case("atomics", "exclusive", "atomic additions to pages that go and come").both(),
     case("atomics", "exclusive_mprotect", "the same while their protection changes").both(),
