@@ -201,6 +201,74 @@ static void threads_fork(void)
 	check(shared, DATA, 1, "after threads forked");
 }
 
+/* With descriptors and a folder of their own, while other threads keep theirs. */
+static void *unshare_and_fork(void *unused)
+{
+	(void)unused;
+	if (unshare(CLONE_FILES | CLONE_FS))
+		skip("unshare is forbidden here");
+	MUST(chdir("/") == 0);
+	check(shared, DATA, 1, "in a thread that has unshared");
+	pid_t child = fork();
+	MUST(child >= 0);
+	if (!child) {
+		live(2);
+		_exit(0);
+	}
+	wait_for(child, "the child of a thread that has unshared");
+	return NULL;
+}
+
+static void by_unshare(void)
+{
+	shared = far_map(DATA, 1);
+	pthread_t thread;
+	MUST(pthread_create(&thread, NULL, unshare_and_fork, NULL) == 0);
+	check(shared, DATA, 1, "beside a thread that unshares");
+	MUST(pthread_join(thread, NULL) == 0);
+	/* The only thread: who else has its descriptors and its folder is not the program's. */
+	MUST(unshare(CLONE_FILES | CLONE_FS) == 0);
+	check(shared, DATA, 1, "after unshare");
+	fill(shared, DATA, 3);
+	push_far(shared, DATA);
+	check(shared, DATA, 3, "written after unshare");
+}
+
+/* As a sandbox's process: in a mount namespace of its own, and in a user namespace where that is allowed. */
+static void in_namespaces(void)
+{
+	shared = far_map(DATA, 1);
+	pid_t child = fork();
+	MUST(child >= 0);
+	if (!child) {
+		check(shared, DATA / 4, 1, "inherited, before it has namespaces");
+		if (unshare(CLONE_NEWUSER | CLONE_NEWNS) && unshare(CLONE_NEWNS))
+			skip("this account may not make namespaces");
+		/* For a look at its own pagemap. */
+		prctl(PR_SET_DUMPABLE, 1);
+		pid_t grandchild = fork();
+		MUST(grandchild >= 0);
+		if (!grandchild) {
+			live(3);
+			_exit(0);
+		}
+		wait_for(grandchild, "a child made in namespaces");
+		live(2);
+		_exit(0);
+	}
+	check(shared, DATA, 1, "beside who is in namespaces");
+	int status;
+	MUST(waitpid(child, &status, 0) == child);
+	/* It has said why. */
+	if (WIFEXITED(status) && WEXITSTATUS(status) == 77)
+		_exit(77);
+	if (status)
+		fail("who is in namespaces: status %x", status);
+	fill(shared, DATA, 4);
+	push_far(shared, DATA);
+	check(shared, DATA, 4, "after who was in namespaces");
+}
+
 /* Threads with a region each, who discard parts of it, map them anew and write them again, while the process forks. */
 enum { WORKERS = 3, PARTS = 16, PART_PAGES = 96, FORKS = 24, AT_A_TIME = 3 };
 
@@ -382,6 +450,7 @@ static void work(void)
 
 static const struct test_case cases[] = {
 	{"daemon", daemonized}, {"raw_clone", raw_clone}, {"vfork", by_vfork}, {"posix_spawn", by_posix_spawn},
-	{"fork_exec", fork_exec}, {"threads_fork", threads_fork}, {"fork_discard", fork_discard}, {"work", work},
+	{"fork_exec", fork_exec}, {"threads_fork", threads_fork}, {"unshare", by_unshare}, {"namespaces", in_namespaces},
+	{"fork_discard", fork_discard}, {"work", work},
 };
 MAIN(cases)

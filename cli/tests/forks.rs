@@ -138,6 +138,16 @@ fn threads_that_fork_while_others_fault() {
 }
 
 #[test]
+fn descriptors_and_folder_unshared() {
+    run_registered("births", "unshare");
+}
+
+#[test]
+fn children_in_namespaces() {
+    run_registered("births", "namespaces");
+}
+
+#[test]
 fn fork_while_threads_discard_and_map_anew() {
     run_registered("births", "fork_discard");
 }

@@ -215,6 +215,8 @@ pub const CASES: &[Case] = &[
     case("births", "posix_spawn", "programs spawned, and run by a shell"),
     case("births", "fork_exec", "children that become other programs"),
     case("births", "threads_fork", "threads that fork while others wait for far pages").both(),
+    case("births", "unshare", "threads and processes that unshare descriptors and folder, and their children"),
+    case("births", "namespaces", "a child in user and mount namespaces of its own, and its child"),
     case("births", "fork_discard", "fork while threads discard, map anew and write").within(6 << 20).both(),
 
     case("atomics", "exclusive", "atomic additions to pages that go and come").both(),
