@@ -1,6 +1,7 @@
 /* Far pages that the kernel reads and writes: for the program, and for others. */
 #include "far.h"
 #include <linux/io_uring.h>
+#include <sys/ptrace.h>
 
 static int scratch(int flags)
 {
@@ -198,6 +199,72 @@ static void proc_mem(void)
 	check(at, DATA, 1, "after /proc/self/mem");
 }
 
+/* Stops it as a debugger does. Its parent may, where debugging is allowed at all. */
+static void debug(pid_t pid)
+{
+	int status;
+	if (ptrace(PTRACE_SEIZE, pid, NULL, NULL) && (errno == EPERM || errno == ENOSYS))
+		skip("this account may not debug its own child");
+	MUST(ptrace(PTRACE_INTERRUPT, pid, NULL, NULL) == 0);
+	MUST(waitpid(pid, &status, __WALL) == pid && WIFSTOPPED(status));
+}
+
+/* A word of the page as a debugger reads it; no if that says EIO. */
+static int peeked(pid_t pid, char *at, size_t page)
+{
+	const size_t index = page % WORDS;
+	errno = 0;
+	long word = ptrace(PTRACE_PEEKDATA, pid, at + page * PAGE + 8 * index, NULL);
+	if (errno && errno != EIO)
+		fail("page %zu", page);
+	if (!errno && (uint64_t)word != word_of(page, 1, index))
+		fail("a debugger finds %lx in page %zu, word %zu", word, page, index);
+	return !errno;
+}
+
+/* The kernel's limit, pinned: a debugger who looks at a far page, or writes to it, is told EIO, and harms nothing. Once the page
+ * was read in another way it is there for him too. */
+static void peek(void)
+{
+	/* The child's to fill, at an address that both know. */
+	char *at = map(DATA), byte, copy[PAGE];
+	int far[2], go_on[2];
+	MUST(pipe(far) == 0 && pipe(go_on) == 0);
+	pid_t child = fork();
+	MUST(child >= 0);
+	if (!child) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		fill(at, DATA, 1);
+		push_far(at, DATA);
+		MUST(write(far[1], "f", 1) == 1 && read(go_on[0], &byte, 1) == 1);
+		check(at, DATA, 1, "after a debugger");
+		_exit(0);
+	}
+	close(far[1]);
+	MUST(read(far[0], &byte, 1) == 1);
+	debug(child);
+	size_t refused = 0;
+	for (size_t page = 0; page < DATA / PAGE; page++) {
+		if (peeked(child, at, page))
+			continue;
+		char *word = at + page * PAGE + 8 * (page % WORDS);
+		MUST(ptrace(PTRACE_POKEDATA, child, word, word_of(page, 1, page % WORDS)) == 0 || errno == EIO);
+		struct iovec local = {copy, PAGE}, remote = {at + page * PAGE, PAGE};
+		/* It may leave again before it is looked at, but not each time. */
+		for (int turn = 0; refused % 2048 == 0; turn++) {
+			MUST(turn < 20);
+			MUST(process_vm_readv(child, &local, 1, &remote, 1, 0) == PAGE && wrong_word(copy, page, 1) < 0);
+			if (peeked(child, at, page))
+				break;
+		}
+		refused++;
+	}
+	MUST(refused > DATA / PAGE / 2 || !getenv("FARPAGE_JOB"));
+	MUST(ptrace(PTRACE_DETACH, child, NULL, NULL) == 0);
+	MUST(write(go_on[1], "g", 1) == 1);
+	wait_for(child, "who was debugged");
+}
+
 #ifndef MADV_GUARD_INSTALL
 #define MADV_GUARD_INSTALL 102
 #define MADV_GUARD_REMOVE 103
@@ -255,6 +322,6 @@ static void dump(void)
 static const struct test_case cases[] = {
 	{"plain", plain}, {"direct", direct}, {"vectors", vectors}, {"from_outside", from_outside}, {"pinned", pinned},
 	{"pinned_fork", pinned_fork}, {"direct_fork", direct_fork},
-	{"proc_mem", proc_mem}, {"guard", guard}, {"guard_raw", guard_raw}, {"dump", dump},
+	{"proc_mem", proc_mem}, {"peek", peek}, {"guard", guard}, {"guard_raw", guard_raw}, {"dump", dump},
 };
 MAIN(cases)

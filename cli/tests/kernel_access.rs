@@ -147,6 +147,11 @@ fn proc_mem_says_eio() {
 }
 
 #[test]
+fn debuggers_are_told_eio() {
+    case("peek");
+}
+
+#[test]
 fn guard_pages() {
     case("guard");
 }

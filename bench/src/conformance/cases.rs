@@ -249,6 +249,7 @@ pub const CASES: &[Case] = &[
     case("kernel_access", "pinned_fork", "the same while the process forks, and both sides are intact").pinning(),
     case("kernel_access", "direct_fork", "O_DIRECT under way while the process forks").pinning(),
     case("kernel_access", "proc_mem", "the kernel's limit: /proc/PID/mem says EIO").both(),
+    case("kernel_access", "peek", "the kernel's limit: a debugger is told EIO, unless the page was brought home").both(),
     case("kernel_access", "guard", "guard pages by libc's madvise fault, and are zeros afterwards").both(),
     case("kernel_access", "guard_raw", "the kernel's limit: under guard pages by the bare system call, far pages stay").both(),
     case("kernel_access", "dump", "the kernel's limit: core dumps have holes").ending(128 + 6),
