@@ -446,6 +446,74 @@ static void advice(void)
 	rewrite(at, "written after advice");
 }
 
+enum { PIECE = 64 * PAGE };
+
+/* The piece of which least is here. */
+static char *emptiest(char *at)
+{
+	char *found = at;
+	for (size_t from = PIECE; from < bytes; from += PIECE)
+		if (present(at + from, PIECE) < present(found, PIECE))
+			found = at + from;
+	return found;
+}
+
+/* MADV_POPULATE_READ and MADV_POPULATE_WRITE by number. */
+enum { POPULATE_READ = 22, POPULATE_WRITE = 23 };
+
+/* All of it is here as the call returns. Some of it may be gone again before it is looked at, but not each time. */
+static void populate_piece(char *piece, int advice)
+{
+	for (int turn = 0; turn < 20; turn++) {
+		if (madvise(piece, PIECE, advice)) {
+			if (errno == EINVAL)
+				skip("the kernel has no MADV_POPULATE_READ");
+			fail("advice %d", advice);
+		}
+		if (present(piece, PIECE) == PIECE / PAGE)
+			return;
+	}
+	fail("advice %d has %zu pages of %lu here", advice, present(piece, PIECE), PIECE / PAGE);
+}
+
+/* The same for a mapping that is populated as it is made. */
+static void map_populated(size_t size, int protection)
+{
+	for (int turn = 0; turn < 20; turn++) {
+		char *at = mmap(NULL, size, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+		MUST(at != MAP_FAILED);
+		size_t here = present(at, size);
+		check_zeros(at, size, "populated as it was mapped");
+		MUST(munmap(at, size) == 0);
+		if (here == size / PAGE)
+			return;
+	}
+	fail("MAP_POPULATE never has all of %zu bytes here", size);
+}
+
+static void populate(void)
+{
+	char *at = enter(1);
+	for (int advice = POPULATE_READ; advice <= POPULATE_WRITE; advice++) {
+		char *piece = emptiest(at);
+		MUST(state != FAR || !getenv("FARPAGE_JOB") || present(piece, PIECE) < PIECE / PAGE);
+		populate_piece(piece, advice);
+		check(at, bytes, 1, "populated");
+		/* Nothing is there to come home. */
+		MUST(madvise(at, PIECE, MADV_DONTNEED) == 0);
+		populate_piece(at, advice);
+		check_zeros(at, PIECE, "discarded and populated");
+		fill(at, PIECE, 1);
+		push(at);
+	}
+	/* Small ones are the kernel's to populate; for others who stands before `mmap` does it, once they are managed. */
+	for (size_t size = PIECE / 4; size <= PIECE; size *= 4) {
+		map_populated(size, PROT_READ | PROT_WRITE);
+		map_populated(size, PROT_READ);
+	}
+	rewrite(at, "written after it was populated");
+}
+
 static void locked(void)
 {
 	struct rlimit all = {RLIM_INFINITY, RLIM_INFINITY};
@@ -546,7 +614,7 @@ static const struct test_case cases[] = {
 	{"huge_parts", huge_parts}, {"files", files}, {"round_trips", round_trips}, {"teardown", teardown},
 	{"double_map", double_map}, {"mixed", mixed}, {"snapshot", snapshot}, {"cow_far", cow_far},
 	{"partial_unmap", partial_unmap}, {"remap", remap}, {"unpopulated", unpopulated}, {"zeros", zeros},
-	{"on_fork", on_fork}, {"advice", advice}, {"locked", locked}, {"address_reuse", address_reuse},
+	{"on_fork", on_fork}, {"advice", advice}, {"populate", populate}, {"locked", locked}, {"address_reuse", address_reuse},
 	{"discard_fetch", discard_fetch},
 };
 

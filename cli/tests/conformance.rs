@@ -239,6 +239,11 @@ fn anon_advice() {
 }
 
 #[test]
+fn anon_populate() {
+    run_registered("anon", "populate");
+}
+
+#[test]
 fn anon_locked() {
     run_registered("anon", "locked");
 }

@@ -172,6 +172,7 @@ pub const CASES: &[Case] = &[
     case("anon", "zeros", "pages of zeros come back as zeros, and are written").both(),
     case("anon", "on_fork", "MADV_WIPEONFORK wipes and MADV_DONTFORK leaves out, in the child alone").both(),
     case("anon", "advice", "COLD, PAGEOUT, WILLNEED, POPULATE_READ and POPULATE_WRITE keep contents").both(),
+    case("anon", "populate", "what MADV_POPULATE_* and MAP_POPULATE are for is there as they return").both(),
     case("anon", "locked", "locked pages come home, stay, and go once unlocked").both().unbounded(),
     case("anon", "address_reuse", "what is mapped where something was just unmapped is new").both(),
     case("anon", "discard_fetch", "a page discarded while it is fetched is zeros afterwards").both(),
