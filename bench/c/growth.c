@@ -123,8 +123,70 @@ static void populate(void)
 	verify(at, GROWN / 2, 1);
 }
 
+/* How much of the mapping there is in huge pages, bytes. */
+static size_t in_huge_pages(const char *at)
+{
+	char line[512];
+	size_t start, end, kib, found = 0;
+	int inside = 0;
+	FILE *maps = fopen("/proc/self/smaps", "r");
+	MUST(maps);
+	while (fgets(line, sizeof line, maps))
+		if (sscanf(line, "%zx-%zx ", &start, &end) == 2)
+			inside = start <= (uintptr_t)at && (uintptr_t)at < end;
+		else if (inside && sscanf(line, "AnonHugePages: %zu kB", &kib) == 1)
+			found = kib << 10;
+	fclose(maps);
+	return found;
+}
+
+/* Memory in huge pages, while there is no shortage and nothing is managed; the kernel may have none to give at times. */
+static char *in_huge_map(size_t size)
+{
+	const size_t huge = 2 * MIB;
+	for (int turn = 0; turn < 20; turn++) {
+		char *whole = map(size + huge), *at = (char *)(((uintptr_t)whole + huge - 1) & ~(huge - 1));
+		if (madvise(at, size, MADV_HUGEPAGE))
+			skip("the kernel has no transparent huge pages");
+		fill(at, size, 1);
+		if (in_huge_pages(at))
+			return at;
+		MUST(munmap(whole, size + huge) == 0);
+		usleep(10000);
+	}
+	skip("the kernel gave no huge page: see /sys/kernel/mm/transparent_hugepage/enabled, and how much memory is free");
+}
+
+/* What was in huge pages before memory became short leaves page by page, in a child too that it is shared with. */
+static void huge_before(void)
+{
+	const size_t size = 6 * MIB;
+	char *at = in_huge_map(size);
+	fprintf(stderr, "%zu bytes of %zu are in huge pages\n", in_huge_pages(at), size);
+	check(at, size, 1, "in huge pages");
+	pid_t child = fork();
+	MUST(child >= 0);
+	if (!child) {
+		push_far(at, size);
+		check(at, size, 1, "inherited in huge pages, and far");
+		fill(at, size / 2, 3);
+		push_far(at, size);
+		check(at, size / 2, 3, "written by the child");
+		check_from(at + size / 2, size / 2, size / 2 / PAGE, 1, "beside what the child wrote");
+		_exit(0);
+	}
+	push_far(at, size);
+	check(at, size, 1, "once in huge pages");
+	fill(at, size / 2, 2);
+	push_far(at, size);
+	check(at, size / 2, 2, "once in huge pages, and written");
+	check_from(at + size / 2, size / 2, size / 2 / PAGE, 1, "beside what was written");
+	wait_for(child, "the child");
+}
+
 static const struct test_case cases[] = {
 	{"mapping", mapping}, {"huge", huge}, {"two_threads", two_threads}, {"many_mappings", many_mappings},
 	{"small_blocks", small_blocks}, {"reallocs", reallocs}, {"populate", populate},
+	{"huge_before", huge_before},
 };
 MAIN(cases)

@@ -30,6 +30,11 @@ fn huge_pages() {
 }
 
 #[test]
+fn huge_pages_from_before_memory_was_short() {
+    case("huge_before");
+}
+
+#[test]
 fn two_threads() {
     case("two_threads");
 }
