@@ -78,8 +78,8 @@ pub enum WorkError {
     Protocol,
 }
 
-/// One connection to one responder. Not shared between threads: each pager has its own, as it would have
-/// its own queue pair.
+/// One connection to one responder. Not shared between threads: each pager has its own, over RDMA with
+/// queue pairs of its own.
 pub trait Endpoint: Send {
     /// Registers local memory, so that work requests may name slices of it.
     fn register(&mut self, memory: Arc<RegisteredMemory>) -> RegionId;

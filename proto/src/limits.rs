@@ -69,7 +69,7 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 /// A node that is silent for this long is unreachable.
 pub const NODE_TIMEOUT: Duration = Duration::from_secs(3);
-/// How long a lease lives without a renewal. Agents renew at a third of it.
+/// How long a lease lives without a renewal. Agents renew each second, or at a quarter of it if that is sooner.
 pub const LEASE_TTL: Duration = Duration::from_secs(15);
 
 const _: () = assert!(MIN_EXTENT_BYTES.is_multiple_of(SLOT_BYTES));

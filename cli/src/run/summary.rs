@@ -24,9 +24,9 @@ pub(crate) struct Summary {
     pub(crate) fault_p50_us: f64,
     /// Ninety-nine of a hundred took at most this long.
     pub(crate) fault_p99_us: f64,
-    /// Brought back because they were touched.
+    /// Read from memory nodes, those read ahead among them.
     pub(crate) pages_fetched: u64,
-    /// Brought back before they were touched.
+    /// Of these, read before they were touched.
     pub(crate) pages_prefetched: u64,
     /// Of these, touched before they were evicted again.
     pub(crate) prefetch_hits: u64,

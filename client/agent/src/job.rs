@@ -80,7 +80,7 @@ pub struct Job {
     managed: AtomicI64,
     /// Resident pages that no table knows of; measured by the sampler.
     unmanaged: AtomicU64,
-    /// Slots that entries of this job name, each once per table.
+    /// Slots that entries of this job name, each once.
     far_used: AtomicI64,
     armed_at: OnceLock<Instant>,
     /// Whether its launcher is there: the one that opened it under this agent, or has come back to it.
@@ -258,7 +258,7 @@ impl Job {
         self.place.local_peak.load(Ordering::Relaxed)
     }
 
-    /// Most slot references at any time.
+    /// Most slots in use at any time.
     #[must_use]
     pub fn far_peak(&self) -> u64 {
         self.place.far_peak.load(Ordering::Relaxed)

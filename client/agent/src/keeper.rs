@@ -1,6 +1,6 @@
 //! The keeper: a process that holds what must outlive the agent until the next one takes it over.
 //!
-//! The agent starts it before anything else. It shares the agent's table of descriptors, so that whatever the agent has, it has,
+//! The agent starts it as soon as it has its socket, before it opens anything that is to be kept. It shares the agent's table of descriptors, so that whatever the agent has, it has,
 //! up to the descriptor of a forked child that the kernel has just put there. While the agent lives it sleeps. When the
 //! agent dies it opens a socket of its own, closes all but what the state names, and waits: the next agent on the same socket is
 //! handed everything, or the deadline passes and the keeper ends, and with it the programs' lifelines.

@@ -27,7 +27,7 @@ pub enum Request {
     ),
     /// Answers once whatever was read before is dealt with.
     Sync(mpsc::SyncSender<()>),
-    /// The helper of an adopted child runs.
+    /// The helper runs.
     HelperUp(Process),
     /// A region that a library user named: manage it now, within a resident limit of its own.
     Region(Range<u64>, mpsc::SyncSender<bool>),
@@ -77,8 +77,6 @@ pub struct Figures {
     pub reach: AtomicU64,
     /// Faults answered.
     pub faults: AtomicU64,
-    /// Pages that turned out not to be movable (locked, pinned, read-only).
-    pub stuck: AtomicU64,
     /// Resident pages of mappings that are not managed, when last counted.
     pub unmanaged: AtomicU64,
 }

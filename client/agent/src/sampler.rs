@@ -1,7 +1,7 @@
 //! The sampler: what the kernel says is resident, for each job, often enough for how fast it can grow.
 //!
-//! While a job fits, this is all that farpage does to it. Below a margin under the limit its memory is put
-//! under management; from then on pagers charge what they install and take out, and the sampler measures what
+//! While a job fits, this and looks at what it has mapped ([`crate::pager`], `look_ahead`) are all that farpage does to it.
+//! Within a margin under the limit its memory is put under management; from then on pagers charge what they install and take out, and the sampler measures what
 //! they cannot see: stacks, small mappings, and memory that grew since the mappings were last looked at.
 
 use std::collections::HashMap;

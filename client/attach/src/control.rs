@@ -1,7 +1,8 @@
-//! The control block: memory that the agent, the program and the helper share.
+//! The control block: memory that the agent, the program, the helper and its two assistants ([`crate::landing`],
+//! [`crate::unsharer`]) share.
 //!
 //! One memfd per address space: this block in the first pages, staging pages behind it. Every field is an
-//! atomic, since three processes read and write it; the agent believes nothing that it reads here beyond
+//! atomic, since all of them read and write it; the agent believes nothing that it reads here beyond
 //! what the kernel or a checksum confirms. A program that scribbles over it harms itself alone.
 
 use core::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};

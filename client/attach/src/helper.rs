@@ -1,6 +1,6 @@
 //! The helper: the process of ours inside a program's memory.
 //!
-//! It does what only that address space may do, `UFFDIO_MOVE` and `mremap`, on the agent's word, and it
+//! It does what only that address space may do, `UFFDIO_MOVE` and, by a process beside it, `mremap`, on the agent's word, and it
 //! is the dead-man switch: when the agent is gone for longer than it may be, the program is ended rather than
 //! left waiting for pages that nobody will bring. It shares the program's memory, but none of its
 //! descriptors, signals or locks, so nothing the program does to those reaches it.
@@ -31,7 +31,7 @@ pub(crate) const ENOENT: u32 = 2;
 const EEXIST: u32 = 17;
 pub(crate) const EINVAL: u32 = 22;
 
-/// What the helper needs to know; lies at the bottom of its own stack.
+/// What the helper needs to know; lies in the upper half of the page at its thread pointer.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct HelperArgs {

@@ -3,8 +3,8 @@
 //! ```text
 //!  63            48 47                24 23              8 7      6      5          4          3..0
 //! +----------------+--------------------+-----------------+------+------+----------+----------+-------+
-//! | eviction age   | extent             | page in extent  | read | slot | prefetch | soft     | state |
-//! |                |                    |                 | only |      | -ed      | dirty    |       |
+//! | eviction age   | extent             | page in extent  | read | slot | not      | soft     | state |
+//! |                |                    |                 | only |      | used     | dirty    |       |
 //! +----------------+--------------------+-----------------+------+------+----------+----------+-------+
 //! ```
 //!
@@ -32,7 +32,6 @@ const _: () = assert!(
 
 const STATE_MASK: u64 = (1 << STATE_BITS) - 1;
 const SOFT_DIRTY: u64 = 1 << 4;
-const PREFETCHED: u64 = 1 << 5;
 const HAS_SLOT: u64 = 1 << 6;
 const READ_ONLY: u64 = 1 << 7;
 const SLOT_FIELD: u64 = ((1 << (EXTENT_BITS + PAGE_IN_EXTENT_BITS)) - 1) << PAGE_SHIFT;
@@ -184,8 +183,8 @@ impl Entry {
         matches!(self.state(), State::FarRead | State::FarWrite)
     }
 
-    /// Whether the page is known to have been written since its soft-dirty bit was last cleared. No transition but
-    /// [`Self::clean`] and [`Self::soft_dirtied`] changes the bit; where it is clear, the pager compares the page's contents.
+    /// Whether the page is known to have been written since its soft-dirty bit was last cleared. No transition of a page that
+    /// goes or comes changes the bit; [`Self::clean`], [`Self::soft_dirtied`], being found present and being discarded do; where it is clear, the pager compares the page's contents.
     #[must_use]
     pub fn is_soft_dirty(self) -> bool {
         self.0 & SOFT_DIRTY != 0
@@ -349,18 +348,8 @@ impl Entry {
         Self(self.0 | SOFT_DIRTY)
     }
 
-    /// The same, marked as brought home by prefetch (or no longer so).
-    #[must_use]
-    pub fn marked_prefetched(self, prefetched: bool) -> Self {
-        if prefetched {
-            Self(self.0 | PREFETCHED)
-        } else {
-            Self(self.0 & !PREFETCHED)
-        }
-    }
-
     fn aged(self, age: u16) -> Self {
-        Self((self.0 & !AGE_FIELD & !PREFETCHED) | (u64::from(age) << AGE_SHIFT))
+        Self((self.0 & !AGE_FIELD) | (u64::from(age) << AGE_SHIFT))
     }
 }
 
@@ -490,7 +479,7 @@ mod tests {
         }
 
         #[test]
-        fn soft_dirty_survives_every_transition(entry in any_entry(), slot in any_slot(), age: u16, prefetched: bool) {
+        fn soft_dirty_survives_every_transition(entry in any_entry(), slot in any_slot(), age: u16) {
             let (parent, child) = entry.forked().unzip();
             let after = [
                 entry.claim_fetch(),
@@ -507,7 +496,6 @@ mod tests {
                 parent,
                 child,
                 Some(entry.poisoned()),
-                Some(entry.marked_prefetched(prefetched)),
             ];
             for entry_after in after.into_iter().flatten() {
                 prop_assert_eq!(entry_after.is_soft_dirty(), entry.is_soft_dirty(), "{:?} to {:?}", entry, entry_after);

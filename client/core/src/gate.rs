@@ -3,8 +3,8 @@
 //! Reading an event releases the program: a forking parent runs on, an unmapped address is used again. And
 //! `UFFDIO_MOVE` does not check that its source is still the mapping it was. So while the helper is taking
 //! pages out, no event may be read; the kernel then answers the helper with EAGAIN as soon as one is queued.
-//! Each read of events begins a new epoch. What was decided in an older epoch is decided again: a victim is
-//! chosen and handed over, or a page installed, only under the epoch in which the table was last consulted.
+//! Each read of events begins a new epoch. A batch is handed over only in the epoch that its pager names. Installs
+//! need no leave: the pager makes none while it follows events, and the kernel refuses them while one is unread.
 //!
 //! Where the helper has no `UFFDIO_MOVE` it moves memory by `mremap`, which asks nothing and raises an event of its own: it
 //! waits, its move done, until that has been read. So there one message may be read after the other, but only while the helper

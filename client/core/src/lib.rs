@@ -1,6 +1,6 @@
 //! The pager's pure parts: plain code over plain data, without threads, sockets or a kernel.
 //!
-//! [`entry`] (where a page is, in one word), [`page_cell`] and [`table`] (entries as threads and pagers share
+//! [`entry`] (where a page is, in one word), [`page_cell`] and [`table`] (entries where the next agent finds
 //! them), [`gate`] (what excludes what), [`residents`] (who goes), [`prefetch`] (who comes along).
 //!
 //! A crate of its own, because its models replace the atomics underneath (`--cfg loom`), which the agent's

@@ -1,4 +1,4 @@
-//! One page's entry as threads share it: an atomic word, changed by compare-and-exchange alone.
+//! One page's entry in memory that outlives the agent: an atomic word, whole after every store.
 
 #[cfg(loom)]
 use loom::sync::atomic::{AtomicU64, Ordering};
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::entry::Entry;
 
-/// An entry word that several threads look at and one claims. Nothing but the word: zeroed memory is untouched pages.
+/// An entry word. Nothing but the word: zeroed memory is untouched pages.
 #[derive(Debug)]
 #[repr(transparent)]
 pub struct PageCell(AtomicU64);

@@ -100,17 +100,6 @@ impl Residents {
         self.probation.retain(|page| keep(*page));
         self.proven.retain(|page| keep(*page));
     }
-
-    /// The same queues for a forked child.
-    #[must_use]
-    pub fn cloned(&self) -> Self {
-        Self {
-            probation: self.probation.clone(),
-            proven: self.proven.clone(),
-            evictions: self.evictions,
-            victims: self.victims,
-        }
-    }
 }
 
 #[cfg(test)]

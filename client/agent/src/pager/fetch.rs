@@ -1,7 +1,7 @@
 //! Bringing far pages home: claim, read, check, hand over to install.
 //!
-//! A fetch is a run of neighbouring pages with a frame for each. It begins because a thread waits for its first
-//! page, or ahead of a stream's next fault; in that case it stays in its frames until a fault asks for it, so
+//! A fetch is a run of neighbouring pages with a frame for each. It begins because a thread waits for a page
+//! at its end, or ahead of a stream's next fault; in that case it stays in its frames until a fault asks for it, so
 //! that what was read in vain never displaces anything.
 
 use std::collections::VecDeque;

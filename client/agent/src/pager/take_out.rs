@@ -24,7 +24,7 @@ const BUSY_BATCH: usize = 32;
 /// How often the threads of the program are listed anew.
 const PINNED_REFRESH: Duration = Duration::from_millis(20);
 
-/// The pause when a whole batch would not move or no slot was free.
+/// The pause when nothing of a batch would move, or no victim was found.
 const REST: Duration = Duration::from_millis(2);
 
 /// How long one that waits for a batch looks for its end all the time, and how it rests then.
@@ -250,10 +250,7 @@ impl Pager {
             // Nobody could read it where it is now.
             libc::EIO if how == method::REMAP => self.is_unreadable(page),
             // Locked: it is tried again after a while.
-            libc::EINVAL => {
-                self.handle.figures.stuck.fetch_add(1, Ordering::Relaxed);
-                self.staging.stuck_page(page);
-            }
+            libc::EINVAL => self.staging.stuck_page(page),
             _ => self.residents.stayed(page),
         }
     }

@@ -35,9 +35,10 @@ pub fn args_at(address: usize) -> HelperArgs {
     unsafe { core::ptr::read(address as *const HelperArgs) }
 }
 
-/// Puts the helper's arguments at the bottom of its stack.
+/// Puts the helper's arguments where it finds them.
 pub fn write_args(address: usize, args: HelperArgs) {
-    // SAFETY: `attach` passes the page-aligned start of the stack it has just mapped, larger than this.
+    // SAFETY: `attach` passes an aligned place in the upper half of the page that it has just mapped for the thread pointer, which has
+    // room for this.
     unsafe { core::ptr::write(address as *mut HelperArgs, args) }
 }
 
