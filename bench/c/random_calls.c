@@ -1,5 +1,6 @@
 /* Memory calls drawn by lot, and a model of what each page must hold after them.
  *   random_calls run SECONDS SEED     rounds in processes of their own; a failing one is made shorter
+ *   random_calls twin                 the same rounds again, as long as there was time for; they must come to the same bytes
  *   random_calls replay SEED [FILE]   one round, only the calls whose numbers are in FILE; tells each
  *   random_calls judge SEED [FILE]    the same, telling only what is wrong */
 #include "far.h"
@@ -8,7 +9,9 @@
 
 enum { PAGES = 40 * MIB / PAGE, CALLS = 150, CHILDREN = 3, TRIES = 3 };
 /* A round that takes longer hangs, seconds; and how long to make a failing one shorter. */
-enum { ROUND_DEADLINE = 60, SHRINKING = 45 };
+enum { ROUND_DEADLINE = 60, SHRINKING = 45, TWIN_DEADLINE = 600 };
+/* What each round has come to, for the twin: its seed and a digest of all that its processes had in the end. */
+#define DIGESTS "random_calls.digests"
 
 enum { AS_EVER, WIPED, LEFT_OUT };
 
@@ -17,7 +20,7 @@ struct model {
 	uint32_t salt, patch;
 	uint16_t origin;
 	uint8_t mapped, prot, on_fork;
-	/* MADV_FREE: zeros may be found instead. */
+	/* MADV_FREE: zeros may be found instead, in one run and not in the other, until it is written. */
 	uint8_t given_back;
 	/* A hole that others may have mapped something into. */
 	uint8_t foreign;
@@ -28,6 +31,8 @@ enum { PATCHED = 7 };
 static struct model *model;
 static char *arena;
 static uint64_t lot;
+/* Of all processes of the round together. */
+static _Atomic uint64_t *digest;
 static int tells;
 static pid_t children[CHILDREN];
 
@@ -67,7 +72,7 @@ static void verify_page(size_t page, const void *bytes)
 		while (i < WORDS && !words[i])
 			i++;
 		if (i == WORDS) {
-			*m = (struct model){.mapped = 1, .prot = m->prot, .on_fork = m->on_fork, .origin = m->origin};
+			m->salt = m->patch = 0;
 			return;
 		}
 	}
@@ -83,6 +88,22 @@ static void verify(size_t from, size_t count)
 	for (size_t page = from; page < from + count; page++)
 		if (model[page].mapped && model[page].prot & PROT_READ)
 			verify_page(page, at(page));
+}
+
+/* Adds what this process has, as far as it is the same in every run. */
+static void add_to_digest(uint64_t salt)
+{
+	uint64_t sum = salt;
+	for (size_t page = 0; page < PAGES; page++) {
+		const struct model *m = &model[page];
+		sum = sum * 0x100000001b3ull + (uint64_t)(m->mapped + 2 * m->prot + 16 * m->on_fork);
+		if (!m->mapped || !(m->prot & PROT_READ) || m->given_back)
+			continue;
+		const volatile uint64_t *words = (void *)at(page);
+		for (uint64_t i = 0; i < WORDS; i++)
+			sum = (sum ^ words[i]) * 0x9e3779b97f4a7c15ull + (sum >> 29);
+	}
+	*digest += sum;
 }
 
 /* How many pages from here on, at most so many, are mapped alike. */
@@ -115,7 +136,7 @@ static void patch_pages(size_t from, size_t count)
 {
 	for (size_t page = from; page < from + count; page++) {
 		struct model *m = &model[page];
-		if (!m->mapped || !(m->prot & PROT_WRITE) || m->given_back || draw(2))
+		if (draw(2) || !m->mapped || !(m->prot & PROT_WRITE) || m->given_back)
 			continue;
 		m->patch = 1 + draw(1u << 30);
 		((volatile uint64_t *)at(page))[PATCHED] = word_of(m->origin, m->patch, PATCHED);
@@ -259,6 +280,26 @@ static void on_fork(size_t from, size_t count)
 		model[page].on_fork = which < 2 ? all[which].then : AS_EVER;
 }
 
+/* Locked pages must stay, and come home for it; not for longer than this, since what is locked cannot be discarded. */
+static void lock(size_t from, size_t count)
+{
+	if (mlock(at(from), count * PAGE) && errno != ENOMEM && errno != EAGAIN && errno != EPERM)
+		fail("mlock of %zu pages from %zu", count, from);
+	patch_pages(from, count);
+	verify(from, count);
+	MUST(munlock(at(from), count * PAGE) == 0);
+}
+
+/* The same on all kernels for several mappings too, as munmap. */
+static void shrink_mapping(size_t from, size_t count, size_t keep)
+{
+	if (is_one_mapping(from, count))
+		MUST(mremap(at(from), count * PAGE, keep * PAGE, 0) == at(from));
+	else
+		MUST(munmap(at(from + keep), (count - keep) * PAGE) == 0);
+	reserve(from + keep, count - keep);
+}
+
 static void any_call(int depth);
 
 static void fork_child(int depth)
@@ -295,6 +336,7 @@ static void fork_child(int depth)
 	for (uint32_t i = 0; i < calls; i++)
 		any_call(depth + 1);
 	verify(0, PAGES);
+	add_to_digest(child_lot);
 	for (int i = 0; i < CHILDREN; i++)
 		if (children[i])
 			wait_for(children[i], "a child's child");
@@ -303,7 +345,7 @@ static void fork_child(int depth)
 
 static void any_call(int depth)
 {
-	uint32_t what = draw(20);
+	uint32_t what = draw(22);
 	size_t count = 1 + draw(draw(2) ? 32 : 1024), from = draw((uint32_t)(PAGES - count)), to = draw(PAGES);
 	uint32_t detail = draw(1u << 20);
 	count = own(from, count);
@@ -359,12 +401,41 @@ static void any_call(int depth)
 		case 17:
 			tell("for children, %zu pages from %zu", n, from);
 			on_fork(from, n);
+			break;
+		case 20:
+			n = n < 64 ? n : 64;
+			tell("lock %zu pages from %zu", n, from);
+			if (model[from].prot & PROT_READ)
+				lock(from, n);
+			/* Not much at a time. */
+			return;
+		case 21:
+			tell("shrink %zu pages from %zu to %zu", n, from, 1 + detail % n);
+			if (1 + detail % n < n)
+				shrink_mapping(from, n, 1 + detail % n);
+			return;
 		}
 	}
 }
 
-/* One round: all calls, or those that are kept. */
-static void replay(uint64_t seed, const char *kept)
+/* The call of each round that goes wrong, where a test says so: to see that it is found. */
+static unsigned wrong_call(void)
+{
+	const char *number = getenv("RANDOM_CALLS_WRONG");
+	return number ? (unsigned)atoi(number) : CALLS;
+}
+
+static void go_wrong(void)
+{
+	size_t page = 0;
+	while (page < PAGES && !(model[page].mapped && (model[page].prot & PROT_WRITE) && !model[page].given_back))
+		page++;
+	MUST(page < PAGES);
+	((volatile char *)at(page))[9] ^= 1;
+}
+
+/* One round: all calls, or those that are kept. Returns what all that there is in the end comes to. */
+static uint64_t replay(uint64_t seed, const char *kept)
 {
 	char keep[CALLS];
 	memset(keep, !*kept, sizeof keep);
@@ -377,6 +448,8 @@ static void replay(uint64_t seed, const char *kept)
 	}
 	model = mmap(NULL, PAGES * sizeof *model, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	MUST(model != MAP_FAILED);
+	digest = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	MUST(digest != MAP_FAILED);
 	arena = map(PAGES * PAGE);
 	lot = seed;
 	map_anew(0, PAGES, 0);
@@ -390,13 +463,47 @@ static void replay(uint64_t seed, const char *kept)
 		sprintf(name, "call %u", i);
 		if (keep[i])
 			any_call(0);
+		if (keep[i] && i == wrong_call())
+			go_wrong();
 		if (i % 16 == 15)
 			verify(0, PAGES);
 	}
 	verify(0, PAGES);
+	add_to_digest(seed);
 	for (int i = 0; i < CHILDREN; i++)
 		if (children[i])
 			wait_for(children[i], "a child");
+	return *digest;
+}
+
+static void note_digest(uint64_t seed, uint64_t digest)
+{
+	FILE *file = fopen(DIGESTS, "a");
+	MUST(file && fprintf(file, "%lu %lu\n", seed, digest) > 0 && fclose(file) == 0);
+}
+
+/* Runs the rounds of the file again: not under farpage, where this shows anything. */
+static void twin(void)
+{
+	FILE *file = fopen(DIGESTS, "r");
+	MUST(file);
+	time_t until = time(NULL) + patience(TWIN_DEADLINE);
+	uint64_t seed, other, rounds = 0;
+	while (fscanf(file, "%lu %lu", &seed, &other) == 2 && time(NULL) < until) {
+		pid_t pid = fork();
+		MUST(pid >= 0);
+		if (!pid) {
+			uint64_t own = replay(seed, "");
+			if (own != other)
+				fail("seed %lu: the round came to %016lx, and here to %016lx", seed, other, own);
+			_exit(0);
+		}
+		wait_for(pid, "a round");
+		rounds++;
+	}
+	fclose(file);
+	MUST(rounds > 0);
+	fprintf(stderr, "%lu rounds came to the same in plain memory\n", rounds);
 }
 
 enum voice { SILENT, TELLS_WHY, TELLS_ALL };
@@ -507,13 +614,20 @@ static void shrink(const char *self, uint64_t seed)
 
 int main(int argc, char **argv)
 {
+	if (argc == 2 && !strcmp(argv[1], "twin")) {
+		twin();
+		return 0;
+	}
 	MUST(argc >= 3);
 	if (strcmp(argv[1], "run")) {
 		tells = !strcmp(argv[1], "replay");
-		replay(strtoull(argv[2], NULL, 0), argc > 3 ? argv[3] : "");
+		uint64_t seed = strtoull(argv[2], NULL, 0), digest = replay(seed, argc > 3 ? argv[3] : "");
+		if (argc == 3 || !*argv[3])
+			note_digest(seed, digest);
 		return 0;
 	}
 	MUST(argc == 4);
+	unlink(DIGESTS);
 	time_t until = time(NULL) + atoi(argv[2]);
 	uint64_t seed = strtoull(argv[3], NULL, 0) * 100000, first = seed;
 	for (; time(NULL) < until; seed++)

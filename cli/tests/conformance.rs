@@ -12,7 +12,7 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 
-use common::programs_in_c::run_registered;
+use common::programs_in_c::{compiled, run_registered};
 use farpage_bench::conformance::CASES;
 
 /// A case without a test would be run by nobody but `farpage bench conformance`.
@@ -131,6 +131,27 @@ fn without_a_device_every_case_is_skipped() {
 #[test]
 fn calls_drawn_by_lot() {
     run_registered("random_calls", "run");
+}
+
+/// A round that goes wrong in one call, without farpage: that call is what is left of it.
+#[test]
+fn a_failing_round_is_made_shorter() {
+    let test = "a_failing_round_is_made_shorter";
+    if common::without_program(test, "cc") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let out = Command::new(compiled("random_calls"))
+        .args(["run", "5", "1"])
+        .env("RANDOM_CALLS_WRONG", "77")
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(!out.status.success(), "{said}");
+    assert!(said.contains("with these lines in it: 77\n"), "{said}");
+    let kept = std::fs::read_to_string(folder.path().join("random_calls.100000")).unwrap();
+    assert_eq!(kept.trim(), "77");
 }
 
 #[test]

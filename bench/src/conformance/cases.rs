@@ -49,6 +49,8 @@ pub struct Case {
     /// For somebody who asks for it, not for every run.
     pub long: bool,
     arguments: &'static [&'static str],
+    /// What the program is told afterwards, without farpage, to see that it comes to the same there; nothing if it has no such way.
+    pub twin: &'static [&'static str],
     /// Whether what is here at most is judged.
     pub bounded: bool,
     /// Whether it has pages pinned, which only kernels with `UFFDIO_MOVE` say of a page.
@@ -66,6 +68,7 @@ const fn case(program: &'static str, name: &'static str, shows: &'static str) ->
         deadline: DEADLINE,
         long: false,
         arguments: &[],
+        twin: &[],
         bounded: true,
         pins: false,
         forms: &[Form::Plain],
@@ -98,6 +101,14 @@ impl Case {
 
     const fn with(self, arguments: &'static [&'static str]) -> Self {
         Self { arguments, ..self }
+    }
+
+    /// In plain memory it is to come to the same.
+    const fn with_twin(self) -> Self {
+        Self {
+            twin: &["twin"],
+            ..self
+        }
     }
 
     const fn within(self, local: u64) -> Self {
@@ -294,6 +305,6 @@ pub const CASES: &[Case] = &[
     case("fork_tree", "verify", "6 generations, 200 processes, 256 MiB").with(&["long", SEED]).within(64 << 20).long(),
     case("fork_tree", "kill", "the same with processes killed at any moment").with(&["long", SEED]).within(64 << 20).long(),
 
-    case("random_calls", "run", "20 s of memory calls drawn by lot, against a model").with(&["20", SEED]).both().unbounded(),
-    case("random_calls", "run", "10 minutes of the same").with(&["600", SEED]).both().unbounded().long(),
+    case("random_calls", "run", "20 s of memory calls drawn by lot, against a model and a process of plain memory").with(&["20", SEED]).with_twin().both().unbounded(),
+    case("random_calls", "run", "10 minutes of the same").with(&["600", SEED]).with_twin().both().unbounded().long(),
 ];

@@ -33,7 +33,7 @@ const LOOK: Duration = Duration::from_millis(5);
 /// Names how many seconds a case may take at least, for emulated machines; the programs heed it too.
 const PATIENCE: &str = "FARPAGE_TEST_PATIENCE";
 /// How much of what a failed program said is repeated.
-const REASON_CHARS: usize = 600;
+const REASON_CHARS: usize = 2000;
 
 /// Which cases to run, and how.
 #[derive(Clone, Debug, Default)]
@@ -269,9 +269,8 @@ impl Runner<'_> {
         form: Form,
         program: &Path,
     ) -> Result<(Outcome, String), BenchError> {
-        let (said, account) = (self.folder.join("said"), self.folder.join("account.json"));
+        let account = self.folder.join("account.json");
         let _ = std::fs::remove_file(&account);
-        let errors = File::create(&said).map_err(BenchError::system("making a file"))?;
         let mut command = Command::new(&self.options.farpage);
         command
             .args(["run", "--local", &case.local.to_string(), "--fabric"])
@@ -283,26 +282,10 @@ impl Runner<'_> {
             .args(case.words(self.seed))
             .env_remove("FARPAGE_AGENT")
             .env_remove("FARPAGE_COORDINATOR")
-            .envs(form.environment().iter().copied())
-            .current_dir(self.folder)
-            .process_group(0)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(errors);
-        let child = command
-            .spawn()
-            .map_err(BenchError::system("starting farpage run"))?;
-        let deadline = case.deadline.max(self.patience);
-        let status = wait(child, deadline).map_err(BenchError::system("waiting for a case"))?;
-        let said = std::fs::read(&said).unwrap_or_default();
-        let said = String::from_utf8_lossy(&said);
-        let Some(status) = status else {
-            let reason = format!(
-                "it did not end within {} s: {}",
-                deadline.as_secs(),
-                ends_of(&said)
-            );
-            return Ok((Outcome::Fail, reason));
+            .envs(form.environment().iter().copied());
+        let (status, said) = match self.watch(command, case)? {
+            Ok(ended) => ended,
+            Err(reason) => return Ok((Outcome::Fail, reason)),
         };
         if status.code() == Some(SKIPPED) {
             let why = said.lines().find_map(|line| line.strip_prefix("SKIP "));
@@ -316,9 +299,54 @@ impl Runner<'_> {
         }
         let account = std::fs::read(&account).unwrap_or_default();
         let account: Value = serde_json::from_slice(&account).unwrap_or(Value::Null);
-        Ok(match judge(case, &account) {
+        let judged = match judge(case, &account) {
+            Ok(()) if !case.twin.is_empty() => self.twin(case, program)?,
+            judged => judged,
+        };
+        Ok(match judged {
             Ok(()) => (Outcome::Pass, case.shows.to_owned()),
             Err(reason) => (Outcome::Fail, reason),
+        })
+    }
+
+    /// Whether the program comes to the same in plain memory as it has just done.
+    fn twin(&self, case: &Case, program: &Path) -> Result<Result<(), String>, BenchError> {
+        let mut command = Command::new(program);
+        command.args(case.twin);
+        Ok(match self.watch(command, case)? {
+            Ok((status, _)) if status.success() => Ok(()),
+            Ok((status, said)) => Err(format!("in plain memory: {status}: {}", ends_of(&said))),
+            Err(reason) => Err(format!("in plain memory: {reason}")),
+        })
+    }
+
+    /// Runs a command of a case to its end, or says why it had none. Returns its status and what it said on standard error.
+    fn watch(
+        &self,
+        mut command: Command,
+        case: &Case,
+    ) -> Result<Result<(ExitStatus, String), String>, BenchError> {
+        let said = self.folder.join("said");
+        let errors = File::create(&said).map_err(BenchError::system("making a file"))?;
+        let child = command
+            .current_dir(self.folder)
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(errors)
+            .spawn()
+            .map_err(BenchError::system("starting a case's program"))?;
+        let deadline = case.deadline.max(self.patience);
+        let status = wait(child, deadline).map_err(BenchError::system("waiting for a case"))?;
+        let said = std::fs::read(&said).unwrap_or_default();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        Ok(match status {
+            Some(status) => Ok((status, said)),
+            None => Err(format!(
+                "it did not end within {} s: {}",
+                deadline.as_secs(),
+                ends_of(&said)
+            )),
         })
     }
 }

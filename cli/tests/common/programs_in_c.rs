@@ -1,6 +1,7 @@
 //! The C programs of `bench/c`: run with far memory as `farpage bench conformance` does, but watched from outside.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -81,9 +82,21 @@ pub fn run_registered(program: &str, name: &str) -> Vec<Outcome> {
             status: case.status,
             ..Expect::default()
         };
-        run_case(program, &words, expect)
+        let outcome = run_case(program, &words, expect);
+        if outcome.is_some() && !case.twin.is_empty() {
+            comes_to_the_same_in_plain_memory(program, case.twin);
+        }
+        outcome
     };
     case.forms().iter().filter_map(in_form).collect()
+}
+
+fn comes_to_the_same_in_plain_memory(program: &str, words: &[&str]) {
+    let mut command = Command::new(compiled(program));
+    let twin = command.args(words).current_dir(folder()).output().unwrap();
+    let said = String::from_utf8_lossy(&twin.stderr);
+    assert!(twin.status.success(), "{}: {said}", twin.status);
+    println!("{program}: {said}");
 }
 
 /// Runs one case of a program. `None`, said by a line, where this machine cannot.
