@@ -54,6 +54,14 @@ fn a_hundred_connections(transport: Transport) {
     // What is made once for all stays.
     come_and_go(&node, 0);
     let before = settled(None);
+    #[cfg(feature = "verbs")]
+    if let Transport::Rdma { .. } = transport {
+        let counted = before.iter().any(|(what, _)| what == "qp");
+        assert!(
+            counted,
+            "`rdma resource show` (Debian: iproute2) counts no queue pairs: {before:?}"
+        );
+    }
     for round in 1..=CONNECTIONS {
         come_and_go(&node, round);
     }

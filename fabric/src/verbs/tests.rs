@@ -272,6 +272,28 @@ fn the_device_refuses_keys_that_are_guessed_stale_or_anothers() {
     }
 }
 
+/// A window's key has eight bits that a device counts up: after 256 binds of one window the first key would open it again.
+#[test]
+fn no_key_of_a_window_comes_again() {
+    let Some(node) = node("no_key_of_a_window_comes_again", true) else {
+        return;
+    };
+    let mut rogue = Rogue::new(&node);
+    let mut seen = Vec::new();
+    for round in 0..300 {
+        node.access.grant(1, KEY + round).unwrap();
+        let (key, address) = rogue.bind(0, 1, KEY + round).unwrap();
+        assert!(!seen.contains(&key), "{key:#x} came again in round {round}");
+        if round % 100 == 99 {
+            for old in [seen[0], seen[seen.len() - 1]] {
+                rogue.must_be_refused(0, address, old, "a key of before");
+            }
+        }
+        seen.push(key);
+        node.access.revoke(1).unwrap();
+    }
+}
+
 #[test]
 fn a_transfer_under_way_does_not_outlive_the_grant() {
     for windows in [true, false] {

@@ -53,10 +53,11 @@ pub enum Transport {
 /// Whether this host has what the transport takes. If not, says so for the test of this name.
 pub fn can_run(test: &str, transport: Transport) -> bool {
     #[cfg(feature = "verbs")]
-    if let Transport::Rdma { .. } = transport
+    if let Transport::Rdma { windows } = transport
         && let Err(why) = farpage_fabric::verbs::usable_device()
     {
-        println!("SKIPPED: {test} over rdma: {why}");
+        let how = if windows { "" } else { " without windows" };
+        println!("SKIPPED: {test} over rdma{how}: {why}");
         return false;
     }
     let _ = (test, transport);
