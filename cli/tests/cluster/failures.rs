@@ -4,6 +4,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
 use super::common::cluster::{Cluster, PATIENCE, PYTHON, Program};
+use super::common::programs_in_c::SLACK_BYTES;
 use super::common::{alone, eventually, marked, sys};
 use super::{LOCAL, PIECES, SMALL, cannot_run, granted};
 
@@ -200,6 +201,59 @@ fn a_silent_node_ends_faults_at_their_deadline_and_not_before() {
         );
     }
     assert!(cluster.agent_runs());
+    cluster.stop();
+}
+
+/// What is written has nowhere to go: staging fills, and then there is no room for more here.
+#[test]
+fn a_silent_node_keeps_writers_within_their_limit_until_their_deadline() {
+    if cannot_run("a_silent_node_keeps_writers_within_their_limit_until_their_deadline") {
+        return;
+    }
+    let _alone = alone();
+    let cluster = Cluster::start("tcp", &["512M"]);
+    let native = cluster.run_native(2 * PIECES).complete(1);
+    let node = cluster.nodes[0].child.id() as i32;
+    let stopped_once_far = |cluster: &Cluster, before: u64| {
+        eventually("some of it is far", || granted(cluster, 0) > before);
+        sys::kill(node, libc::SIGSTOP);
+    };
+
+    let mut patient = cluster.run_program(LOCAL, 2 * PIECES, "patient");
+    stopped_once_far(&cluster, 0);
+    assert_eq!(
+        patient.line_within(Duration::from_secs(3)),
+        None,
+        "it was built"
+    );
+    sys::kill(node, libc::SIGCONT);
+    patient.built();
+    assert_eq!(patient.check(), native[0]);
+
+    let before = granted(&cluster, 0);
+    let mut command = cluster.run_command(LOCAL, "hasty");
+    command.args(["--fault-deadline", "2", "--", PYTHON]);
+    command
+        .arg(cluster.path("program.py"))
+        .arg((4 * PIECES).to_string());
+    let hasty = Program::start(command);
+    stopped_once_far(&cluster, before);
+    let began = Instant::now();
+    let (status, errors) = hasty.end();
+    assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}: {errors}");
+    assert!(errors.contains("--fault-deadline"), "{errors}");
+    assert!(began.elapsed() < PATIENCE);
+    sys::kill(node, libc::SIGCONT);
+
+    assert_eq!(patient.check(), native[0]);
+    assert!(patient.end().0.success());
+    for name in ["patient", "hasty"] {
+        let summary = cluster.summary(name);
+        assert_eq!(summary["far_slots_in_use_at_exit"], 0, "{name}");
+        let bytes = |key: &str| summary[key].as_u64().unwrap();
+        let over = bytes("local_peak_bytes").saturating_sub(bytes("local_limit_bytes"));
+        assert!(over <= SLACK_BYTES, "{name}: {summary}");
+    }
     cluster.stop();
 }
 
