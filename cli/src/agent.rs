@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use farpage_agent::{AgentConfig, serve};
+use farpage_agent::{AddressError, AgentConfig, serve};
 use farpage_proto::transport::EndpointUrl;
 
 use crate::args::{AgentArgs, Fabric};
@@ -25,6 +25,8 @@ pub(crate) enum AgentError {
     Socket,
     #[error("--fabric rdma: this build has no rdma transport; use tcp or shm")]
     NoRdma,
+    #[error("--device: {0}")]
+    Device(#[from] AddressError),
     #[error(transparent)]
     Helper(#[from] HelperError),
     #[error(transparent)]
@@ -42,6 +44,7 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
     if args.fabric == Some(Fabric::Rdma) && !cfg!(feature = "verbs") {
         return Err(AgentError::NoRdma);
     }
+    let device = args.rdma.device.parse()?;
     let socket = args.socket.to_str().ok_or(AgentError::Socket)?.to_owned();
     let metrics = Endpoint::start_again(args.metrics.metrics)?;
     // Held until the agent has ended: the memory goes after those who use it.
@@ -58,6 +61,7 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
         group: group(args)?,
         id: args.id.clone().unwrap_or_else(daemon::default_id),
         fabric: args.fabric.map(Fabric::kind),
+        device,
         fault_deadline: Duration::from_secs(args.fault_deadline),
         // An agent of one run's own has no successor: the run ends with it.
         takeover_deadline: args
@@ -112,6 +116,7 @@ fn bring_up(
         };
         let mut words = vec!["far-memory", "--socket", &socket];
         words.extend(["--capacity", &capacity, "--fabric", fabric]);
+        words.extend(["--device", &args.rdma.device]);
         if number > 1 {
             words.extend(["--beside", &name]);
         }

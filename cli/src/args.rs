@@ -115,6 +115,8 @@ pub(crate) struct RunArgs {
     /// How pages travel
     #[arg(long, value_enum, default_value_t = Fabric::Shm)]
     pub(crate) fabric: Fabric,
+    #[command(flatten)]
+    pub(crate) rdma: RdmaArgs,
     /// On how many memory nodes each page is kept, up to 4; so many times --far is taken there
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_replicas)]
     pub(crate) replicas: u8,
@@ -146,7 +148,7 @@ fn fault_deadline() -> clap::builder::RangedU64ValueParser {
     clap::value_parser!(u64).range(1..=farpage_agent::MAX_FAULT_DEADLINE.as_secs())
 }
 
-/// How a side that serves or measures RDMA does it.
+/// By which device a side of RDMA works.
 #[derive(Debug, Args)]
 pub(crate) struct RdmaArgs {
     /// Which RDMA device, port and address, as device=NAME&port=N&gid=N, or a part of it [default: the best]
@@ -197,14 +199,14 @@ pub(crate) struct NodeArgs {
     /// CAP_IPC_LOCK) the log says so
     #[arg(long)]
     pub(crate) lock: bool,
-    /// A label for placement; may be repeated
+    /// A label, shown by `farpage status --json`; may be repeated. Placement does not look at it
     #[arg(long = "label", value_name = "K=V", value_parser = parse_label)]
     pub(crate) labels: Vec<Label>,
     #[command(flatten)]
     pub(crate) metrics: MetricsArgs,
 }
 
-/// A node's label, for placement.
+/// A node's label, for who looks at the cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Label {
     pub(crate) key: String,
@@ -229,7 +231,7 @@ pub(crate) struct CoordinatorArgs {
     /// Where gRPC is served
     #[arg(long, value_name = "ADDR:PORT")]
     pub(crate) listen: std::net::SocketAddr,
-    /// Where the state is kept: file:PATH or etcd:URL,...
+    /// Where the state is kept: file:PATH (etcd:URL,... is not there yet)
     #[arg(long, value_name = "STORE", value_parser = parse_state)]
     pub(crate) state: StateStore,
     /// How long an agent that is not heard of keeps what it holds; more than --fault-deadline where agents may be cut off
@@ -280,6 +282,8 @@ pub(crate) struct AgentArgs {
     /// How pages travel [default: whatever a node offers, one that crosses hosts first]
     #[arg(long, value_enum)]
     pub(crate) fabric: Option<Fabric>,
+    #[command(flatten)]
+    pub(crate) rdma: RdmaArgs,
     /// Its name in the cluster [default: the host name and the pid]
     #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) id: Option<String>,
@@ -432,6 +436,8 @@ pub(crate) struct FarMemoryArgs {
     /// How pages travel
     #[arg(long, value_enum, default_value_t = Fabric::Shm)]
     pub(crate) fabric: Fabric,
+    #[command(flatten)]
+    pub(crate) rdma: RdmaArgs,
     /// Be a further node, of the coordinator of this socket
     #[arg(long, value_name = "SOCKET")]
     pub(crate) beside: Option<String>,

@@ -31,6 +31,7 @@ pub(crate) fn command(args: &FarMemoryArgs) -> Result<(), FarMemoryError> {
     let capacity = args.capacity.bytes().next_multiple_of(extent);
     let mut config = EmbeddedConfig::new(ByteCount(capacity), name);
     config.fabric = args.fabric.kind();
+    config.rdma_device.clone_from(&args.rdma.device);
     config.beside = args
         .beside
         .as_ref()

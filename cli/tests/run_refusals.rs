@@ -89,6 +89,14 @@ fn bad_arguments_are_2() {
             "more than --far",
         ),
         (&["run", "--fabric", "pigeon", "--", "true"], "pigeon"),
+        (
+            &["run", "--device", "device=rxe0", "--", "true"],
+            "for --fabric rdma",
+        ),
+        (
+            &["run", "--agent", "/a", "--device", "port=1", "--", "true"],
+            "farpage agent",
+        ),
         (&["run", "--replicas", "0", "--", "true"], "0"),
         (&["run", "--replicas", "5", "--", "true"], "from 1 to 4"),
         (&["run", "--summary", "xml", "--", "true"], "xml"),

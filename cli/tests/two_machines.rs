@@ -61,10 +61,18 @@ fn endure() {
     let outages = std::env::var("FARPAGE_OUTAGES").unwrap_or_else(|_| OUTAGES.to_owned());
     let outages: Vec<u64> = outages.split(',').map(|n| n.parse().unwrap()).collect();
     let deadline = (outages.iter().max().unwrap() + BEYOND_OUTAGES).to_string();
-    let agent = ["--fabric", "rdma", "--fault-deadline", &deadline];
+    let agent = [
+        "--fabric",
+        "rdma",
+        "--device",
+        "port=1",
+        "--fault-deadline",
+        &deadline,
+    ];
     let (mut other, began) = (Other::find(), Instant::now());
     let mut cluster = Cluster::empty();
     cluster.url = lab::URL.to_owned();
+    a_device_that_is_not_there_is_refused(&mut cluster);
     cluster.start_agent(&agent);
 
     let native = cluster.run_native(PIECES).complete(1).remove(0);
@@ -101,6 +109,15 @@ fn endure() {
     let mut agent = cluster.agent.take().unwrap();
     agent.stop();
     cluster.assert_nothing_runs();
+}
+
+fn a_device_that_is_not_there_is_refused(cluster: &mut Cluster) {
+    let mut words = cluster.agent_arguments();
+    words.extend(["--device", "device=nope"].map(str::to_owned));
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let (status, log) = cluster.refused(&words);
+    assert_eq!(status.code(), Some(1), "{log}");
+    assert!(log.contains("device=nope"), "{log}");
 }
 
 fn complete(cluster: &Cluster, pieces: u32, name: &str) -> String {

@@ -35,6 +35,54 @@ pub enum FabricAddress {
     },
 }
 
+/// Which of its own RDMA devices a requester uses: `device=NAME&port=N&gid=N` or a part of it; the best if nothing is said.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OwnDevice {
+    #[cfg(feature = "verbs")]
+    choice: DeviceChoice,
+}
+
+impl OwnDevice {
+    /// Whether there is one, if one was asked for.
+    ///
+    /// # Errors
+    /// What is missing, and what to do about it.
+    pub fn look(&self) -> Result<(), String> {
+        #[cfg(feature = "verbs")]
+        if self.choice != DeviceChoice::default() {
+            crate::verbs::chosen(&self.choice, None)?;
+        }
+        Ok(())
+    }
+
+    /// What it can do at most, in words.
+    ///
+    /// # Errors
+    /// What is missing, and what to do about it.
+    pub fn limits(&self) -> Result<String, String> {
+        #[cfg(feature = "verbs")]
+        return crate::verbs::limits(&self.choice);
+        #[cfg(not(feature = "verbs"))]
+        Err(AddressError::NoRdma.to_string())
+    }
+}
+
+impl FromStr for OwnDevice {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        if text.is_empty() {
+            return Ok(Self::default());
+        }
+        #[cfg(feature = "verbs")]
+        return Ok(Self {
+            choice: text.parse()?,
+        });
+        #[cfg(not(feature = "verbs"))]
+        Err(AddressError::NoRdma)
+    }
+}
+
 /// The Unix socket on which shared memory is handed over.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ShmAddress {
@@ -65,6 +113,20 @@ pub enum AddressError {
     /// Not a socket name.
     #[error("{0:?} is no socket; write shm:@NAME or shm:/PATH, at most {MAX_SOCKET_NAME} bytes")]
     Socket(String),
+}
+
+impl FabricAddress {
+    /// The same, to be reached by this device of the requester's own if it is reached by RDMA.
+    #[must_use]
+    pub fn by(self, own: &OwnDevice) -> Self {
+        #[cfg(feature = "verbs")]
+        if let Self::Rdma { host, port, .. } = self {
+            let choice = own.choice.clone();
+            return Self::Rdma { host, port, choice };
+        }
+        let _ = own;
+        self
+    }
 }
 
 impl FromStr for FabricAddress {

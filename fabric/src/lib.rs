@@ -72,7 +72,7 @@ pub mod verbs;
 pub mod wire;
 
 pub use access::AccessTable;
-pub use address::{FabricAddress, ShmAddress};
+pub use address::{FabricAddress, OwnDevice, ShmAddress};
 pub use connect::{ConnectError, MAX_WINDOW, connect};
 pub use endpoint::{
     Completion, Endpoint, LocalSlice, PostError, RegionId, RemoteSlice, WorkError, WorkId,

@@ -27,6 +27,8 @@ pub struct EmbeddedConfig {
     pub extent_bytes: ByteCount,
     /// The data path: shared memory, TCP on the loopback, or an RDMA device that talks to itself.
     pub fabric: FabricKind,
+    /// By which RDMA device, as [`NodeConfig::rdma_device`] has it.
+    pub rdma_device: String,
     /// Name of the abstract Unix socket of the coordinator's gRPC, without `@`; the node's are `NAME.node` and `NAME.shm`.
     /// At most 100 characters, unique on this machine: put the process id in it.
     pub name: String,
@@ -46,6 +48,7 @@ impl EmbeddedConfig {
             capacity,
             extent_bytes: ByteCount(farpage_proto::limits::DEFAULT_EXTENT_BYTES),
             fabric: FabricKind::Shm,
+            rdma_device: String::new(),
             name: name.into(),
             beside: None,
             huge_pages: false,
@@ -173,6 +176,7 @@ fn node_config(
     let mut node = NodeConfig::new(NodeId::new(id)?, config.capacity, coordinator);
     node.extent_bytes = config.extent_bytes;
     node.huge_pages = config.huge_pages;
+    node.rdma_device.clone_from(&config.rdma_device);
     node.control = EndpointUrl::parse_field("name", &format!("unix:@{}.node", config.name))?;
     match config.fabric {
         FabricKind::Shm => node.shm = Some(format!("@{}.shm", config.name)),

@@ -4,6 +4,8 @@ use std::fs;
 use std::net::Ipv6Addr;
 use std::path::Path;
 
+use farpage_agent::OwnDevice;
+
 use crate::doctor::report::Report;
 
 /// Where the kernel lists its RDMA devices.
@@ -73,9 +75,27 @@ pub(crate) fn check(report: &mut Report) {
         report.optional("rdma_device", "none", purpose, remedy);
     } else if up {
         report.ok("rdma_device", found.join("; "), purpose);
+        limits(report);
     } else {
         let remedy = "bring a port up: ip link set IFACE up for RoCE; a cable and a subnet manager for InfiniBand";
         report.optional("rdma_device", found.join("; "), purpose, remedy);
+    }
+}
+
+/// Of the device that is used where none is chosen, as its own library tells them.
+fn limits(report: &mut Report) {
+    let purpose = "how many programs and nodes one device is enough for: three queue pairs for each pager and node";
+    match OwnDevice::default().limits() {
+        Ok(limits) => report.ok("rdma_limits", limits, purpose),
+        Err(missing) => {
+            let remedy = "what it says; until then --fabric tcp or shm";
+            report.optional(
+                "rdma_limits",
+                format!("unknown: {missing}"),
+                purpose,
+                remedy,
+            );
+        }
     }
 }
 

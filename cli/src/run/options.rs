@@ -11,7 +11,7 @@ use crate::args::{Fabric, RunArgs, SummaryForm};
 use crate::size::{Size, readable};
 
 /// Less than this cannot hold a program's stacks and the pages it is working on at the moment.
-const MIN_LOCAL_BYTES: u64 = 1 << 20;
+const MIN_LOCAL_BYTES: u64 = farpage_agent::LEAST_LOCAL_BYTES;
 
 /// The default of `--far`, in multiples of `--local`, on a machine too small for that to be its whole memory.
 const DEFAULT_FAR_PER_LOCAL: u64 = 4;
@@ -29,6 +29,8 @@ pub(crate) struct RunOptions {
     /// The agent to use; none for one of our own.
     pub(crate) agent: Option<PathBuf>,
     pub(crate) fabric: Fabric,
+    /// By which device, over RDMA.
+    pub(crate) device: String,
     pub(crate) replicas: u8,
     pub(crate) fault_deadline: Option<Duration>,
     pub(crate) program: OsString,
@@ -40,8 +42,12 @@ pub(crate) struct RunOptions {
 pub(crate) enum OptionsError {
     #[error("no program given; write it behind --, as in: farpage run --local 64M -- sort big.txt")]
     NoProgram,
-    #[error("--local {0} is too small to run anything; give at least 1M")]
+    #[error("--local {0} is too small to run anything; give at least 4M")]
     LocalTooSmall(Size),
+    #[error("--device is the agent's to choose; give it to farpage agent, or leave out --agent")]
+    DeviceOfAgent,
+    #[error("--device is for --fabric rdma; add that, or leave it out")]
+    DeviceWithoutRdma,
     #[error(
         "--local {local} is more than --far {far}; leave out --far, or give it at least what --local has"
     )]
@@ -112,6 +118,12 @@ impl RunOptions {
                 });
             }
         }
+        if !args.rdma.device.is_empty() && args.agent.is_some() {
+            return Err(OptionsError::DeviceOfAgent);
+        }
+        if !args.rdma.device.is_empty() && args.fabric != Fabric::Rdma {
+            return Err(OptionsError::DeviceWithoutRdma);
+        }
         if args.summary == SummaryForm::None && args.summary_file.is_some() {
             return Err(OptionsError::FileForNothing);
         }
@@ -120,6 +132,7 @@ impl RunOptions {
             far,
             agent: args.agent.clone(),
             fabric: args.fabric,
+            device: args.rdma.device.clone(),
             replicas: args.replicas,
             fault_deadline: args.fault_deadline.map(Duration::from_secs),
             program: program.clone(),

@@ -190,6 +190,8 @@ fn bring_up(options: &RunOptions) -> Result<(Helper, String), HelperError> {
         &socket,
         "--fabric",
         options.fabric.name(),
+        "--device",
+        &options.device,
         "--own-replicas",
         &replicas,
     ];

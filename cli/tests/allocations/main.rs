@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use common::programs_in_c::{LOCAL, compiled};
 use common::{Part, eventually, farpage, without_far_memory, without_program};
-use farpage_agent::{AgentConfig, client, serve};
+use farpage_agent::{AgentConfig, OwnDevice, client, serve};
 use farpage_proto::transport::EndpointUrl;
 
 #[global_allocator]
@@ -50,6 +50,7 @@ fn a_fault_asks_the_allocator_for_nothing() {
                 group: None,
                 id: "allocations".into(),
                 fabric: None,
+                device: OwnDevice::default(),
                 fault_deadline: Duration::from_secs(60),
                 takeover_deadline: None,
                 replicas: 1,

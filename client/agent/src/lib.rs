@@ -6,7 +6,7 @@
 //! are granted, and the [`mover`] fills the copies of extents that lack something. Nothing asynchronous is on the path of a fault.
 //!
 //! The pure parts are a crate of their own, `farpage_core`, whose modules appear here under the same names:
-//! [`entry`] (where a page is, in one word), [`page_cell`] and [`table`] (entries as threads and pagers share
+//! [`entry`] (where a page is, in one word), [`page_cell`] and [`table`] (entries where the next agent finds
 //! them), [`gate`] (what excludes what), [`residents`] (who goes), [`prefetch`] (who comes along). Pure too,
 //! but kept beside the grants that feed it: [`far`] (slots and their references).
 
@@ -36,6 +36,7 @@ pub mod sys;
 pub mod tree;
 
 pub use farpage_core::{entry, gate, page_cell, prefetch, residents, table};
+pub use farpage_fabric::{OwnDevice, address::AddressError};
 pub use figures::{AgentFigures, Observer};
 pub use serve::{AgentConfig, AgentError, serve};
-pub use spaces::MAX_FAULT_DEADLINE;
+pub use spaces::{LEAST_LOCAL_BYTES, MAX_FAULT_DEADLINE};

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farpage_fabric::memory::{MemoryOptions, RegisteredMemory};
-use farpage_fabric::{Endpoint, LocalSlice, RegionId, RemoteSlice, WorkId};
+use farpage_fabric::{Endpoint, LocalSlice, OwnDevice, RegionId, RemoteSlice, WorkId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::entry::Slot;
@@ -36,8 +36,8 @@ const PAGE: u64 = 4096;
 const BUFFER: RegionId = RegionId(0);
 const BUFFER_BYTES: usize = MAX_TRANSFER_SLOTS * PAGE as usize;
 
-/// Copies what is to be copied until `ended` says so.
-pub fn run(far: &FarMemory, ended: &dyn Fn() -> bool) {
+/// Copies what is to be copied until `ended` says so; over RDMA by this device.
+pub fn run(far: &FarMemory, device: Arc<OwnDevice>, ended: &dyn Fn() -> bool) {
     crate::sys::process::raise_priority(0, BEHIND);
     let buffer = RegisteredMemory::create("farpage-mover", BUFFER_BYTES, MemoryOptions::default());
     let buffer = match buffer {
@@ -50,6 +50,7 @@ pub fn run(far: &FarMemory, ended: &dyn Fn() -> bool) {
     let mut mover = Mover {
         buffer,
         connections: Vec::new(),
+        device,
         next: 0,
     };
     while !ended() {
@@ -74,6 +75,7 @@ pub fn run(far: &FarMemory, ended: &dyn Fn() -> bool) {
 struct Mover {
     buffer: Arc<RegisteredMemory>,
     connections: Vec<Connection>,
+    device: Arc<OwnDevice>,
     /// Where the next look begins.
     next: u32,
 }
@@ -176,7 +178,8 @@ impl Mover {
             Some(at) => at,
             None => {
                 let regions = vec![Arc::clone(&self.buffer)];
-                let endpoint = dial::dial(address, regions).map_err(|_| Failure::Unreachable)?;
+                let endpoint =
+                    dial::dial(address, &self.device, regions).map_err(|_| Failure::Unreachable)?;
                 if self.connections.len() >= MAX_CONNECTIONS {
                     self.connections.remove(0);
                 }

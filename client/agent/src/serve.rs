@@ -1,4 +1,5 @@
-//! The agent's life: probe the kernel, join the cluster, open the door, serve until told to end.
+//! The agent's life: probe the kernel, take the door's socket, start the keeper and take over what it was handed, join the
+//! cluster, serve until told to end.
 
 use std::io;
 use std::mem::ManuallyDrop;
@@ -7,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use farpage_fabric::OwnDevice;
 use farpage_proto::FabricKind;
 use farpage_proto::transport::EndpointUrl;
 
@@ -40,6 +42,8 @@ pub struct AgentConfig {
     pub id: String,
     /// The fabric to reach memory by; any that nodes serve when absent.
     pub fabric: Option<FabricKind>,
+    /// By which device it is reached over RDMA.
+    pub device: OwnDevice,
     /// How long a fault may wait for its page, in jobs that do not say.
     pub fault_deadline: Duration,
     /// How long programs wait for the next agent when this one is killed; nobody takes over where none is given.
@@ -83,6 +87,9 @@ pub enum AgentError {
         "cannot keep what is to outlive this agent: {0}; check the limits on memory and processes"
     )]
     State(io::Error),
+    /// Not the RDMA device that was asked for.
+    #[error("--device: {0}")]
+    Device(String),
     /// A thread cannot be started.
     #[error("cannot start a thread: {0}; check the limits on processes")]
     Thread(io::Error),
@@ -98,7 +105,8 @@ pub fn serve(
     stop: &Arc<AtomicBool>,
     ready: impl FnOnce(Observer),
 ) -> Result<(), AgentError> {
-    let (kernel, device) = Kernel::probe()?;
+    let (kernel, userfaultfd) = Kernel::probe()?;
+    config.device.look().map_err(AgentError::Device)?;
     crate::sys::process::raise_session_priority(
         std::process::id().cast_signed(),
         crate::sys::process::FIRST,
@@ -113,13 +121,14 @@ pub fn serve(
         far: Arc::clone(&far),
         spawner: Arc::clone(&spaces),
         kernel,
+        device: Arc::new(config.device.clone()),
     };
     if kept.is_left {
         crate::recovery::take_over(&shared, &kept.state);
     }
     let door = Arc::new(Door {
         shared,
-        device: device.into(),
+        device: userfaultfd.into(),
         admission: Admission {
             own_uid: rustix::process::geteuid().as_raw(),
             group: config.group,
@@ -144,7 +153,8 @@ pub fn serve(
     })?;
     spawn("mover", {
         let (far, ended) = (Arc::clone(&far), Arc::clone(&ended));
-        move || crate::mover::run(&far, &|| ended.load(Ordering::Acquire))
+        let device = Arc::new(config.device.clone());
+        move || crate::mover::run(&far, device, &|| ended.load(Ordering::Acquire))
     })?;
     spawn("door", {
         let ended = Arc::clone(&ended);

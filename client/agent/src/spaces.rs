@@ -23,7 +23,7 @@ const MAX_JOBS: usize = 1024;
 const MAX_SPACES: u64 = 4096;
 
 /// The least resident memory that a job can be asked to live with.
-pub(crate) const LEAST_LOCAL_BYTES: u64 = 4 << 20;
+pub const LEAST_LOCAL_BYTES: u64 = 4 << 20;
 /// How long a fault may be asked to wait at most: whoever wants more wants to wait for ever.
 pub const MAX_FAULT_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 /// How often a launcher is looked for that has not come back to its job yet.

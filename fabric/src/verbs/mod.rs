@@ -45,6 +45,29 @@ pub fn usable_device() -> Result<String, String> {
         .map_err(|error| error.to_string())
 }
 
+/// What the device that would be used can do at most, in words.
+///
+/// # Errors
+/// What is missing, and what to do about it.
+pub fn limits(choice: &DeviceChoice) -> Result<String, String> {
+    let device = device::Device::open(choice, None).map_err(|error| error.to_string())?;
+    let limits = device.context.limits();
+    let windows = match limits.windows {
+        true => "memory windows of type 2B",
+        false => "no memory windows of type 2B: a region for each grant",
+    };
+    Ok(format!(
+        "{}: {} queue pairs of {} requests, {} reads out and {} in each, {} memory regions, {windows}, packets of {} bytes",
+        device.name,
+        limits.queues,
+        limits.queue_depth,
+        limits.reads_out,
+        limits.reads_in,
+        limits.regions,
+        128 << device.state.mtu,
+    ))
+}
+
 /// The choice completed: which device, port and address a connection from this host's address `from` uses.
 ///
 /// # Errors

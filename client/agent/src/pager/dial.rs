@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use farpage_fabric::address::AddressError;
 use farpage_fabric::memory::RegisteredMemory;
-use farpage_fabric::{Endpoint, FabricAddress, connect};
+use farpage_fabric::{Endpoint, FabricAddress, OwnDevice, connect};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::links::WINDOW;
@@ -63,16 +63,17 @@ impl Dialling {
     /// When no thread can be started.
     pub(super) fn start(
         address: &str,
+        device: &Arc<OwnDevice>,
         regions: Vec<Arc<RegisteredMemory>>,
         dialled: &Dialled,
     ) -> io::Result<Self> {
         let (tell, said) = channel();
-        let (address, dialled) = (address.to_owned(), dialled.clone());
+        let (address, device, dialled) = (address.to_owned(), Arc::clone(device), dialled.clone());
         std::thread::Builder::new()
             .name("dial".into())
             .spawn(move || {
                 // The pager may have ended meanwhile.
-                let _ = tell.send(dial(&address, regions));
+                let _ = tell.send(dial(&address, &device, regions));
                 dialled.tell();
             })?;
         Ok(Self(said))
@@ -91,13 +92,18 @@ impl Dialling {
 /// Connects, with these regions registered in their order. Takes [`CONNECT_DEADLINE`] at most.
 pub(crate) fn dial(
     address: &str,
+    device: &OwnDevice,
     regions: Vec<Arc<RegisteredMemory>>,
 ) -> Result<Box<dyn Endpoint>, String> {
     let address: FabricAddress = address
         .parse()
         .map_err(|error: AddressError| error.to_string())?;
-    let endpoint = connect(&address, WINDOW, Instant::now() + CONNECT_DEADLINE)
-        .map_err(|error| error.to_string())?;
+    let endpoint = connect(
+        &address.by(device),
+        WINDOW,
+        Instant::now() + CONNECT_DEADLINE,
+    )
+    .map_err(|error| error.to_string())?;
     let mut endpoint = crate::injection::inject(endpoint).map_err(|error| error.to_string())?;
     for region in regions {
         endpoint.register(region);

@@ -1,4 +1,4 @@
-//! The pager's connections to memory nodes: one endpoint per node, as it would have its own queue pair.
+//! The pager's connections to memory nodes: one endpoint per node, with its own queue pairs over RDMA.
 //!
 //! Where a page has copies on several nodes, one that does not answer is not waited for: its connection is given up, and what
 //! was asked of it fails and is asked of another.
@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farpage_fabric::memory::RegisteredMemory;
-use farpage_fabric::{Completion, Endpoint, LocalSlice, PostError, RegionId, WorkError, WorkId};
+use farpage_fabric::{
+    Completion, Endpoint, LocalSlice, OwnDevice, PostError, RegionId, WorkError, WorkId,
+};
 
 use super::dial::{Dialled, Dialling, Said};
 use super::patience::Patience;
@@ -112,6 +114,7 @@ pub(crate) struct Links {
     staging: Option<Arc<RegisteredMemory>>,
     wakeups: Wakeups,
     dialled: Dialled,
+    device: Arc<OwnDevice>,
 }
 
 /// Regions are registered in this order on every endpoint.
@@ -119,11 +122,11 @@ const FRAMES: RegionId = RegionId(0);
 const STAGING: RegionId = RegionId(1);
 
 impl Links {
-    /// None yet. Whatever they have to wait for wakes `wakeups`.
+    /// None yet. Whatever they have to wait for wakes `wakeups`; those over RDMA will use this device.
     ///
     /// # Errors
     /// When the kernel has no descriptor left.
-    pub(super) fn new(wakeups: Wakeups) -> io::Result<Self> {
+    pub(super) fn new(wakeups: Wakeups, device: Arc<OwnDevice>) -> io::Result<Self> {
         let dialled = Dialled::new()?;
         wakeups.watch(&dialled, Source::Link)?;
         Ok(Self {
@@ -131,6 +134,7 @@ impl Links {
             staging: None,
             wakeups,
             dialled,
+            device,
         })
     }
 
@@ -184,7 +188,8 @@ impl Links {
             link.endpoint = None;
         }
         if link.endpoint.is_none() {
-            link.connect(frames, staging.as_ref(), &self.wakeups, &self.dialled)?;
+            let way = (&self.dialled, &self.device);
+            link.connect(frames, staging.as_ref(), &self.wakeups, way)?;
         }
         Ok(link)
     }
@@ -437,14 +442,14 @@ impl Link {
         frames: &Arc<RegisteredMemory>,
         staging: Option<&Arc<RegisteredMemory>>,
         wakeups: &Wakeups,
-        dialled: &Dialled,
+        (dialled, device): (&Dialled, &Arc<OwnDevice>),
     ) -> Result<(), LinkError> {
         if self.retry_at.is_some_and(|at| Instant::now() < at) {
             return Err(LinkError::Unreachable);
         }
         let Some(dialling) = &self.dialling else {
             let regions = [frames].into_iter().chain(staging).cloned().collect();
-            return match Dialling::start(&self.address, regions, dialled) {
+            return match Dialling::start(&self.address, device, regions, dialled) {
                 Ok(dialling) => {
                     self.dialling = Some(dialling);
                     Err(self.not_yet())

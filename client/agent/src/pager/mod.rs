@@ -3,7 +3,8 @@
 //! Everything that happens to the space happens here, in turn: its uffd is read, pages are fetched and
 //! installed, victims are taken out and written back, its table follows the program's own calls. So the hard
 //! cases are ordinary ones: whatever an event finds half done is in a list of this struct, and the event marks
-//! it there. Nothing blocks: reads and writes of far memory and the helper's batches are under way while the
+//! it there. Nothing blocks but a fork or a move of memory, which waits for pages on their way
+//! out (`settle`), and a look at the mappings, which waits for the helper's batch: reads and writes of far memory and the helper's batches are under way while the
 //! loop goes round, and a fault that cannot be answered yet waits in a queue with a deadline.
 //!
 //! A fault's way through the files: `mod` (read) → [`fault`] (what is the page?) → [`fetch`] (bring it) →
@@ -55,7 +56,7 @@ use crate::sys::pagemap::Pagemap;
 use crate::sys::process::Process;
 use crate::sys::uffd::{MAX_MESSAGES, Message, Uffd};
 use farpage_attach::control::method;
-use farpage_fabric::Completion;
+use farpage_fabric::{Completion, OwnDevice};
 
 use between::Replaced;
 use patience::Patience;
@@ -109,6 +110,8 @@ pub struct Shared {
     pub spawner: Arc<crate::spaces::Spaces>,
     /// What this kernel offers.
     pub kernel: crate::kernel::Kernel,
+    /// By which device memory is reached over RDMA.
+    pub device: Arc<OwnDevice>,
 }
 
 /// An address space and all that is under way in it.
@@ -194,7 +197,7 @@ impl Pager {
         if let Some(process) = &process {
             wakeups.watch(process, Source::Process)?;
         }
-        let links = Links::new(wakeups.clone())?;
+        let links = Links::new(wakeups.clone(), Arc::clone(&shared.device))?;
         place.uffd.store(uffd.number(), Ordering::Release);
         Ok(Self {
             shared,

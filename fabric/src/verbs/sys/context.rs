@@ -26,6 +26,10 @@ pub(crate) struct Limits {
     pub(crate) reads_in: u8,
     /// Whether it has memory windows of type 2B.
     pub(crate) windows: bool,
+    /// Queue pairs, of which each connection has three at either end.
+    pub(crate) queues: u32,
+    /// Memory regions.
+    pub(crate) regions: u32,
 }
 
 /// A port as it is now.
@@ -84,6 +88,8 @@ impl Context {
                 reads_out: 0,
                 reads_in: 0,
                 windows: false,
+                queues: 0,
+                regions: 0,
             },
         };
         context.limits = context.query()?;
@@ -101,12 +107,15 @@ impl Context {
             attributes.assume_init()
         };
         let byte = |value: i32| u8::try_from(value.clamp(0, 255)).unwrap_or(0);
+        let count = |value: i32| u32::try_from(value).unwrap_or(0);
         Ok(Limits {
-            queue_depth: u32::try_from(attributes.max_qp_wr).unwrap_or(0),
-            completions: u32::try_from(attributes.max_cqe).unwrap_or(0),
+            queue_depth: count(attributes.max_qp_wr),
+            completions: count(attributes.max_cqe),
             reads_out: byte(attributes.max_qp_init_rd_atom),
             reads_in: byte(attributes.max_qp_rd_atom),
             windows: attributes.device_cap_flags & MEM_WINDOW_TYPE_2B != 0 && attributes.max_mw > 0,
+            queues: count(attributes.max_qp),
+            regions: count(attributes.max_mr),
         })
     }
 
