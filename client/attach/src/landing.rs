@@ -79,18 +79,23 @@ fn take_out(args: &HelperArgs, control: &Control, command: u32, count: usize) {
     let mut index = 0;
     while index < count {
         let len = run_len(batch, index, count);
-        take_in_halves(args, control, command, index, len);
+        take_in_parts(args, control, command, index, len);
         index += len;
     }
 }
 
-/// Moves a run, in halves where it cannot be moved whole: it may cross from one mapping to the next. Page by page each would
-/// cost a turn of the agent's.
-fn take_in_halves(args: &HelperArgs, control: &Control, command: u32, index: usize, len: usize) {
-    if !take_run(args, control, command, index, len) {
-        let half = len / 2;
-        take_in_halves(args, control, command, index, half);
-        take_in_halves(args, control, command, index + half, len - half);
+/// Moves a run, in parts where it cannot be moved whole: it may cross from one mapping to the next. Page by page each would cost
+/// a turn of the agent's.
+fn take_in_parts(args: &HelperArgs, control: &Control, command: u32, index: usize, len: usize) {
+    let (mut at, end, mut most) = (index, index + len, len);
+    while at < end {
+        let len = most.min(end - at);
+        if take_run(args, control, command, at, len) {
+            at += len;
+            most = 2 * len;
+        } else {
+            most = len / 2;
+        }
     }
 }
 
