@@ -27,6 +27,8 @@ pub(crate) enum AgentError {
     NoRdma,
     #[error("--device: {0}")]
     Device(#[from] AddressError),
+    #[error("--device is for --fabric rdma; add that, or leave it out")]
+    DeviceWithoutRdma,
     #[error(transparent)]
     Helper(#[from] HelperError),
     #[error(transparent)]
@@ -45,6 +47,9 @@ pub(crate) fn command(args: &AgentArgs) -> Result<(), AgentError> {
         return Err(AgentError::NoRdma);
     }
     let device = args.rdma.device.parse()?;
+    if !args.rdma.device.is_empty() && args.fabric.is_some_and(|fabric| fabric != Fabric::Rdma) {
+        return Err(AgentError::DeviceWithoutRdma);
+    }
     let socket = args.socket.to_str().ok_or(AgentError::Socket)?.to_owned();
     let metrics = Endpoint::start_again(args.metrics.metrics)?;
     // Held until the agent has ended: the memory goes after those who use it.

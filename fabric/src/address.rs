@@ -120,7 +120,9 @@ impl FabricAddress {
     #[must_use]
     pub fn by(self, own: &OwnDevice) -> Self {
         #[cfg(feature = "verbs")]
-        if let Self::Rdma { host, port, .. } = self {
+        if own.choice != DeviceChoice::default()
+            && let Self::Rdma { host, port, .. } = self
+        {
             let choice = own.choice.clone();
             return Self::Rdma { host, port, choice };
         }

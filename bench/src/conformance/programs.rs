@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What programs include.
 const HEADERS: &[(&str, &str)] = &[
@@ -65,7 +66,9 @@ pub fn compile(program: &str, folder: &Path) -> Result<PathBuf, CompileError> {
     let found = SOURCES.iter().find(|(name, _)| *name == program);
     let (_, source) = found.ok_or_else(|| CompileError::Unknown(program.to_owned()))?;
     // A folder of its own until it is whole.
-    let fresh = folder.join(format!("{program}.{}", std::process::id()));
+    static TURN: AtomicU64 = AtomicU64::new(0);
+    let turn = TURN.fetch_add(1, Ordering::Relaxed);
+    let fresh = folder.join(format!("{program}.{}.{turn}", std::process::id()));
     let write = |name: &str, text: &str| {
         let path = fresh.join(name);
         std::fs::write(&path, text).map_err(|error| CompileError::File { path, error })

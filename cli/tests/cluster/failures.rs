@@ -3,7 +3,7 @@
 use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
-use super::common::cluster::{Cluster, PATIENCE, PYTHON, Program};
+use super::common::cluster::{BUILD_AND_CHECK, Cluster, PATIENCE, PYTHON, Program};
 use super::common::programs_in_c::SLACK_BYTES;
 use super::common::{alone, eventually, marked, sys};
 use super::{LOCAL, PIECES, SMALL, cannot_run, granted};
@@ -212,15 +212,22 @@ fn a_silent_node_keeps_writers_within_their_limit_until_their_deadline() {
     }
     let _alone = alone();
     let cluster = Cluster::start("tcp", &["512M"]);
-    let native = cluster.run_native(2 * PIECES).complete(1);
+    // Its list is as long as it will be from the start: one that grows moves memory, which waits for what is on its way out.
+    let grows = "data = [source.randbytes(3000) for _ in range(int(sys.argv[1]))]";
+    let stays = "data = [None] * int(sys.argv[1])\nfor i in range(len(data)):\n    data[i] = source.randbytes(3000)";
+    assert!(BUILD_AND_CHECK.contains(grows));
+    let source = BUILD_AND_CHECK.replace(grows, stays);
+    std::fs::write(cluster.path("program.py"), source).unwrap();
+    let native = cluster.run_native(4 * PIECES).complete(1);
     let node = cluster.nodes[0].child.id() as i32;
     let stopped_once_far = |cluster: &Cluster, before: u64| {
         eventually("some of it is far", || granted(cluster, 0) > before);
         sys::kill(node, libc::SIGSTOP);
     };
 
-    let mut patient = cluster.run_program(LOCAL, 2 * PIECES, "patient");
-    stopped_once_far(&cluster, 0);
+    let before = granted(&cluster, 0);
+    let mut patient = cluster.run_program(LOCAL, 4 * PIECES, "patient");
+    stopped_once_far(&cluster, before);
     assert_eq!(
         patient.line_within(Duration::from_secs(3)),
         None,

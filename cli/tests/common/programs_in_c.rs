@@ -1,13 +1,12 @@
 //! The C programs of `bench/c`: run with far memory as `farpage bench conformance` does, but watched from outside.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use farpage_bench::conformance::{Form, SKIPPED, allowed_bytes, cases, programs, shell_status};
 
-use super::runs::{Outcome, run_far_with};
+use super::runs::{Outcome, run_far_with, run_native};
 use super::{alone, skip, without_far_memory, without_pins, without_program};
 
 /// A run that takes longer hangs.
@@ -92,11 +91,16 @@ pub fn run_registered(program: &str, name: &str) -> Vec<Outcome> {
 }
 
 fn comes_to_the_same_in_plain_memory(program: &str, words: &[&str]) {
-    let mut command = Command::new(compiled(program));
-    let twin = command.args(words).current_dir(folder()).output().unwrap();
-    let said = String::from_utf8_lossy(&twin.stderr);
-    assert!(twin.status.success(), "{}: {said}", twin.status);
-    println!("{program}: {said}");
+    let _alone = alone();
+    let path = compiled(program);
+    let words: Vec<&str> = path
+        .to_str()
+        .into_iter()
+        .chain(words.iter().copied())
+        .collect();
+    let twin = run_native(&words, folder(), DEADLINE);
+    assert!(twin.status.success(), "{}: {}", twin.status, twin.errors);
+    println!("{program}: {}", twin.errors);
 }
 
 /// Runs one case of a program. `None`, said by a line, where this machine cannot.

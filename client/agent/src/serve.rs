@@ -106,7 +106,6 @@ pub fn serve(
     ready: impl FnOnce(Observer),
 ) -> Result<(), AgentError> {
     let (kernel, userfaultfd) = Kernel::probe()?;
-    config.device.look().map_err(AgentError::Device)?;
     crate::sys::process::raise_session_priority(
         std::process::id().cast_signed(),
         crate::sys::process::FIRST,
@@ -115,6 +114,13 @@ pub fn serve(
     let (listener, _socket_file) = open_door(config)?;
     // Never dropped: when this agent fails, its keeper needs what it has for the next one.
     let kept = ManuallyDrop::new(Kept::open(config)?);
+    if let Err(missing) = config.device.look() {
+        // Its port may be up again before those who wait for their pages have waited for too long.
+        if !kept.is_left {
+            return Err(AgentError::Device(missing));
+        }
+        tracing::warn!("--device: {missing}");
+    }
     let (far, plane) = join(config, &kept)?;
     let spaces = Arc::new(Spaces::new(Arc::clone(&kept.state), config.replicas));
     let shared = Shared {
