@@ -323,3 +323,29 @@ fn missing(extent: &Extent, parts: &Parts) -> Option<(std::ops::Range<usize>, us
             })
         })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::LOW_WATER_SLOTS;
+    use super::super::tests::{far, grant};
+
+    /// They were given back, and the program on them ended for want of far memory although its node had it.
+    #[test]
+    fn free_extents_of_a_node_that_is_drained_stay_until_there_is_room_elsewhere() {
+        let far = far(2, 64);
+        let run = far.take_run(1, 1).unwrap();
+        for target in far.targets(run) {
+            far.written(run, target.copy, true);
+        }
+        far.heard_of_nodes(&[], &[], &[0, 1]);
+        assert!(far.retire(|_| 0).is_empty());
+        assert!(far.take_run(1, 1).is_some_and(|run| far.release(run.first)));
+        far.add(1, vec![grant(2, LOW_WATER_SLOTS)]).unwrap();
+        let retired = far.retire(|_| LOW_WATER_SLOTS);
+        assert_eq!(retired.iter().map(|it| it.id).collect::<Vec<_>>(), [1]);
+        // Nor where nothing is far.
+        assert!(far.release(run.first));
+        let retired = far.retire(|_| LOW_WATER_SLOTS);
+        assert_eq!(retired.iter().map(|it| it.id).collect::<Vec<_>>(), [0]);
+    }
+}

@@ -171,6 +171,11 @@ impl FarMemory {
             if offered > 0 && left < spare_slots(extent.goal) {
                 continue;
             }
+            // One that is being drained stays for as long as there is no room elsewhere, which there may never be.
+            let usable = parts.copies.iter().any(Copy::is_usable);
+            if offered == 0 && usable && self.used_of(extent.goal) > 0 && self.is_low(extent.goal) {
+                continue;
+            }
             free.fetch_sub(offered, Ordering::Relaxed);
             // A revoked extent may have been granted anew, to this very agent: it must not be given back twice.
             let held = parts.copies.iter();
