@@ -157,31 +157,19 @@ static char *in_huge_map(size_t size)
 	skip("the kernel gave no huge page: see /sys/kernel/mm/transparent_hugepage/enabled, and how much memory is free");
 }
 
-/* What was in huge pages before memory became short leaves page by page, in a child too that it is shared with. */
+/* What was in huge pages before memory became short leaves page by page. */
 static void huge_before(void)
 {
 	const size_t size = 6 * MIB;
 	char *at = in_huge_map(size);
 	fprintf(stderr, "%zu bytes of %zu are in huge pages\n", in_huge_pages(at), size);
 	check(at, size, 1, "in huge pages");
-	pid_t child = fork();
-	MUST(child >= 0);
-	if (!child) {
-		push_far(at, size);
-		check(at, size, 1, "inherited in huge pages, and far");
-		fill(at, size / 2, 3);
-		push_far(at, size);
-		check(at, size / 2, 3, "written by the child");
-		check_from(at + size / 2, size / 2, size / 2 / PAGE, 1, "beside what the child wrote");
-		_exit(0);
-	}
 	push_far(at, size);
 	check(at, size, 1, "once in huge pages");
 	fill(at, size / 2, 2);
 	push_far(at, size);
 	check(at, size / 2, 2, "once in huge pages, and written");
 	check_from(at + size / 2, size / 2, size / 2 / PAGE, 1, "beside what was written");
-	wait_for(child, "the child");
 }
 
 static const struct test_case cases[] = {
