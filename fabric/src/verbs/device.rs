@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::DeviceChoice;
 use super::sys::{Context, PortState};
+use super::wire::Port;
 
 /// Where the kernel lists its devices.
 const DEVICES: &str = "/sys/class/infiniband";
@@ -74,6 +75,19 @@ impl Device {
             gid: candidate.gid,
             state,
         })
+    }
+
+    /// What the other end is told of it.
+    pub(super) fn as_told(&self) -> Port {
+        let limits = self.context.limits();
+        Port {
+            gid: self.gid,
+            lid: self.state.lid,
+            mtu: self.state.mtu,
+            reads_in: limits.reads_in,
+            reads_out: limits.reads_out,
+            ethernet: self.state.ethernet,
+        }
     }
 }
 
@@ -244,6 +258,53 @@ mod tests {
             best("device=rxe1&gid=0", Some("10.77.0.1")),
             Some(("rxe1".into(), 0))
         );
+    }
+
+    #[test]
+    fn roce_v2_goes_before_infiniband_and_that_before_roce_v1() {
+        let gid = |text: &str| text.parse::<std::net::Ipv6Addr>().unwrap().octets();
+        let (local, mapped) = (gid("fe80::1"), gid("::ffff:10.77.0.1"));
+        let from = |text: &str| Some(text.parse().unwrap());
+        let ranked = [
+            (
+                rank(mapped, "IB/RoCE v1", true, from("10.77.0.1")),
+                Rank::RoceV1,
+            ),
+            // Before Linux 5.15 InfiniBand's own table has no kinds.
+            (rank(local, "", false, from("10.77.0.1")), Rank::InfiniBand),
+            (
+                rank(local, "RoCE v2", true, from("10.77.0.1")),
+                Rank::RoceV2OverIpv6,
+            ),
+            (
+                rank(mapped, "RoCE v2", true, from("10.77.0.2")),
+                Rank::RoceV2OverIpv4,
+            ),
+            (
+                rank(mapped, "RoCE v2", true, from("10.77.0.1")),
+                Rank::SameAddress,
+            ),
+        ];
+        for (rank, expected) in ranked {
+            assert_eq!(rank, expected);
+        }
+        assert!(ranked.is_sorted_by_key(|(rank, _)| *rank));
+        // Over IPv6 the control connection's own address is an IPv6 one.
+        assert_eq!(
+            rank(gid("2001:db8::7"), "RoCE v2", true, from("2001:db8::7")),
+            Rank::SameAddress
+        );
+    }
+
+    #[test]
+    fn a_device_that_is_refused_memory_or_access_says_what_to_do() {
+        for (code, advice) in [
+            (libc::ENOMEM, "RLIMIT_MEMLOCK"),
+            (libc::EACCES, "/dev/infiniband"),
+        ] {
+            let error = explain("registering", &io::Error::from_raw_os_error(code));
+            assert!(error.to_string().contains(advice), "{error}");
+        }
     }
 
     #[test]

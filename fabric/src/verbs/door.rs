@@ -119,19 +119,19 @@ impl VerbsDoor {
         *place = None;
         let mut ours = QueuePair::new(&self.domain, &self.completions, QUEUE_DEPTH)?;
         let our_packet = random_packet()?;
-        let limits = self.device.context.limits();
+        let port = self.device.as_told();
         let path = Path {
             port: self.device.port,
             gid_index: self.device.gid_index,
             gid: self.their_port.gid,
             lid: self.their_port.lid,
-            mtu: self.device.state.mtu.min(self.their_port.mtu),
+            mtu: port.mtu_with(&self.their_port),
             queue,
             their_packet: packet,
             our_packet,
             // We read nothing of theirs.
             reads_out: 1,
-            reads_in: limits.reads_in.min(self.their_port.reads_out).max(1),
+            reads_in: self.their_port.reads_from(&port),
         };
         ours.connect(&path, true)?;
         let told = Tell::Opened {

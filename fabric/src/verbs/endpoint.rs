@@ -13,7 +13,7 @@ use super::DeviceChoice;
 use super::device::{Device, explain};
 use super::lane::{Lane, Link, Posted};
 use super::sys::{CompletionQueue, Granted, MemoryRegion, ProtectionDomain};
-use super::wire::{Answer, FRAME_BYTES, HELLO_BYTES, LANES, Port, Tell, VERSION, encode_hello};
+use super::wire::{Answer, FRAME_BYTES, HELLO_BYTES, LANES, Tell, VERSION, encode_hello};
 use crate::connect::{
     ConnectError, check_window, handshake_error, receive_exact, remaining, send_all, wait_for,
 };
@@ -80,6 +80,17 @@ impl VerbsEndpoint {
         window: usize,
         deadline: Instant,
     ) -> Result<Self, ConnectError> {
+        Self::connect_with_depth(address, choice, window, window as u32, deadline)
+    }
+
+    /// The same with at most `depth` requests in each send queue, where a device takes fewer than a window of them.
+    pub(super) fn connect_with_depth(
+        address: SocketAddr,
+        choice: &DeviceChoice,
+        window: usize,
+        depth: u32,
+        deadline: Instant,
+    ) -> Result<Self, ConnectError> {
         check_window(window)?;
         let left = remaining(deadline).map_err(handshake_error)?;
         let socket = TcpStream::connect_timeout(&address, left).map_err(|error| {
@@ -90,7 +101,7 @@ impl VerbsEndpoint {
         })?;
         crate::tcp::tune(&socket)?;
         let device = Device::open(choice, Some(socket.local_addr()?.ip()))?;
-        send_all(&socket, &encode_hello(our_port(&device)), deadline).map_err(handshake_error)?;
+        send_all(&socket, &encode_hello(device.as_told()), deadline).map_err(handshake_error)?;
         let mut answer = [0; HELLO_BYTES];
         receive_exact(&socket, &mut answer, deadline).map_err(handshake_error)?;
         let (their_port, geometry, max_transfer) = match Answer::decode(&answer)? {
@@ -122,7 +133,7 @@ impl VerbsEndpoint {
             )
             .map_err(std::io::Error::from)?;
         }
-        let depth = (window as u32).min(device.context.limits().completions / 4);
+        let depth = depth.min(device.context.limits().completions / 4);
         let mut endpoint = Self {
             lanes: [Lane::new(0), Lane::new(1), Lane::new(2)],
             link: Link {
@@ -326,8 +337,13 @@ impl VerbsEndpoint {
         Ok(())
     }
 
+    /// Requests that the device or the responder has still to do.
+    pub(super) fn outstanding(&self) -> usize {
+        self.lanes.iter().map(Lane::outstanding).sum()
+    }
+
     /// Takes what the device has completed. Returns how many entries there were.
-    fn take_completions(&mut self) -> Result<usize, WorkError> {
+    pub(super) fn take_completions(&mut self) -> Result<usize, WorkError> {
         let completions = Arc::clone(&self.link.completions);
         let (lanes, link) = (&mut self.lanes, &mut self.link);
         let mut result = Ok(());
@@ -397,18 +413,6 @@ impl VerbsEndpoint {
     }
 }
 
-pub(super) fn our_port(device: &Device) -> Port {
-    let limits = device.context.limits();
-    Port {
-        gid: device.gid,
-        lid: device.state.lid,
-        mtu: device.state.mtu,
-        reads_in: limits.reads_in,
-        reads_out: limits.reads_out,
-        ethernet: device.state.ethernet,
-    }
-}
-
 impl Endpoint for VerbsEndpoint {
     /// Memory that the device does not take (RLIMIT_MEMLOCK) ends the connection, and is logged.
     fn register(&mut self, memory: Arc<RegisteredMemory>) -> RegionId {
@@ -474,9 +478,8 @@ impl Endpoint for VerbsEndpoint {
     }
 
     fn credits(&self) -> usize {
-        let outstanding: usize = self.lanes.iter().map(Lane::outstanding).sum();
         self.window
-            .saturating_sub(outstanding + self.link.done.len())
+            .saturating_sub(self.outstanding() + self.link.done.len())
     }
 
     fn window(&self) -> usize {

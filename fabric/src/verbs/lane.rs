@@ -73,17 +73,17 @@ impl Link {
 
     /// The other end of a lane of ours.
     fn path(&self, queue: u32, their_packet: u32, our_packet: u32) -> Path {
-        let ours = self.device.context.limits();
+        let port = self.device.as_told();
         Path {
             port: self.device.port,
             gid_index: self.device.gid_index,
             gid: self.their_port.gid,
             lid: self.their_port.lid,
-            mtu: self.device.state.mtu.min(self.their_port.mtu),
+            mtu: port.mtu_with(&self.their_port),
             queue,
             their_packet,
             our_packet,
-            reads_out: ours.reads_out.min(self.their_port.reads_in).max(1),
+            reads_out: port.reads_from(&self.their_port),
             // A responder reads nothing of ours.
             reads_in: 1,
         }

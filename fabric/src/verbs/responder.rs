@@ -12,7 +12,6 @@ use rustix::net::{RecvFlags, recv};
 use super::DeviceChoice;
 use super::device::{Device, explain};
 use super::door::VerbsDoor;
-use super::endpoint::our_port;
 use super::wire::{Answer, Ask, FRAME_BYTES, HELLO_BYTES, Port, Tell, VERSION, decode_hello};
 use crate::MAX_TRANSFER;
 use crate::acceptor::{Acceptor, Host};
@@ -234,7 +233,7 @@ fn receive_hello(socket: &TcpStream, shared: &Shared) -> io::Result<Port> {
 /// Answers what the requester asks, and tells it what happens, until it leaves.
 fn answer(socket: &TcpStream, door: &VerbsDoor, shared: &Shared) -> io::Result<()> {
     let welcome = Answer::Welcome {
-        port: our_port(&shared.device),
+        port: shared.device.as_told(),
         geometry: shared.access.geometry(),
         max_transfer: MAX_TRANSFER,
     };

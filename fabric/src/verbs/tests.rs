@@ -10,10 +10,13 @@ use super::sys::{
     CompletionQueue, Granted, MemoryRegion, Path, ProtectionDomain, QueuePair, Status, Work,
 };
 use super::wire::{Answer, Ask, FRAME_BYTES, HELLO_BYTES, LANES, Port, Tell, encode_hello};
-use super::{DeviceChoice, VerbsLimits, VerbsResponder};
+use super::{DeviceChoice, VerbsEndpoint, VerbsLimits, VerbsResponder};
 use crate::connect::{receive_exact, send_all};
 use crate::memory::MemoryOptions;
-use crate::{AccessTable, MAX_TRANSFER, PoolGeometry, RegisteredMemory};
+use crate::{
+    AccessTable, Completion, Endpoint, LocalSlice, MAX_TRANSFER, PoolGeometry, RegisteredMemory,
+    RemoteSlice, WorkId,
+};
 
 const EXTENT_BYTES: u64 = 2 << 20;
 const KEY: u64 = 7;
@@ -69,6 +72,7 @@ struct Rogue {
     completions: Arc<CompletionQueue>,
     domain: Arc<ProtectionDomain>,
     device: Device,
+    told: Port,
     their_port: Port,
     socket: TcpStream,
     generation: u32,
@@ -76,10 +80,16 @@ struct Rogue {
 
 impl Rogue {
     fn new(node: &Node) -> Self {
+        Self::telling(node, |_| {})
+    }
+
+    /// One whose device is not what it says; it keeps to that.
+    fn telling(node: &Node, untruth: impl FnOnce(&mut Port)) -> Self {
         let socket = TcpStream::connect(node.responder.local_addr()).unwrap();
         let device = Device::open(&DeviceChoice::default(), None).unwrap();
-        let hello = encode_hello(super::endpoint::our_port(&device));
-        send_all(&socket, &hello, deadline()).unwrap();
+        let mut told = device.as_told();
+        untruth(&mut told);
+        send_all(&socket, &encode_hello(told), deadline()).unwrap();
         let mut answer = [0; HELLO_BYTES];
         receive_exact(&socket, &mut answer, deadline()).unwrap();
         let Answer::Welcome { port, .. } = Answer::decode(&answer).unwrap() else {
@@ -95,6 +105,7 @@ impl Rogue {
             completions: CompletionQueue::new(&device.context, 256).unwrap(),
             domain,
             device,
+            told,
             their_port: port,
             socket,
             generation: 0,
@@ -132,11 +143,11 @@ impl Rogue {
             gid_index: self.device.gid_index,
             gid: self.their_port.gid,
             lid: self.their_port.lid,
-            mtu: self.device.state.mtu.min(self.their_port.mtu),
+            mtu: self.told.mtu_with(&self.their_port),
             queue,
             their_packet: packet,
             our_packet: 1,
-            reads_out: 1,
+            reads_out: self.told.reads_from(&self.their_port),
             reads_in: 1,
         };
         ours.connect(&path, false).unwrap();
@@ -323,4 +334,180 @@ fn a_transfer_under_way_does_not_outlive_the_grant() {
             );
         }
     }
+}
+
+/// Both ends keep to what the lesser device can: packets of 256 bytes, one read at a time. A responder that sent larger ones, or
+/// a queue pair that awaits more reads than it serves, would break the lane.
+#[test]
+fn a_lesser_device_is_served_within_what_it_can() {
+    let Some(node) = node("a_lesser_device", true) else {
+        return;
+    };
+    node.access.grant(1, KEY).unwrap();
+    let mut rogue = Rogue::telling(&node, |port| {
+        port.mtu = 1;
+        port.reads_out = 1;
+    });
+    let (key, address) = rogue.bind(0, 1, KEY).unwrap();
+    let len = 64 << 10;
+    assert_eq!(rogue.transfer(0, true, address, key, len), Status::Done);
+    assert_eq!(rogue.transfer(0, false, address, key, len), Status::Done);
+    let mut there = vec![0; len as usize];
+    node.pool.read(EXTENT_BYTES, &mut there).unwrap();
+    assert!(there.iter().all(|&byte| byte == 0xee));
+}
+
+/// An endpoint with its own kind of memory, and what it has completed.
+struct Requester {
+    endpoint: VerbsEndpoint,
+    local: Arc<RegisteredMemory>,
+    done: Vec<Completion>,
+}
+
+impl Requester {
+    fn new(node: &Node, window: usize, depth: u32) -> Self {
+        let (at, choice) = (node.responder.local_addr(), DeviceChoice::default());
+        let mut endpoint =
+            VerbsEndpoint::connect_with_depth(at, &choice, window, depth, deadline()).unwrap();
+        let local = memory(2 * EXTENT_BYTES);
+        endpoint.register(Arc::clone(&local));
+        Self {
+            endpoint,
+            local,
+            done: Vec::new(),
+        }
+    }
+
+    /// Where a request of this number goes: pieces of `len` bytes one behind the other.
+    fn slices(number: u64, len: u32) -> (LocalSlice, RemoteSlice) {
+        let offset = number * u64::from(len);
+        let local = LocalSlice {
+            region: crate::RegionId(0),
+            offset,
+            len,
+        };
+        let remote = RemoteSlice {
+            extent: 1,
+            key: KEY,
+            offset: offset % EXTENT_BYTES,
+        };
+        (local, remote)
+    }
+
+    fn write(&mut self, id: u64, number: u64, len: u32) {
+        let (local, remote) = Self::slices(number, len);
+        self.endpoint.post_write(WorkId(id), local, remote).unwrap();
+    }
+
+    fn read(&mut self, id: u64, number: u64, len: u32) {
+        let (local, remote) = Self::slices(number, len);
+        self.endpoint.post_read(WorkId(id), local, remote).unwrap();
+    }
+
+    fn read_ahead(&mut self, id: u64, number: u64, len: u32) {
+        let (local, remote) = Self::slices(number, len);
+        self.endpoint
+            .post_read_ahead(WorkId(id), local, remote)
+            .unwrap();
+    }
+
+    /// Polls until it holds, and sees to it that all has gone well.
+    fn until(&mut self, mut holds: impl FnMut(&[Completion]) -> bool) {
+        let end = deadline();
+        while !holds(&self.done) {
+            assert!(Instant::now() < end, "only {:?}", self.done);
+            self.endpoint.poll(&mut self.done);
+        }
+        assert!(self.done.iter().all(|done| done.result == Ok(())));
+    }
+}
+
+/// The demand read is posted last, behind megabytes in both directions, and is done while most of them are still to come.
+#[test]
+fn a_demand_read_waits_for_no_bulk() {
+    const BULK: u64 = 24;
+    let Some(node) = node("a_demand_read", true) else {
+        return;
+    };
+    node.access.grant(1, KEY).unwrap();
+    let mut requester = Requester::new(&node, 64, 64);
+    for round in 0..4 {
+        // A touch of each lane, so that none has to ask for its window.
+        requester.write(0, 0, 8);
+        requester.read(1, 0, 8);
+        requester.read_ahead(2, 0, 8);
+        requester.until(|done| done.len() == 3);
+        requester.done.clear();
+        for id in 0..BULK / 2 {
+            requester.write(2 * id, 0, MAX_TRANSFER);
+            requester.read_ahead(2 * id + 1, 2, MAX_TRANSFER);
+        }
+        requester.endpoint.flush();
+        requester.read(BULK, 3, 4096);
+        requester.endpoint.flush();
+        requester.until(|done| done.iter().any(|done| done.id == WorkId(BULK)));
+        let before = requester.done.len() as u64 - 1;
+        println!("round {round}: {before} of {BULK} transfers of 1 MiB were done before it");
+        assert!(before < BULK / 2, "{before} of {BULK}");
+        requester.until(|done| done.len() as u64 == BULK + 1);
+        requester.done.clear();
+    }
+}
+
+/// One request in sixteen is reported, and a chain's last: a completion's cost is shared.
+#[test]
+fn few_of_a_chain_are_reported() {
+    let Some(node) = node("few_of_a_chain", true) else {
+        return;
+    };
+    node.access.grant(1, KEY).unwrap();
+    let mut requester = Requester::new(&node, 64, 64);
+    requester.write(0, 0, 8);
+    requester.until(|done| done.len() == 1);
+    requester.done.clear();
+    for id in 0..64 {
+        requester.write(id, id, 4096);
+    }
+    requester.endpoint.flush();
+    let (end, mut entries) = (deadline(), 0);
+    while requester.endpoint.outstanding() > 0 {
+        assert!(Instant::now() < end);
+        entries += requester.endpoint.take_completions().unwrap();
+    }
+    requester.until(|done| done.len() == 64);
+    assert!(
+        (4..=5).contains(&entries),
+        "{entries} entries for 64 requests"
+    );
+}
+
+/// What a send queue does not take waits in its order, and all is done once.
+#[test]
+fn a_window_larger_than_the_send_queue_waits_its_turn() {
+    const REQUESTS: u64 = 128;
+    let Some(node) = node("a_window_larger", true) else {
+        return;
+    };
+    node.access.grant(1, KEY).unwrap();
+    let mut requester = Requester::new(&node, REQUESTS as usize, 4);
+    let pages: Vec<u8> = (0..REQUESTS / 2)
+        .flat_map(|page| [page as u8 + 1; 4096])
+        .collect();
+    requester.local.write(0, &pages).unwrap();
+    for id in 0..REQUESTS / 2 {
+        requester.write(id, id, 4096);
+    }
+    requester.until(|done| done.len() as u64 == REQUESTS / 2);
+    let order: Vec<u64> = requester.done.iter().map(|done| done.id.0).collect();
+    assert!(order.is_sorted(), "{order:?}");
+    requester.done.clear();
+    requester.local.zero(0, pages.len()).unwrap();
+    for id in 0..REQUESTS / 2 {
+        requester.read(id, id, 4096);
+        requester.read_ahead(id + REQUESTS / 2, id, 4096);
+    }
+    requester.until(|done| done.len() as u64 == REQUESTS);
+    let mut here = vec![0; pages.len()];
+    requester.local.read(0, &mut here).unwrap();
+    assert!(here == pages);
 }

@@ -52,6 +52,18 @@ pub(super) struct Port {
     pub(super) ethernet: bool,
 }
 
+impl Port {
+    /// The largest packets that both ends' ports carry.
+    pub(super) fn mtu_with(&self, other: &Self) -> u8 {
+        self.mtu.min(other.mtu)
+    }
+
+    /// Reads that a queue pair here may have under way at one there: each end says how many it makes and serves.
+    pub(super) fn reads_from(&self, other: &Self) -> u8 {
+        self.reads_out.min(other.reads_in).max(1)
+    }
+}
+
 /// What a responder answers to a hello.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
@@ -450,6 +462,27 @@ mod tests {
         ] {
             assert_eq!(Answer::decode(&answer.encode()), Ok(answer));
         }
+    }
+
+    #[test]
+    fn unequal_ports_meet_at_what_both_can() {
+        let modest = Port {
+            mtu: 3,
+            reads_in: 4,
+            reads_out: 1,
+            ..PORT
+        };
+        assert_eq!(PORT.mtu_with(&modest), 3);
+        assert_eq!(modest.mtu_with(&PORT), 3);
+        assert_eq!(PORT.reads_from(&modest), 4);
+        assert_eq!(modest.reads_from(&PORT), 1);
+        assert_eq!(PORT.reads_from(&PORT), 16);
+        // A device that says that it serves none: the least that a queue pair takes.
+        let none = Port {
+            reads_in: 0,
+            ..PORT
+        };
+        assert_eq!(PORT.reads_from(&none), 1);
     }
 
     proptest! {
