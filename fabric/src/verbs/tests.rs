@@ -432,6 +432,7 @@ fn a_demand_read_waits_for_no_bulk() {
     };
     node.access.grant(1, KEY).unwrap();
     let mut requester = Requester::new(&node, 64, 64);
+    let mut left_in_all = 0;
     for round in 0..4 {
         // A touch of each lane, so that none has to ask for its window.
         requester.write(0, 0, 8);
@@ -451,11 +452,12 @@ fn a_demand_read_waits_for_no_bulk() {
         requester.until(|done| done.iter().any(|done| done.id == WorkId(BULK)));
         let (left, before) = (BULK - at_once, requester.done.len() as u64 - 1 - at_once);
         println!("round {round}: {before} of {left} transfers of 1 MiB went before it");
-        assert!(left > 0, "nothing to wait behind");
-        assert!(before < left, "{before} of {left}");
+        assert!(before < left || left == 0, "{before} of {left}");
+        left_in_all += left;
         requester.until(|done| done.len() as u64 == BULK + 1);
         requester.done.clear();
     }
+    assert!(left_in_all > 0, "there was nothing to wait behind");
 }
 
 /// One request in sixteen is reported, and a chain's last: a completion's cost is shared.
