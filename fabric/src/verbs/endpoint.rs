@@ -83,7 +83,7 @@ impl VerbsEndpoint {
         Self::connect_with_depth(address, choice, window, window as u32, deadline)
     }
 
-    /// The same with at most `depth` requests in each send queue, where a device takes fewer than a window of them.
+    /// The same with at most `depth` requests in each send queue: a device may take fewer than a window of them.
     pub(super) fn connect_with_depth(
         address: SocketAddr,
         choice: &DeviceChoice,

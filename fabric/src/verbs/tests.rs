@@ -83,7 +83,7 @@ impl Rogue {
         Self::telling(node, |_| {})
     }
 
-    /// One whose device is not what it says; it keeps to that.
+    /// One that says other things of its device than are true, and keeps to what it says.
     fn telling(node: &Node, untruth: impl FnOnce(&mut Port)) -> Self {
         let socket = TcpStream::connect(node.responder.local_addr()).unwrap();
         let device = Device::open(&DeviceChoice::default(), None).unwrap();
@@ -336,8 +336,7 @@ fn a_transfer_under_way_does_not_outlive_the_grant() {
     }
 }
 
-/// Both ends keep to what the lesser device can: packets of 256 bytes, one read at a time. A responder that sent larger ones, or
-/// a queue pair that awaits more reads than it serves, would break the lane.
+/// Both ends keep to the packets that the lesser device can, 256 bytes here: larger ones would not be taken.
 #[test]
 fn a_lesser_device_is_served_within_what_it_can() {
     let Some(node) = node("a_lesser_device", true) else {
@@ -357,25 +356,30 @@ fn a_lesser_device_is_served_within_what_it_can() {
     assert!(there.iter().all(|&byte| byte == 0xee));
 }
 
-/// An endpoint with its own kind of memory, and what it has completed.
+/// An endpoint that holds extent 1 of a node's, and what it has completed.
 struct Requester {
     endpoint: VerbsEndpoint,
+    _node: Node,
     local: Arc<RegisteredMemory>,
     done: Vec<Completion>,
 }
 
 impl Requester {
-    fn new(node: &Node, window: usize, depth: u32) -> Self {
+    /// None, after saying so, on a host without a device.
+    fn new(test: &str, window: usize, depth: u32) -> Option<Self> {
+        let node = node(test, true)?;
+        node.access.grant(1, KEY).unwrap();
         let (at, choice) = (node.responder.local_addr(), DeviceChoice::default());
         let mut endpoint =
             VerbsEndpoint::connect_with_depth(at, &choice, window, depth, deadline()).unwrap();
         let local = memory(2 * EXTENT_BYTES);
         endpoint.register(Arc::clone(&local));
-        Self {
+        Some(Self {
             endpoint,
+            _node: node,
             local,
             done: Vec::new(),
-        }
+        })
     }
 
     /// Where a request of this number goes: pieces of `len` bytes one behind the other.
@@ -422,16 +426,14 @@ impl Requester {
     }
 }
 
-/// The demand read is posted last, behind megabytes in both directions, and is done while some of them are still to come: in one
-/// queue with them it would be the last. SoftRoCE of Linux 6.1 does part of them while they are posted; those do not count.
+/// The demand read is posted last, behind megabytes in both directions, and is done while most of them are still to come: in one
+/// queue with either kind it would wait for all of that. SoftRoCE of Linux 6.1 does part of them while they are posted; those do not count.
 #[test]
 fn a_demand_read_waits_for_no_bulk() {
     const BULK: u64 = 24;
-    let Some(node) = node("a_demand_read", true) else {
+    let Some(mut requester) = Requester::new("a_demand_read", 64, 64) else {
         return;
     };
-    node.access.grant(1, KEY).unwrap();
-    let mut requester = Requester::new(&node, 64, 64);
     let mut left_in_all = 0;
     for round in 0..4 {
         // A touch of each lane, so that none has to ask for its window.
@@ -452,7 +454,7 @@ fn a_demand_read_waits_for_no_bulk() {
         requester.until(|done| done.iter().any(|done| done.id == WorkId(BULK)));
         let (left, before) = (BULK - at_once, requester.done.len() as u64 - 1 - at_once);
         println!("round {round}: {before} of {left} transfers of 1 MiB went before it");
-        assert!(before < left || left == 0, "{before} of {left}");
+        assert!(2 * before < left || left == 0, "{before} of {left}");
         left_in_all += left;
         requester.until(|done| done.len() as u64 == BULK + 1);
         requester.done.clear();
@@ -463,11 +465,9 @@ fn a_demand_read_waits_for_no_bulk() {
 /// One request in sixteen is reported, and a chain's last: a completion's cost is shared.
 #[test]
 fn few_of_a_chain_are_reported() {
-    let Some(node) = node("few_of_a_chain", true) else {
+    let Some(mut requester) = Requester::new("few_of_a_chain", 64, 64) else {
         return;
     };
-    node.access.grant(1, KEY).unwrap();
-    let mut requester = Requester::new(&node, 64, 64);
     requester.write(0, 0, 8);
     requester.until(|done| done.len() == 1);
     requester.done.clear();
@@ -491,11 +491,9 @@ fn few_of_a_chain_are_reported() {
 #[test]
 fn a_window_larger_than_the_send_queue_waits_its_turn() {
     const REQUESTS: u64 = 128;
-    let Some(node) = node("a_window_larger", true) else {
+    let Some(mut requester) = Requester::new("a_window_larger", REQUESTS as usize, 4) else {
         return;
     };
-    node.access.grant(1, KEY).unwrap();
-    let mut requester = Requester::new(&node, REQUESTS as usize, 4);
     let pages: Vec<u8> = (0..REQUESTS / 2)
         .flat_map(|page| [page as u8 + 1; 4096])
         .collect();
