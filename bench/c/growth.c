@@ -1,5 +1,6 @@
 /* Programs that allocate and write as fast as they can. */
 #include "far.h"
+#include <sys/resource.h>
 
 enum { CHUNK = 1 << 20 };
 #define GROWN (96 * MIB)
@@ -172,9 +173,36 @@ static void huge_before(void)
 	check_from(at + size / 2, size / 2, size / 2 / PAGE, 1, "beside what was written");
 }
 
+/* Writes to each page of so much stack. */
+__attribute__((noinline)) static void go_deep(size_t bytes)
+{
+	char here[bytes];
+	touch(here, bytes, 1);
+}
+
+/* A stack that grows beyond what is allowed, and whose pages are given back before that ends the program, counts no longer. The
+ * size of what is mapped stays as it is then, so that nothing else asks for a look at the mappings. */
+static void given_back(void)
+{
+	const size_t size = 20 * MIB;
+	struct rlimit limit;
+	MUST(getrlimit(RLIMIT_STACK, &limit) == 0);
+	limit.rlim_cur = 4 * size;
+	if (setrlimit(RLIMIT_STACK, &limit))
+		skip("the stack may not grow so far: see ulimit -s");
+	go_deep(size);
+	usleep(200000);
+	/* From what was deepest to well below what is in use. */
+	char *here = (char *)((uintptr_t)&limit / PAGE * PAGE);
+	MUST(madvise(here - size + 2 * PAGE, size - 18 * PAGE, MADV_DONTNEED) == 0);
+	/* Longer than what exceeds the limit is put up with. */
+	usleep(5000000);
+	one_mapping(GROWN / 4, 1);
+}
+
 static const struct test_case cases[] = {
 	{"mapping", mapping}, {"huge", huge}, {"two_threads", two_threads}, {"many_mappings", many_mappings},
 	{"small_blocks", small_blocks}, {"reallocs", reallocs}, {"populate", populate},
-	{"huge_before", huge_before},
+	{"huge_before", huge_before}, {"given_back", given_back},
 };
 MAIN(cases)

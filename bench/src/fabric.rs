@@ -102,7 +102,7 @@ impl Served {
 #[derive(Debug)]
 pub(crate) struct Server {
     /// Held until all is measured, where it is this process.
-    here: Option<Served>,
+    _here: Option<Served>,
     /// Where it listens, if that is a port.
     at: Option<SocketAddr>,
     /// Where a requester finds it.
@@ -117,7 +117,7 @@ impl Server {
             Some(peer) => {
                 let at = resolve(peer)?;
                 Ok(Self {
-                    here: None,
+                    _here: None,
                     at: Some(at),
                     address: address(options, at),
                 })
@@ -127,7 +127,7 @@ impl Server {
                 Ok(Self {
                     at: served.listens_at(),
                     address: served.address(options),
-                    here: Some(served),
+                    _here: Some(served),
                 })
             }
         }

@@ -20,6 +20,11 @@ fn populated_by_one_call() {
 }
 
 #[test]
+fn a_stack_that_is_given_back_counts_no_longer() {
+    case("given_back");
+}
+
+#[test]
 fn one_mapping() {
     case("mapping");
 }

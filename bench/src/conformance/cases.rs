@@ -274,6 +274,7 @@ pub const CASES: &[Case] = &[
     case("growth", "small_blocks", "malloc of small blocks").both(),
     case("growth", "reallocs", "growth by realloc").both(),
     case("growth", "populate", "memory populated by one call").both(),
+    case("growth", "given_back", "a stack above the limit that is given back in time").both().unbounded(),
 
     case("threads", "same_pages", "threads touch the same far pages").both(),
     case("threads", "different_pages", "threads write their own parts").both(),

@@ -39,7 +39,7 @@ const _: () = assert!(RELEASE_PAGES < crate::pager::FREE_LEAST as i64);
 /// How long what cannot be managed may exceed the limit by itself before the job is ended.
 const CROWDED_DEADLINE: Duration = Duration::from_secs(3);
 
-/// Resident pages that no table explains, beyond which the mappings are looked at again.
+/// Resident pages that no table explains, or that are counted and not there, beyond which the mappings are looked at again.
 const UNEXPLAINED_PAGES: u64 = 128;
 
 /// Runs until `ended` says so. `sharing` is the thread that looks at what is counted more than once.
@@ -74,7 +74,7 @@ pub fn run(spaces: &Arc<Spaces>, sharing: &Thread, ended: &dyn Fn() -> bool) {
 struct Watched {
     process: Process,
     sizes: Sizes,
-    /// Pages without an explanation when the mappings were last looked at: looking again would find none either.
+    /// By how many pages what is known was off when the mappings were last looked at: looking again would change nothing.
     accepted: u64,
 }
 
@@ -87,12 +87,8 @@ struct WatchedJob {
 
 impl WatchedJob {
     /// Ends a job whose unmanageable memory alone exceeds its limit: nothing could be taken out to keep it.
-    fn end_if_crowded(&mut self, job: &Job, handles: &[Arc<SpaceHandle>]) {
-        let floor: u64 = handles
-            .iter()
-            .map(|handle| handle.figures.unmanaged.load(Ordering::Relaxed))
-            .sum();
-        let floor = floor.saturating_sub(job.sharing.pages());
+    fn end_if_crowded(&mut self, job: &Job, unmanaged: u64) {
+        let floor = unmanaged.saturating_sub(job.sharing.pages());
         let allowed = job.local_pages();
         if floor <= allowed {
             self.crowded_since = None;
@@ -134,7 +130,7 @@ fn sample(
         return ARMED_TICK;
     }
     let strangers = watched_job.tree.unmanaged_pages(job);
-    let (mut measured, mut floor, mut grown) = (strangers, strangers, false);
+    let (mut measured, mut floor, mut grown) = (strangers, 0, false);
     for handle in handles {
         let Some(seen) = watch(handle, watched) else {
             continue;
@@ -146,10 +142,12 @@ fn sample(
         seen.sizes = now;
         handle.figures.sampled(now.anonymous);
         measured += now.anonymous;
-        floor += handle.figures.unmanaged.load(Ordering::Relaxed);
-        let local = handle.figures.local.load(Ordering::Relaxed);
-        let known = local + handle.figures.unmanaged.load(Ordering::Relaxed);
-        let unexplained = now.anonymous.saturating_sub(known);
+        // Counted at the last look: what has been given back since is still in it.
+        let counted = handle.figures.unmanaged.load(Ordering::Relaxed);
+        floor += counted.min(now.anonymous);
+        let known = handle.figures.local.load(Ordering::Relaxed) + counted;
+        let gone = counted.saturating_sub(now.anonymous);
+        let unexplained = now.anonymous.saturating_sub(known).max(gone);
         let changed = before.total != now.total || unexplained > accepted + UNEXPLAINED_PAGES;
         grown |= changed;
         if changed && job.is_armed() {
@@ -166,7 +164,7 @@ fn sample(
         sharing.unpark();
     }
     let shared = job.sharing.pages();
-    let unmanaged = measured.saturating_sub(managed).max(floor);
+    let unmanaged = measured.saturating_sub(managed).max(strangers + floor);
     job.note_sample(measured.saturating_sub(shared), unmanaged);
     if !job.is_armed() {
         let Some(headroom) = (limit - margin(limit))
@@ -185,7 +183,7 @@ fn sample(
     }
     tracing::trace!(measured, managed, floor, room = job.room(), grown, "sample");
     hold_back(job, handles);
-    watched_job.end_if_crowded(job, handles);
+    watched_job.end_if_crowded(job, floor);
     if grown { SHORTEST_TICK } else { ARMED_TICK }
 }
 
