@@ -102,7 +102,11 @@ impl Served {
 #[derive(Debug)]
 pub(crate) struct Server {
     /// Held until all is measured, where it is this process.
-    _here: Option<Served>,
+    #[cfg_attr(
+        not(feature = "verbs"),
+        expect(dead_code, reason = "only verbs' measurements ask what is served")
+    )]
+    here: Option<Served>,
     /// Where it listens, if that is a port.
     at: Option<SocketAddr>,
     /// Where a requester finds it.
@@ -117,7 +121,7 @@ impl Server {
             Some(peer) => {
                 let at = resolve(peer)?;
                 Ok(Self {
-                    _here: None,
+                    here: None,
                     at: Some(at),
                     address: address(options, at),
                 })
@@ -127,7 +131,7 @@ impl Server {
                 Ok(Self {
                     at: served.listens_at(),
                     address: served.address(options),
-                    _here: Some(served),
+                    here: Some(served),
                 })
             }
         }
