@@ -496,7 +496,7 @@ static void populate(void)
 	char *at = enter(1);
 	for (int advice = POPULATE_READ; advice <= POPULATE_WRITE; advice++) {
 		char *piece = emptiest(at);
-		MUST(state != FAR || !getenv("FARPAGE_JOB") || present(piece, PIECE) < PIECE / PAGE);
+		MUST(state != FAR || !under_farpage() || present(piece, PIECE) < PIECE / PAGE);
 		populate_piece(piece, advice);
 		check(at, bytes, 1, "populated");
 		/* Nothing is there to come home. */

@@ -177,7 +177,7 @@ static void remap_joined(void)
 	fill_from(at + bytes, less, bytes / PAGE, 1);
 	errno = 0;
 	char *to = mremap(at, bytes + less, bytes + less, MREMAP_MAYMOVE | MREMAP_FIXED, target);
-	if (to == MAP_FAILED && (!getenv("FARPAGE_JOB") || errno != EFAULT))
+	if (to == MAP_FAILED && (!under_farpage() || errno != EFAULT))
 		fail("mremap of two mappings that are one");
 	/* The target is gone by then: the kernel unmaps it first. */
 	fprintf(stderr, "%s: mremap %s\n", context, to == MAP_FAILED ? "says EFAULT" : "moves both");

@@ -65,7 +65,7 @@ static struct reply question(int agent, uint64_t start, uint64_t bytes, int clea
 /* Asks about these pages; one char each, 1 if it is soft-dirty. Run by hand, without far memory, nobody can be asked. */
 static int ask(const char *at, size_t pages, int clear, char *dirty)
 {
-	if (!getenv("FARPAGE_JOB"))
+	if (!under_farpage())
 		return 0;
 	struct reply reply;
 	int agent = agent_of(this_job(), &reply);
@@ -333,7 +333,7 @@ static void must_be_refused(uint64_t job, uint64_t start, uint64_t bytes, const 
 static void refused(void)
 {
 	char *at = written_map();
-	if (!getenv("FARPAGE_JOB"))
+	if (!under_farpage())
 		return;
 	const uint64_t job = this_job(), start = (uintptr_t)at;
 	const char *whole = "whole pages", *managed = "not managed memory";

@@ -198,7 +198,7 @@ static void robust_far(void)
 	pthread_t holder;
 	MUST(pthread_create(&holder, NULL, hold_until_told, NULL) == 0);
 	MUST(read(steps[0][0], &byte, 1) == 1);
-	const int managed = getenv("FARPAGE_JOB") != NULL;
+	const int managed = under_farpage();
 	for (int turn = 0; managed && present(robust, PAGE); turn++) {
 		MUST(turn < 20);
 		push_far(memory, DATA);

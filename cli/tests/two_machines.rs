@@ -18,11 +18,12 @@ use std::time::{Duration, Instant};
 
 use common::cluster::{Cluster, Program};
 use common::lab::{self, Other};
-use common::{eventually, patience};
+use common::{eventually, patience, sys};
 
 /// 9 MB of data in a program of some 20 MB: a quarter of its peak may stay.
 const PIECES: u32 = 3_000;
 const LOCAL: &str = "5M";
+const LOCAL_BYTES: u64 = 5 << 20;
 
 /// Enough to show that pages go there and come back.
 const FEW_PIECES: u32 = 500;
@@ -30,6 +31,9 @@ const FEW_PIECES: u32 = 500;
 /// Fits into its memory here whatever happens to far memory.
 const SMALL: u32 = 10;
 const SMALL_LOCAL: &str = "32M";
+
+/// The most that the node may be in user space while pages come and go past it, of the time: it takes part in none of that.
+const USER_SHARE: u32 = 20;
 
 /// How long the node's processor is watched while nothing goes on.
 const IDLE: Duration = Duration::from_secs(5);
@@ -75,7 +79,7 @@ fn endure() {
     a_device_that_is_not_there_is_refused(&mut cluster);
     cluster.start_agent(&agent);
 
-    let native = cluster.run_native(PIECES).complete(1).remove(0);
+    let native = quarter_of_native(&cluster);
     let native_few = cluster.run_native(FEW_PIECES).complete(1).remove(0);
     same_as_native(&cluster, &mut other, &native);
     // Whoever fits is not to notice any of what follows.
@@ -89,6 +93,7 @@ fn endure() {
         });
     }
     wait_out(&mut threads, "pause", "resume", 3, || {});
+    another_agent_takes_over(&mut cluster, &mut threads, &agent);
     lose_the_node(threads, &mut other);
     assert_eq!(small.check(), hash_of_small);
 
@@ -104,6 +109,10 @@ fn endure() {
     assert_eq!(complete(&cluster, FEW_PIECES, "another_agent"), native_few);
 
     println!("the agent is another: {:?}", began.elapsed());
+    end_the_lease(&mut cluster, &mut other, &agent);
+    assert_eq!(complete(&cluster, FEW_PIECES, "another_lease"), native_few);
+
+    println!("the lease is another: {:?}", began.elapsed());
     end_the_machine(&mut cluster);
     println!("the machine has ended: {:?}", began.elapsed());
     let mut agent = cluster.agent.take().unwrap();
@@ -120,6 +129,19 @@ fn a_device_that_is_not_there_is_refused(cluster: &mut Cluster) {
     assert!(log.contains("device=nope"), "{log}");
 }
 
+/// What the program says natively, with more than four times the memory that it is to have.
+fn quarter_of_native(cluster: &Cluster) -> String {
+    let mut native = cluster.run_native(PIECES);
+    native.built();
+    let (hash, peak) = (native.check(), native.peak());
+    assert!(
+        peak >= 4 * LOCAL_BYTES,
+        "{peak} bytes; more pieces are needed"
+    );
+    assert!(native.end().0.success());
+    hash
+}
+
 fn complete(cluster: &Cluster, pieces: u32, name: &str) -> String {
     let hashes = cluster.run_program(LOCAL, pieces, name).complete(1);
     assert_eq!(cluster.summary(name)["far_slots_in_use_at_exit"], 0);
@@ -131,6 +153,7 @@ fn same_as_native(cluster: &Cluster, other: &mut Other, native: &str) {
     let (before, began) = (other.cpu(), Instant::now());
     assert_eq!(complete(cluster, PIECES, "python"), native);
     let (after, took) = (other.cpu(), began.elapsed());
+    let in_user_space = after.0 - before.0;
     std::thread::sleep(IDLE);
     let idle = other.cpu();
     let summary = cluster.summary("python");
@@ -138,15 +161,18 @@ fn same_as_native(cluster: &Cluster, other: &mut Other, native: &str) {
     let pages = |field: &str| summary[field].as_u64().unwrap();
     let moved = pages("pages_fetched") + pages("pages_written_back");
     println!(
-        "{moved} pages ({} MiB) went to and from machine b in {took:?}; its node used {:?} of user and {:?} of kernel time, \
-         and {:?} and {:?} in {IDLE:?} without",
+        "{moved} pages ({} MiB) went to and from machine b in {took:?}; its node used {in_user_space:?} of user and {:?} of \
+         kernel time, and {:?} and {:?} in {IDLE:?} without",
         moved >> 8,
-        after.0 - before.0,
         after.1 - before.1,
         idle.0 - after.0,
         idle.1 - after.1,
     );
     assert!(moved > u64::from(PIECES), "{summary}");
+    assert!(
+        in_user_space < took / USER_SHARE,
+        "{in_user_space:?} of {took:?}"
+    );
 }
 
 /// `outage.c`: four threads that read 24 MiB of which 5 may stay.
@@ -188,6 +214,55 @@ fn wait_out(
     );
 }
 
+/// The agent is killed while faults are under way; another connects anew and goes on with its pages.
+fn another_agent_takes_over(cluster: &mut Cluster, threads: &mut Program, agent: &[&str]) {
+    threads.ask();
+    cluster.agent.as_mut().unwrap().kill();
+    cluster.start_agent(agent);
+    let line = threads.line_within(patience(Duration::from_secs(60)));
+    assert_eq!(line, Some(all_right()));
+}
+
+/// An agent that stands still past its lease's end has lost what lay under it, and what it writes there afterwards reaches
+/// nobody: another's pages, in the same memory, stay what they are.
+fn end_the_lease(cluster: &mut Cluster, other: &mut Other, agent: &[&str]) {
+    other.shorten_leases();
+    let mut threads = start_threads(cluster);
+    let stands = cluster.agent.as_ref().unwrap().child.id() as i32;
+    sys::kill(stands, libc::SIGSTOP);
+    eventually("its lease has ended", || {
+        cluster.status()["nodes"][0]["used_bytes"] == 0
+    });
+    let mut second = Cluster::empty();
+    second.url.clone_from(&cluster.url);
+    second.start_agent(agent);
+    let mut newcomer = second.run_program(LOCAL, FEW_PIECES, "newcomer");
+    newcomer.built();
+    let hash = newcomer.check();
+
+    sys::kill(stands, libc::SIGCONT);
+    threads.ask();
+    let lost = numbers(
+        &threads
+            .line_within(patience(Duration::from_secs(60)))
+            .unwrap(),
+    );
+    println!("after the lease's end: {lost:?}");
+    assert!(lost[1] == 0 && lost[2] > PAGES / 2, "{lost:?}");
+    assert_eq!(newcomer.check(), hash);
+    assert!(newcomer.end().0.success());
+    assert!(threads.end().0.success());
+    assert_eq!(second.summary("newcomer")["far_slots_in_use_at_exit"], 0);
+    assert!(second.agent.as_mut().unwrap().stop().0.success());
+}
+
+/// What `outage.c` has counted: right, wrong, lost, and of those that were here.
+fn numbers(line: &str) -> Vec<u64> {
+    line.split(' ')
+        .filter_map(|word| word.parse().ok())
+        .collect()
+}
+
 /// A node that is gone may come back, and its pages are waited for; one that comes back empty has lost them, and them alone.
 fn lose_the_node(mut threads: Program, other: &mut Other) {
     other.kill_node();
@@ -200,11 +275,7 @@ fn lose_the_node(mut threads: Program, other: &mut Other) {
         panic!("the program's end: {:?}", threads.end());
     };
     println!("after the node came back empty: {line}");
-    let numbers: Vec<u64> = line
-        .split(' ')
-        .filter_map(|word| word.parse().ok())
-        .collect();
-    let [right, wrong, lost, here] = numbers[..] else {
+    let [right, wrong, lost, here] = numbers(&line)[..] else {
         panic!("{line}")
     };
     assert!(right + lost == PAGES && wrong == 0 && here == 0, "{line}");

@@ -23,6 +23,21 @@ pub(crate) fn run(tally: &mut Tally) {
                 "warnings",
             ],
         ),
+        // The documented choice of a build that needs no RDMA library.
+        (
+            "cargo clippy without verbs",
+            "cargo-clippy",
+            &[
+                "clippy",
+                "-p",
+                "farpage-cli",
+                "--all-targets",
+                "--no-default-features",
+                "--",
+                "-D",
+                "warnings",
+            ],
+        ),
     ] {
         if installed(component).is_some() {
             check(tally, name, Step::cargo(arguments));

@@ -417,6 +417,15 @@ impl Program {
             .unwrap_or_else(|| panic!("no hash in time: {:?}", self.errors.try_recv()))
     }
 
+    /// The most memory that it has held, bytes.
+    pub fn peak(&self) -> u64 {
+        let status = format!("/proc/{}/status", self.child.id());
+        let status = std::fs::read_to_string(status).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+        let kib = line.unwrap().split_whitespace().nth(1).unwrap();
+        kib.parse::<u64>().unwrap() << 10
+    }
+
     /// Waits for the end; its status and what it said on standard error.
     pub fn end(mut self) -> (ExitStatus, String) {
         drop(self.input.take());

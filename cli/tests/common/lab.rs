@@ -17,16 +17,14 @@ pub const URL: &str = "http://10.77.0.2:7400";
 
 /// Longer than any outage that is tried: an agent that was cut off from the coordinator as well keeps what it holds.
 const LEASE_SECONDS: &str = "300";
+/// Soon over for an agent that stands still, and long enough for one that runs on an emulated processor.
+const SHORT_LEASE_SECONDS: &str = "20";
 
 /// Is the other machine, until it is ended.
 pub fn serve() {
     let listener = TcpListener::bind(("0.0.0.0", PORT)).unwrap();
     let mut cluster = Cluster::empty();
-    let state = format!("file:{}", cluster.path("state.redb").display());
-    let listen = URL.trim_start_matches("http://");
-    let words = ["coordinator", "--listen", listen, "--state", &state];
-    let coordinator = cluster.daemon(&[&words[..], &["--lease-time", LEASE_SECONDS]].concat());
-    assert!(coordinator.said.contains(URL), "{}", coordinator.said);
+    let mut coordinator = start_coordinator(&mut cluster, LEASE_SECONDS);
     let mut node = start_node(&mut cluster);
     for stream in listener.incoming() {
         let mut stream = stream.unwrap();
@@ -41,6 +39,11 @@ pub fn serve() {
                     node = start_node(&mut cluster);
                     "started".to_owned()
                 }
+                "hurry" => {
+                    coordinator.kill();
+                    coordinator = start_coordinator(&mut cluster, SHORT_LEASE_SECONDS);
+                    "hurried".to_owned()
+                }
                 "cpu" => cpu(&node),
                 other => panic!("{other}"),
             };
@@ -49,6 +52,23 @@ pub fn serve() {
             }
         }
     }
+}
+
+/// On what the one before it knew, if there was one.
+fn start_coordinator(cluster: &mut Cluster, lease_seconds: &str) -> Daemon {
+    let state = format!("file:{}", cluster.path("state.redb").display());
+    let listen = URL.trim_start_matches("http://");
+    let coordinator = cluster.daemon(&[
+        "coordinator",
+        "--listen",
+        listen,
+        "--state",
+        &state,
+        "--lease-time",
+        lease_seconds,
+    ]);
+    assert!(coordinator.said.contains(URL), "{}", coordinator.said);
+    coordinator
 }
 
 fn start_node(cluster: &mut Cluster) -> Daemon {
@@ -118,6 +138,11 @@ impl Other {
     /// Starts it again, empty.
     pub fn start_node(&mut self) {
         assert_eq!(self.ask("start"), "started");
+    }
+
+    /// From now on leases end soon.
+    pub fn shorten_leases(&mut self) {
+        assert_eq!(self.ask("hurry"), "hurried");
     }
 
     /// What the node's process has used, in user space and in the kernel.
