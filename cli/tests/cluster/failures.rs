@@ -1,7 +1,10 @@
 //! What is missing, full, lost, silent or killed costs those who need it, and nobody else.
 
 use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
 use std::time::{Duration, Instant};
+
+use farpage_bench::conformance::programs::compile;
 
 use super::common::cluster::{BUILD_AND_CHECK, Cluster, PATIENCE, PYTHON, Program};
 use super::common::programs_in_c::SLACK_BYTES;
@@ -201,6 +204,58 @@ fn a_silent_node_ends_faults_at_their_deadline_and_not_before() {
         );
     }
     assert!(cluster.agent_runs());
+    cluster.stop();
+}
+
+/// Pages on their way out have nowhere to go, and a fork waits for them: as long as a fault would, not shorter, not longer.
+/// Mostly it waits itself, so that it leaves the machine to other tests.
+#[test]
+fn forks_beside_a_silent_node_wait_for_it_as_faults_do() {
+    if cannot_run("forks_beside_a_silent_node_wait_for_it_as_faults_do") {
+        return;
+    }
+    let cluster = Cluster::start("tcp", &["256M"]);
+    let path = compile("outage_forks", cluster.folder()).unwrap();
+    let native = Program::start(Command::new(&path)).complete(1);
+    let node = cluster.nodes[0].child.id() as i32;
+    let start_and_stop_the_node = |name: &str, deadline: &str| {
+        let before = granted(&cluster, 0);
+        let mut command = cluster.run_command(LOCAL, name);
+        command
+            .args(["--fault-deadline", deadline, "--"])
+            .arg(&path);
+        let program = Program::start(command);
+        eventually("some of it is far", || granted(&cluster, 0) > before);
+        sys::kill(node, libc::SIGSTOP);
+        program
+    };
+
+    let mut patient = start_and_stop_the_node("patient", "120");
+    // Longer than any deadline but its own.
+    assert_eq!(
+        patient.line_within(Duration::from_secs(32)),
+        None,
+        "it was built"
+    );
+    sys::kill(node, libc::SIGCONT);
+    patient.built();
+    assert_eq!(patient.check(), native[0]);
+
+    let hasty = start_and_stop_the_node("hasty", "2");
+    let (status, errors) = hasty.end();
+    // Its fork is what waits, unless there was no room for the next piece before.
+    assert!(
+        matches!(status.signal(), Some(libc::SIGKILL | libc::SIGBUS)),
+        "{status}: {errors}"
+    );
+    assert!(errors.contains("--fault-deadline"), "{errors}");
+    sys::kill(node, libc::SIGCONT);
+    assert_eq!(patient.check(), native[0]);
+    let (status, errors) = patient.end();
+    assert!(status.success(), "{status}: {errors}");
+    for name in ["patient", "hasty"] {
+        assert_eq!(cluster.summary(name)["far_slots_in_use_at_exit"], 0);
+    }
     cluster.stop();
 }
 

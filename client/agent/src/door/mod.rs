@@ -29,9 +29,6 @@ use crate::sys::uffd::Uffd;
 
 /// How long a peer may take over any step.
 const STEP_DEADLINE: Duration = Duration::from_secs(5);
-/// How long a forked child waits for its parent's pager to be through with the fork, and for each pager that might be
-/// its own to say whether it is.
-const ADOPTION_DEADLINE: Duration = Duration::from_secs(30);
 /// How often a closing address space is looked at.
 const CLOSE_POLL: Duration = Duration::from_millis(1);
 /// Most peers at the door at once; more are turned away.
@@ -334,7 +331,7 @@ impl Door {
                 }
                 Err(_) => return Adoption::Gone,
             }
-            match answered.recv_timeout(ADOPTION_DEADLINE) {
+            match answered.recv_timeout(adoption_deadline(job)) {
                 Ok(Ok(uffd)) => {
                     self.shared.spawner.adopted(child.id);
                     return Adoption::Adopted(child, uffd);
@@ -347,6 +344,12 @@ impl Door {
     }
 }
 
+/// How long a forked child waits for its parent's pager to be through with the fork, and for each pager that might be its own
+/// to say whether it is: longer than either waits for a memory node.
+fn adoption_deadline(job: &Job) -> Duration {
+    job.limits.fault_deadline + STEP_DEADLINE
+}
+
 /// Waits until the parent's pager is through with the forks whose events it has read. It read this child's before the
 /// child ran, and serves requests in their turn.
 fn wait_for_forks(job: &Job, parent: u64) {
@@ -356,7 +359,7 @@ fn wait_for_forks(job: &Job, parent: u64) {
     };
     let (done, is_done) = mpsc::sync_channel(1);
     if parent.ask(Request::Sync(done)) {
-        let _ = is_done.recv_timeout(ADOPTION_DEADLINE);
+        let _ = is_done.recv_timeout(adoption_deadline(job));
     }
 }
 

@@ -92,9 +92,6 @@ const MOVES_WAIT: Duration = Duration::from_micros(500);
 /// Between two looks whether the program has replaced itself by another.
 const EXEC_CHECK: Duration = Duration::from_millis(20);
 
-/// How long a fork or a move of memory waits for pages on their way out.
-const SETTLE_DEADLINE: Duration = Duration::from_secs(30);
-
 /// The sleep while something that has no descriptor to wait on is under way.
 const SHORT_SLEEP: Duration = Duration::from_micros(500);
 

@@ -35,6 +35,10 @@ const SETTLE_REST: Duration = Duration::from_micros(100);
 /// starved for a while on a loaded machine.
 const HELPER_DEADLINE: Duration = Duration::from_secs(30);
 
+/// Why a program is ended of which pages could not be sent away.
+const UNSETTLED: &str = "a fork or a move of memory had to wait for pages on their way out, and their memory node could not be \
+     reached before the deadline (--fault-deadline); farpage status tells which nodes answer";
+
 impl Pager {
     /// Starts a batch if frames are short. Returns whether it did.
     pub(super) fn evict_ahead(&mut self) -> bool {
@@ -311,16 +315,18 @@ impl Pager {
         self.pinned_at = Some(Instant::now());
     }
 
-    /// Waits until nothing is being taken out or written back. Events are read only as far as the helper waits for that, and
-    /// what comes is returned, in order, to be handled afterwards.
-    pub(super) fn settle(&mut self, deadline: Duration) -> Vec<Noted> {
+    /// Waits until nothing is being taken out or written back, for as long as a fault would wait for its page. Events are read
+    /// only as far as the helper waits for that, and what comes is returned, in order, to be handled afterwards.
+    pub(super) fn settle(&mut self) -> Vec<Noted> {
         let began = Instant::now();
         let mut kept = Vec::new();
         while (self.take_out.is_some() || self.staging.is_busy()) && !self.closing {
-            if began.elapsed() > deadline {
+            if began.elapsed() > self.job.limits.fault_deadline {
+                self.job.a_page_is_lost(UNSETTLED);
                 tracing::error!(
                     pid = self.pid(),
-                    "far memory did not take pages in time; the program is ended"
+                    nodes = %self.links.condition(),
+                    "a program is ended: {UNSETTLED}"
                 );
                 if let Some(process) = &self.process {
                     process.signal(libc::SIGKILL);
