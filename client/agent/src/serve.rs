@@ -121,13 +121,14 @@ pub fn serve(
         }
         tracing::warn!("--device: {missing}");
     }
+    let reached_by = Arc::new(config.device.clone());
     let (far, plane) = join(config, &kept)?;
     let spaces = Arc::new(Spaces::new(Arc::clone(&kept.state), config.replicas));
     let shared = Shared {
         far: Arc::clone(&far),
         spawner: Arc::clone(&spaces),
         kernel,
-        device: Arc::new(config.device.clone()),
+        device: Arc::clone(&reached_by),
     };
     if kept.is_left {
         crate::recovery::take_over(&shared, &kept.state);
@@ -159,8 +160,7 @@ pub fn serve(
     })?;
     spawn("mover", {
         let (far, ended) = (Arc::clone(&far), Arc::clone(&ended));
-        let device = Arc::new(config.device.clone());
-        move || crate::mover::run(&far, device, &|| ended.load(Ordering::Acquire))
+        move || crate::mover::run(&far, reached_by, &|| ended.load(Ordering::Acquire))
     })?;
     spawn("door", {
         let ended = Arc::clone(&ended);

@@ -55,7 +55,7 @@ fn soft_dirty(job: &Job, pid: i32, request: &Packet) -> Result<Vec<u8>, &'static
         Ok(Some(bits)) => Ok(bits),
         Ok(None) => Err(
             "this is not managed memory; that is private anonymous memory, readable and writable when it was first managed, \
-             of 128 KiB or more, and no thread's stack",
+             of 128 KiB or more, no thread's stack, and not the heap's last page",
         ),
         Err(_) => Err("its pager did not answer in time; ask again"),
     }
