@@ -10,12 +10,14 @@ mod common;
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
+use std::time::Duration;
 
 use common::cgroup::MemoryCgroup;
-use common::cluster::{Cluster, GROUP, PYTHON, Program, as_user};
+use common::cluster::{Cluster, GROUP, PATIENCE, PYTHON, Program, as_user};
 use common::programs_in_c::{Expect, compiled, run_words};
 use common::{
-    alone, eventually, farpage, skip, status_field, sys, without_far_memory, without_program,
+    alone, eventually, farpage, patience, skip, status_field, sys, without_far_memory,
+    without_program,
 };
 
 const MIB: u64 = 1 << 20;
@@ -166,6 +168,77 @@ fn pages_come_home_while_another_meets_the_limit() {
     assert!(status.success(), "{status}: {errors}");
     assert_eq!(cluster.summary("summary")["pages_poisoned"], 0);
     cluster.stop();
+}
+
+/// Fills the group it is in as far as that goes, with memory that cannot leave.
+fn filler(group: &MemoryCgroup) -> Program {
+    let script = "held = []\nwhile True: held.append(bytearray(b'x') * (1 << 20))";
+    let mut command = Command::new(PYTHON);
+    command.args(["-I", "-c", script]);
+    group.contain(&mut command);
+    let filler = Program::start(command);
+    eventually("the group is full", || group.is_full());
+    filler
+}
+
+/// Where the kernel ends nobody to make room, it has no frame for what comes home: that waits, until its deadline.
+#[test]
+fn where_no_frame_is_free_pages_wait_until_their_deadline() {
+    let test = "where_no_frame_is_free_pages_wait_until_their_deadline";
+    let Some(group) = group(test, 128 * MIB) else {
+        return;
+    };
+    if !group.ends_nobody() {
+        return skip(test, "version 2 cgroups always end somebody at their limit");
+    }
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let summary = folder.path().join("summary");
+    // The program alone is in the group, since who waits there answers nobody. It touches nothing new once it is built: that
+    // the kernel would wait for.
+    let program = compiled("outage_alone");
+    let start = |deadline: &str| {
+        let mut command = Command::new(farpage());
+        command
+            .args(["run", "--local", "32M", "--fault-deadline", deadline])
+            .args(["--summary", "json", "--summary-file"])
+            .arg(&summary)
+            .args(["--", "sh", "-c", "echo $$ > \"$1\"; exec \"$2\"", "sh"])
+            .arg(group.procs())
+            .arg(&program)
+            .env_remove("FARPAGE_AGENT");
+        Program::start(command)
+    };
+    let end = |program: Program| {
+        let (status, errors) = program.end();
+        let text = std::fs::read_to_string(&summary).unwrap();
+        let summary: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(summary["far_slots_in_use_at_exit"], 0, "{summary}");
+        (status, errors, summary)
+    };
+
+    let mut patient = start("60");
+    patient.built();
+    let hash = patient.check();
+    let full = filler(&group);
+    patient.ask();
+    assert_eq!(patient.line_within(Duration::from_secs(5)), None);
+    drop(full);
+    assert_eq!(patient.line_within(patience(PATIENCE)), Some(hash.clone()));
+    let (status, errors, summary) = end(patient);
+    assert!(status.success(), "{status}: {errors}");
+    assert_eq!(summary["pages_poisoned"], 0, "{summary}");
+
+    let mut hasty = start("2");
+    hasty.built();
+    assert_eq!(hasty.check(), hash);
+    let full = filler(&group);
+    hasty.ask();
+    let (status, errors, _) = end(hasty);
+    drop(full);
+    assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}: {errors}");
+    assert!(errors.contains("had no free memory"), "{errors}");
+    assert_eq!(group.kills(), 0);
 }
 
 #[test]

@@ -24,7 +24,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("kernel_access", include_str!("../../c/kernel_access.c")),
     ("memory_calls", include_str!("../../c/memory_calls.c")),
     ("outage", include_str!("../../c/outage.c")),
-    ("outage_forks", include_str!("../../c/outage_forks.c")),
+    ("outage_alone", include_str!("../../c/outage_alone.c")),
     ("parts", include_str!("../../c/parts.c")),
     ("random_calls", include_str!("../../c/random_calls.c")),
     ("soft_dirty", include_str!("../../c/soft_dirty.c")),

@@ -215,7 +215,7 @@ fn forks_beside_a_silent_node_wait_for_it_as_faults_do() {
         return;
     }
     let cluster = Cluster::start("tcp", &["256M"]);
-    let path = compile("outage_forks", cluster.folder()).unwrap();
+    let path = compile("outage_alone", cluster.folder()).unwrap();
     let native = Program::start(Command::new(&path)).complete(1);
     let node = cluster.nodes[0].child.id() as i32;
     let start_and_stop_the_node = |name: &str, deadline: &str| {
@@ -223,7 +223,8 @@ fn forks_beside_a_silent_node_wait_for_it_as_faults_do() {
         let mut command = cluster.run_command(LOCAL, name);
         command
             .args(["--fault-deadline", deadline, "--"])
-            .arg(&path);
+            .arg(&path)
+            .arg("forks");
         let program = Program::start(command);
         eventually("some of it is far", || granted(&cluster, 0) > before);
         sys::kill(node, libc::SIGSTOP);

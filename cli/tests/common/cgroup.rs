@@ -53,6 +53,16 @@ impl MemoryCgroup {
         std::fs::write(self.folder.join(file), bytes.to_string()).unwrap();
     }
 
+    /// Has who meets the limit wait rather than be ended. Returns false where a group has no such choice (version 2).
+    pub fn ends_nobody(&self) -> bool {
+        self.version == 1 && std::fs::write(self.folder.join("memory.oom_control"), "1").is_ok()
+    }
+
+    /// Whether somebody waits for the limit, where it ends nobody.
+    pub fn is_full(&self) -> bool {
+        self.field("memory.oom_control", "under_oom ") == 1
+    }
+
     /// Makes a command begin in the group. Whoever it becomes afterwards, it is the test's user who puts it there.
     pub fn contain(&self, command: &mut Command) {
         let procs = std::fs::File::options()

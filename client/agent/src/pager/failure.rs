@@ -5,14 +5,21 @@
 //! reached its pages' faults wait, at most until their deadline. Where another node has a copy none of this begins: that one
 //! is asked, at once.
 
+use std::time::Duration;
+
 use super::{Fault, Pager};
 use crate::table::Page;
 
 /// How often a page whose bytes fail their check is read again before it counts as lost.
 const MAX_RETRIES: u8 = 3;
 /// Why a fault ends that has waited for too long.
-pub(super) const PAST_DEADLINE: &str = "its memory node could not be reached before the fault's deadline (--fault-deadline); \
+const PAST_DEADLINE: &str = "its memory node could not be reached before the fault's deadline (--fault-deadline); \
      farpage status tells which nodes answer";
+/// Why it ends where the page was there but the kernel had no frame for it.
+const NO_FRAME: &str = "this machine, or the program's memory cgroup, had no free memory for its page before the fault's deadline \
+     (--fault-deadline); end what else is there, or raise the group's limit";
+/// Since when a frame was last wanted in vain by who waits for one: that is tried again every few milliseconds.
+const NO_FRAME_LATELY: Duration = Duration::from_secs(1);
 /// Why a fault ends that needs a frame where nothing can be evicted.
 pub(super) const FAR_MEMORY_FULL: &str =
     "far memory is full and nothing more fits; give it more (--far, or another memory node)";
@@ -21,6 +28,14 @@ impl Pager {
     /// Whether a fault has waited for as long as its job lets it.
     pub(super) fn is_late(&self, fault: &Fault) -> bool {
         fault.began.elapsed() > self.job.limits.fault_deadline
+    }
+
+    /// Why such a fault has waited for so long.
+    pub(super) fn why_late(&self) -> &'static str {
+        match self.no_frame_at {
+            Some(at) if at.elapsed() < NO_FRAME_LATELY => NO_FRAME,
+            _ => PAST_DEADLINE,
+        }
     }
 
     /// Ends a fault in SIGBUS, and says why: to the log, and to the program's user at its end.
@@ -132,8 +147,9 @@ impl Pager {
         } else {
             fetch.waiters = rest;
         }
+        let why = self.why_late();
         for fault in late {
-            self.end_in_sigbus(&fault, PAST_DEADLINE);
+            self.end_in_sigbus(&fault, why);
         }
         true
     }

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::failure::{FAR_MEMORY_FULL, PAST_DEADLINE};
+use super::failure::FAR_MEMORY_FULL;
 use super::{Fault, Pager};
 
 /// How long threads may wait for room while nothing can be taken out.
@@ -64,7 +64,11 @@ impl Pager {
                 && self.room() <= 0
                 && !self.shared.far.any_unreachable();
             if full || self.is_late(&fault) {
-                let why = if full { FAR_MEMORY_FULL } else { PAST_DEADLINE };
+                let why = if full {
+                    FAR_MEMORY_FULL
+                } else {
+                    self.why_late()
+                };
                 self.end_in_sigbus(&fault, why);
                 worked = true;
                 continue;
