@@ -35,7 +35,12 @@ fn memlock(bytes: u64) -> Option<serde_json::Value> {
 
 #[test]
 fn too_little_lockable_memory_is_told_with_the_remedy() {
-    let little = memlock(MIB).unwrap();
+    let Some(little) = memlock(MIB) else {
+        return skip(
+            "too_little_lockable_memory_is_told_with_the_remedy",
+            "this account may lock less than 1 MiB",
+        );
+    };
     assert_eq!(little["level"], "optional", "{little}");
     assert_eq!(little["found"], "only 1.0 MiB", "{little}");
     let remedy = little["remedy"].as_str().unwrap();

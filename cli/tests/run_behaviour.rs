@@ -15,7 +15,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use common::runs::run_far;
-use common::{farpage, farpage_run, skip, sys};
+use common::{farpage, farpage_run, skip, sys, without_program};
 
 fn farpage_with(flags: &[&str]) -> Output {
     Command::new(farpage())
@@ -271,6 +271,49 @@ fn the_summary_goes_where_it_is_told_to() {
     );
     let out = farpage_with(&["run", "--summary", "none", "--", "true"]);
     assert_eq!(text(&out.stderr), "");
+}
+
+/// The agent gives its helpers precedence, each in a session of its own, and takes care that they have one by then.
+#[test]
+fn precedence_is_the_helpers_and_not_the_sessions() {
+    let test = "precedence_is_the_helpers_and_not_the_sessions";
+    if without_privilege(test) || without_program(test, "python3") {
+        return;
+    }
+    if !Path::new("/proc/self/autogroup").exists() {
+        return skip(test, "this kernel has no automatic task groups");
+    }
+    let script = "import os\n\
+        def precedence(pid): return open(f'/proc/{pid}/autogroup').read().split()[-1]\n\
+        for _ in range(100):\n\
+        \x20   child = os.fork()\n\
+        \x20   if not child: os._exit(0)\n\
+        \x20   os.waitpid(child, 0)\n\
+        me = os.getpid()\n\
+        children = open(f'/proc/{me}/task/{me}/children').read().split()\n\
+        names = {pid: open(f'/proc/{pid}/comm').read().strip() for pid in children}\n\
+        helpers = [pid for pid in children if names[pid] == 'farpage-helper']\n\
+        print(precedence(me), [precedence(pid) for pid in helpers])";
+    let out = Command::new("setsid")
+        .arg("--wait")
+        .arg(farpage())
+        .args([
+            "run",
+            "--summary",
+            "none",
+            "--",
+            "/usr/bin/python3",
+            "-I",
+            "-c",
+            script,
+        ])
+        .env_remove("FARPAGE_AGENT")
+        .output()
+        .unwrap();
+    assert_eq!(
+        (text(&out.stdout), text(&out.stderr)),
+        ("0 ['-19']\n".to_owned(), String::new())
+    );
 }
 
 #[test]

@@ -32,11 +32,14 @@ const FEW_PIECES: u32 = 500;
 const SMALL: u32 = 10;
 const SMALL_LOCAL: &str = "32M";
 
-/// The most that the node may be in user space while pages come and go past it, of the time: it takes part in none of that.
-const USER_SHARE: u32 = 20;
+/// A node that took part in transfers would wake for most of them; it may for one in so many, for whatever else goes on.
+const SLEEPS_SHARE: f64 = 10.0;
 
 /// How long the node's processor is watched while nothing goes on.
 const IDLE: Duration = Duration::from_secs(5);
+
+/// Some of the faults of [`start_threads`] are answered by then, and by far not all.
+const UNDER_WAY: Duration = Duration::from_millis(300);
 
 /// The end of a node's connections travels as fast as the machines run.
 const HEARD_OF: Duration = Duration::from_secs(2);
@@ -153,25 +156,23 @@ fn same_as_native(cluster: &Cluster, other: &mut Other, native: &str) {
     let (before, began) = (other.cpu(), Instant::now());
     assert_eq!(complete(cluster, PIECES, "python"), native);
     let (after, took) = (other.cpu(), began.elapsed());
-    let in_user_space = after.0 - before.0;
     std::thread::sleep(IDLE);
-    let idle = other.cpu();
+    let (used, idle) = (after - before, other.cpu() - after);
     let summary = cluster.summary("python");
     assert_eq!(summary["fabric"], "rdma", "{summary}");
     let pages = |field: &str| summary[field].as_u64().unwrap();
     let moved = pages("pages_fetched") + pages("pages_written_back");
     println!(
-        "{moved} pages ({} MiB) went to and from machine b in {took:?}; its node used {in_user_space:?} of user and {:?} of \
-         kernel time, and {:?} and {:?} in {IDLE:?} without",
+        "{moved} pages ({} MiB) went to and from machine b in {took:?}; of its node they took {used:?}, and {IDLE:?} without {idle:?}",
         moved >> 8,
-        after.1 - before.1,
-        idle.0 - after.0,
-        idle.1 - after.1,
     );
     assert!(moved > u64::from(PIECES), "{summary}");
+    // It sees to its heartbeats meanwhile. Its processor's time is that of emulation on a busy host: no measure for a test.
+    let otherwise = idle.sleeps as f64 * took.as_secs_f64() / IDLE.as_secs_f64();
+    let for_pages = used.sleeps as f64 - otherwise;
     assert!(
-        in_user_space < took / USER_SHARE,
-        "{in_user_space:?} of {took:?}"
+        for_pages < moved as f64 / SLEEPS_SHARE,
+        "its threads slept and woke {for_pages} times for {moved} pages"
     );
 }
 
@@ -217,17 +218,23 @@ fn wait_out(
 /// The agent is killed while faults are under way; another connects anew and goes on with its pages.
 fn another_agent_takes_over(cluster: &mut Cluster, threads: &mut Program, agent: &[&str]) {
     threads.ask();
+    std::thread::sleep(UNDER_WAY);
     cluster.agent.as_mut().unwrap().kill();
     cluster.start_agent(agent);
     let line = threads.line_within(patience(Duration::from_secs(60)));
     assert_eq!(line, Some(all_right()));
 }
 
-/// An agent that stands still past its lease's end has lost what lay under it, and what it writes there afterwards reaches
-/// nobody: another's pages, in the same memory, stay what they are.
+/// An agent that stands still past its lease's end, with reads and writes of its programs before it, has lost what lay under
+/// it, and what it still writes there reaches nobody: another's pages, in the same memory, stay what they are.
 fn end_the_lease(cluster: &mut Cluster, other: &mut Other, agent: &[&str]) {
     other.shorten_leases();
     let mut threads = start_threads(cluster);
+    let before = cluster.status()["nodes"][0]["used_bytes"].as_u64();
+    let writer = cluster.run_program(LOCAL, 10 * PIECES, "writer");
+    eventually("some of it is written", || {
+        cluster.status()["nodes"][0]["used_bytes"].as_u64() > before
+    });
     let stands = cluster.agent.as_ref().unwrap().child.id() as i32;
     sys::kill(stands, libc::SIGSTOP);
     eventually("its lease has ended", || {
@@ -242,13 +249,16 @@ fn end_the_lease(cluster: &mut Cluster, other: &mut Other, agent: &[&str]) {
 
     sys::kill(stands, libc::SIGCONT);
     threads.ask();
-    let lost = numbers(
-        &threads
-            .line_within(patience(Duration::from_secs(60)))
-            .unwrap(),
-    );
-    println!("after the lease's end: {lost:?}");
-    assert!(lost[1] == 0 && lost[2] > PAGES / 2, "{lost:?}");
+    let line = threads.line_within(patience(Duration::from_secs(60)));
+    let line = line.unwrap();
+    println!("after the lease's end: {line}");
+    let [right, wrong, lost, here] = numbers(&line)[..] else {
+        panic!("{line}")
+    };
+    assert!(right + lost == PAGES && wrong == 0 && here == 0, "{line}");
+    assert!(lost > PAGES / 2, "{line}");
+    let (status, errors) = writer.end();
+    assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}: {errors}");
     assert_eq!(newcomer.check(), hash);
     assert!(newcomer.end().0.success());
     assert!(threads.end().0.success());

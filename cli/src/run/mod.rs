@@ -97,9 +97,7 @@ pub(crate) fn command(args: &RunArgs) -> ExitCode {
     match session.finish(ended) {
         Ok(summary) => {
             if let Some(why) = &summary.loss {
-                tell(&format!(
-                    "a page of the program is lost, and its touch ended in SIGBUS: {why}"
-                ));
+                tell(why);
             }
             sink.write(&summary);
         }

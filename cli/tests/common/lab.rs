@@ -90,13 +90,44 @@ fn start_node(cluster: &mut Cluster) -> Daemon {
     node
 }
 
-/// Clock ticks that a process has used, in user space and in the kernel.
+/// Clock ticks that a process has used, in user space and in the kernel, and how often a thread of it went to sleep.
 fn cpu(of: &Daemon) -> String {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", of.child.id())).unwrap();
+    let sleeps: u64 = tasks
+        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).ok())
+        .filter_map(|status| {
+            let line = status
+                .lines()
+                .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            line?.trim().parse::<u64>().ok()
+        })
+        .sum();
     let text = std::fs::read_to_string(format!("/proc/{}/stat", of.child.id())).unwrap();
     // Behind the name, which may hold anything, come the state and the fields from the fourth on.
     let (_, fields) = text.rsplit_once(')').unwrap();
     let fields: Vec<&str> = fields.split_whitespace().collect();
-    format!("{} {}", fields[11], fields[12])
+    format!("{} {} {sleeps}", fields[11], fields[12])
+}
+
+/// What a process has used of its machine's processor.
+#[derive(Clone, Copy, Debug)]
+pub struct Cpu {
+    pub user: Duration,
+    pub kernel: Duration,
+    /// How often a thread of it went to sleep: who takes part in each transfer does so for each.
+    pub sleeps: u64,
+}
+
+impl std::ops::Sub for Cpu {
+    type Output = Self;
+
+    fn sub(self, earlier: Self) -> Self {
+        Self {
+            user: self.user.saturating_sub(earlier.user),
+            kernel: self.kernel.saturating_sub(earlier.kernel),
+            sleeps: self.sleeps.saturating_sub(earlier.sleeps),
+        }
+    }
 }
 
 /// The other machine, seen from the first.
@@ -145,12 +176,19 @@ impl Other {
         assert_eq!(self.ask("hurry"), "hurried");
     }
 
-    /// What the node's process has used, in user space and in the kernel.
-    pub fn cpu(&mut self) -> (Duration, Duration) {
+    /// What the node's process has used.
+    pub fn cpu(&mut self) -> Cpu {
         let answer = self.ask("cpu");
-        let tick = |text: &str| Duration::from_millis(10) * text.parse().unwrap();
-        let (user, kernel) = answer.split_once(' ').unwrap();
-        (tick(user), tick(kernel))
+        let numbers: Vec<u64> = answer
+            .split(' ')
+            .map(|text| text.parse().unwrap())
+            .collect();
+        let tick = |number: u64| Duration::from_millis(10 * number);
+        Cpu {
+            user: tick(numbers[0]),
+            kernel: tick(numbers[1]),
+            sleeps: numbers[2],
+        }
     }
 
     /// Has the lab pause, resume or kill it, or pull and put back its wire.

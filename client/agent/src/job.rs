@@ -87,6 +87,7 @@ pub struct Job {
     is_held: AtomicBool,
     failure: OnceLock<String>,
     loss: OnceLock<String>,
+    settling: AtomicU64,
     spaces: Mutex<Vec<Arc<SpaceHandle>>>,
     /// Of processes that have ended, the largest.
     ended: Mutex<Vec<ProcessPeaks>>,
@@ -150,6 +151,7 @@ impl Job {
             is_held: AtomicBool::new(false),
             failure: OnceLock::new(),
             loss: OnceLock::new(),
+            settling: AtomicU64::new(0),
             spaces: Mutex::new(Vec::new()),
             ended: Mutex::new(Vec::new()),
             place,
@@ -365,7 +367,33 @@ impl Job {
 
     /// A page of it cannot be had any more, for the reason given. The first reason counts.
     pub fn a_page_is_lost(&self, why: &str) {
-        self.loss.get_or_init(|| why.to_owned());
+        self.loss.get_or_init(|| {
+            format!("a page of the program is lost, and its touch ended in SIGBUS: {why}")
+        });
+    }
+
+    /// A process of it is ended, since pages on their way out cannot come to their places. The first reason counts.
+    pub fn a_process_is_ended(&self, why: &str) {
+        self.loss.get_or_init(|| {
+            format!(
+                "a process of the program is ended, since a fork or a move of its memory had to wait for pages on their way \
+                 out: {why}"
+            )
+        });
+    }
+
+    /// A pager of it begins, or ends, to do nothing but wait for pages on their way out.
+    pub fn settles(&self, begins: bool) {
+        match begins {
+            true => self.settling.fetch_add(1, Ordering::Relaxed),
+            false => self.settling.fetch_sub(1, Ordering::Relaxed),
+        };
+    }
+
+    /// Whether any does.
+    #[must_use]
+    pub fn any_settles(&self) -> bool {
+        self.settling.load(Ordering::Relaxed) > 0
     }
 
     /// Whether it is a library's: its limit holds for the regions named to it, not for the program's memory, and

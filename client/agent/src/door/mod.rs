@@ -23,14 +23,19 @@ use crate::mailbox::{HelperOffer, Request, SpaceHandle};
 use crate::pager::{Pager, Shared};
 use crate::sys::control::SharedBlock;
 use crate::sys::pagemap::Pagemap;
-use crate::sys::process::{Process, share_memory};
+use crate::sys::process::{Process, leads_session, share_memory};
 use crate::sys::socket;
 use crate::sys::uffd::Uffd;
 
 /// How long a peer may take over any step.
 const STEP_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a forked child's parent's pager may take to be through with the fork, and each pager that might be the child's own to
+/// say whether it is: longer than the child waits for it.
+const ADOPTION_DEADLINE: Duration = Duration::from_secs(12);
 /// How often a closing address space is looked at.
 const CLOSE_POLL: Duration = Duration::from_millis(1);
+/// How often a helper is looked at that has no session of its own yet. It is about to, and a program waits for it.
+const SESSION_POLL: Duration = Duration::from_micros(50);
 /// Most peers at the door at once; more are turned away.
 const MAX_PEERS: usize = 512;
 const BACKLOG: i32 = 128;
@@ -331,7 +336,7 @@ impl Door {
                 }
                 Err(_) => return Adoption::Gone,
             }
-            match answered.recv_timeout(adoption_deadline(job)) {
+            match answered.recv_timeout(ADOPTION_DEADLINE) {
                 Ok(Ok(uffd)) => {
                     self.shared.spawner.adopted(child.id);
                     return Adoption::Adopted(child, uffd);
@@ -344,12 +349,6 @@ impl Door {
     }
 }
 
-/// How long a forked child waits for its parent's pager to be through with the fork, and for each pager that might be its own
-/// to say whether it is: longer than either waits for a memory node.
-fn adoption_deadline(job: &Job) -> Duration {
-    job.limits.fault_deadline + STEP_DEADLINE
-}
-
 /// Waits until the parent's pager is through with the forks whose events it has read. It read this child's before the
 /// child ran, and serves requests in their turn.
 fn wait_for_forks(job: &Job, parent: u64) {
@@ -359,7 +358,7 @@ fn wait_for_forks(job: &Job, parent: u64) {
     };
     let (done, is_done) = mpsc::sync_channel(1);
     if parent.ask(Request::Sync(done)) {
-        let _ = is_done.recv_timeout(adoption_deadline(job));
+        let _ = is_done.recv_timeout(ADOPTION_DEADLINE);
     }
 }
 
@@ -389,10 +388,20 @@ fn finish(peer: &OwnedFd, pid: i32, handle: &Arc<SpaceHandle>) -> io::Result<()>
         return Err(io::ErrorKind::InvalidData.into());
     }
     let helper = Process::open(helper)?;
+    wait_for_session(&helper);
     // Before the program may run: whose helper is not known has not attached, and nothing of it is kept.
     handle.helper_runs(&helper);
     handle.ask(Request::HelperUp(helper));
     socket::send(peer.as_fd(), &Packet::new(tag::DONE), &[])
+}
+
+/// A helper begins with leaving its program's session. Before it has, its precedence would be the whole session's: of the
+/// program, and of the terminal that it was started from.
+fn wait_for_session(helper: &Process) {
+    let began = Instant::now();
+    while !leads_session(helper.pid()) && !helper.has_exited() && began.elapsed() < STEP_DEADLINE {
+        std::thread::sleep(SESSION_POLL);
+    }
 }
 
 /// Whether an address space of this number is this process's, and has this helper.

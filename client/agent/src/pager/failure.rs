@@ -5,21 +5,17 @@
 //! reached its pages' faults wait, at most until their deadline. Where another node has a copy none of this begins: that one
 //! is asked, at once.
 
-use std::time::Duration;
-
 use super::{Fault, Pager};
 use crate::table::Page;
 
 /// How often a page whose bytes fail their check is read again before it counts as lost.
 const MAX_RETRIES: u8 = 3;
 /// Why a fault ends that has waited for too long.
-const PAST_DEADLINE: &str = "its memory node could not be reached before the fault's deadline (--fault-deadline); \
+pub(super) const PAST_DEADLINE: &str = "its memory node could not be reached before the fault's deadline (--fault-deadline); \
      farpage status tells which nodes answer";
 /// Why it ends where the page was there but the kernel had no frame for it.
 const NO_FRAME: &str = "this machine, or the program's memory cgroup, had no free memory for its page before the fault's deadline \
      (--fault-deadline); end what else is there, or raise the group's limit";
-/// Since when a frame was last wanted in vain by who waits for one: that is tried again every few milliseconds.
-const NO_FRAME_LATELY: Duration = Duration::from_secs(1);
 /// Why a fault ends that needs a frame where nothing can be evicted.
 pub(super) const FAR_MEMORY_FULL: &str =
     "far memory is full and nothing more fits; give it more (--far, or another memory node)";
@@ -30,11 +26,11 @@ impl Pager {
         fault.began.elapsed() > self.job.limits.fault_deadline
     }
 
-    /// Why such a fault has waited for so long.
-    pub(super) fn why_late(&self) -> &'static str {
-        match self.no_frame_at {
-            Some(at) if at.elapsed() < NO_FRAME_LATELY => NO_FRAME,
-            _ => PAST_DEADLINE,
+    /// Why such a fault has waited for so long: where its page's bytes are here and there is room for them, for a frame.
+    pub(super) fn why_late(&self, bytes_are_here: bool) -> &'static str {
+        match bytes_are_here && self.room() > 0 {
+            true => NO_FRAME,
+            false => PAST_DEADLINE,
         }
     }
 
@@ -138,6 +134,7 @@ impl Pager {
         if !fetch.waiters.iter().any(is_late) {
             return false;
         }
+        let has_arrived = fetch.is_complete() && !fetch.failed;
         let waiters = std::mem::take(&mut fetch.waiters);
         let (late, rest): (Vec<Fault>, Vec<Fault>) = waiters.into_iter().partition(is_late);
         if rest.is_empty() {
@@ -147,7 +144,7 @@ impl Pager {
         } else {
             fetch.waiters = rest;
         }
-        let why = self.why_late();
+        let why = self.why_late(has_arrived);
         for fault in late {
             self.end_in_sigbus(&fault, why);
         }

@@ -111,7 +111,7 @@ impl Fetch {
         }
     }
 
-    fn is_complete(&self) -> bool {
+    pub(super) fn is_complete(&self) -> bool {
         self.outstanding == 0 && (self.failed || self.posted() == self.slots.len())
     }
 }

@@ -70,7 +70,9 @@ impl Helper {
     pub(crate) fn set_process(&mut self, process: Process, wakeups: &Wakeups) -> io::Result<()> {
         wakeups.watch(&process, Source::Helper)?;
         crate::sys::process::raise_priority(process.pid(), crate::sys::process::FIRST);
-        crate::sys::process::raise_session_priority(process.pid(), crate::sys::process::FIRST);
+        if crate::sys::process::leads_session(process.pid()) {
+            crate::sys::process::raise_session_priority(process.pid(), crate::sys::process::FIRST);
+        }
         self.process = Some(process);
         Ok(())
     }

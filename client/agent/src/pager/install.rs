@@ -50,7 +50,6 @@ impl Pager {
                 Err(InstallError::EventsPending(bytes)) if bytes > 0 => done += bytes / 4096,
                 Err(InstallError::EventsPending(_)) => return Installed::UntilEvent(done),
                 Err(InstallError::NoMemory(bytes)) => {
-                    self.no_frame_at = Some(Instant::now());
                     return Installed::NoMemory(done + bytes / 4096);
                 }
                 Err(InstallError::Present(bytes)) => {
@@ -103,11 +102,7 @@ impl Pager {
         } else {
             match self.uffd.zero(&(run.start.address()..run.end.address())) {
                 Ok(()) => pages,
-                Err(InstallError::EventsPending(0)) => return false,
-                Err(InstallError::NoMemory(0)) => {
-                    self.no_frame_at = Some(Instant::now());
-                    return false;
-                }
+                Err(InstallError::EventsPending(0) | InstallError::NoMemory(0)) => return false,
                 Err(InstallError::EventsPending(bytes) | InstallError::NoMemory(bytes)) => {
                     bytes / 4096
                 }

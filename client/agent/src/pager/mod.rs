@@ -158,8 +158,6 @@ pub struct Pager {
     shrink: u64,
     last_fault: Option<Instant>,
     next_fault: Patience,
-    /// When the kernel last had no memory for a page on its way home.
-    no_frame_at: Option<Instant>,
     messages: Vec<Noted>,
     arrived: Vec<Fault>,
     completions: Vec<Completion>,
@@ -234,7 +232,6 @@ impl Pager {
             shrink: 0,
             last_fault: None,
             next_fault: Patience::default(),
-            no_frame_at: None,
             messages: Vec::new(),
             arrived: Vec::new(),
             completions: Vec::new(),

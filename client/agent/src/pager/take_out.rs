@@ -8,6 +8,7 @@ use farpage_attach::control::{BATCH_PAGES, Control, method, outcome};
 use smallvec::SmallVec;
 
 use super::batch::{Batch, TakeOut};
+use super::failure::{FAR_MEMORY_FULL, PAST_DEADLINE};
 use super::{Noted, Pager};
 use crate::entry::Entry;
 use crate::table::Page;
@@ -34,10 +35,6 @@ const SETTLE_REST: Duration = Duration::from_micros(100);
 /// How long the helper may take over a batch before the program counts as broken. It may be stopped or
 /// starved for a while on a loaded machine.
 const HELPER_DEADLINE: Duration = Duration::from_secs(30);
-
-/// Why a program is ended of which pages could not be sent away.
-const UNSETTLED: &str = "a fork or a move of memory had to wait for pages on their way out, and their memory node could not be \
-     reached before the deadline (--fault-deadline); farpage status tells which nodes answer";
 
 impl Pager {
     /// Starts a batch if frames are short. Returns whether it did.
@@ -320,29 +317,44 @@ impl Pager {
     pub(super) fn settle(&mut self) -> Vec<Noted> {
         let began = Instant::now();
         let mut kept = Vec::new();
+        self.job.settles(true);
         while (self.take_out.is_some() || self.staging.is_busy()) && !self.closing {
-            if began.elapsed() > self.job.limits.fault_deadline {
-                self.job.a_page_is_lost(UNSETTLED);
-                tracing::error!(
-                    pid = self.pid(),
-                    nodes = %self.links.condition(),
-                    "a program is ended: {UNSETTLED}"
-                );
-                if let Some(process) = &self.process {
-                    process.signal(libc::SIGKILL);
-                }
-                self.closing = true;
-                break;
-            }
-            let mut worked = self.poll_links() | self.poll_helper() | self.post_writes();
+            let mut worked = self.poll_links() | self.poll_helper() | self.retry_writes();
             if self.is_remapping() {
                 worked |= matches!(self.read_uffd(&mut kept), Ok(1..));
             }
             if !worked {
                 rest_while_settling(began);
             }
+            if began.elapsed() > SETTLED_SOON {
+                self.give_up_settling(began);
+            }
         }
+        self.job.settles(false);
         kept
+    }
+
+    /// Nobody's pages are waited for when he is gone. Whose pages have had no place to go for too long is ended, and his user is
+    /// told why.
+    fn give_up_settling(&mut self, began: Instant) {
+        let full = self.shortage.is_lasting() && !self.shared.far.any_unreachable();
+        let late = began.elapsed() > self.job.limits.fault_deadline;
+        if !self.is_alive() {
+            self.closing = true;
+        } else if full || late {
+            let why = if full { FAR_MEMORY_FULL } else { PAST_DEADLINE };
+            self.job.a_process_is_ended(why);
+            tracing::error!(
+                pid = self.pid(),
+                why,
+                nodes = %self.links.condition(),
+                "a process is ended, whose pages on their way out had to be waited for"
+            );
+            if let Some(process) = &self.process {
+                process.signal(libc::SIGKILL);
+            }
+            self.closing = true;
+        }
     }
 }
 

@@ -64,10 +64,11 @@ impl Pager {
                 && self.room() <= 0
                 && !self.shared.far.any_unreachable();
             if full || self.is_late(&fault) {
+                let is_far = self.table.get(fault.page).slot().is_some();
                 let why = if full {
                     FAR_MEMORY_FULL
                 } else {
-                    self.why_late()
+                    self.why_late(!is_far)
                 };
                 self.end_in_sigbus(&fault, why);
                 worked = true;
@@ -94,8 +95,10 @@ impl Pager {
         }
         let evicted = self.job.counters.pages_evicted.load(Ordering::Relaxed);
         // Pages with the helper or in staging are on their way, which has deadlines of its own.
-        let on_their_way =
-            self.take_out.is_some() || self.staging.is_busy() || self.shortage.is_known();
+        let on_their_way = self.take_out.is_some()
+            || self.staging.is_busy()
+            || self.shortage.is_known()
+            || self.job.any_settles();
         let before = self.starved.filter(|before| before.evicted == evicted);
         let starved = before.map_or(Starved::begun(evicted), |before| before.go_on(on_their_way));
         self.starved = Some(starved);

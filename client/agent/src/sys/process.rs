@@ -246,6 +246,14 @@ pub fn raise_session_priority(pid: i32, nice: i32) {
     let _ = std::fs::write(format!("/proc/{pid}/autogroup"), nice.to_string());
 }
 
+/// Whether a process leads a session: one that it was started in gives its precedence to others.
+#[must_use]
+pub fn leads_session(pid: i32) -> bool {
+    // SAFETY: an integer only.
+    let session = unsafe { libc::getsid(pid) };
+    session == pid
+}
+
 /// Lets the calling thread run as soon as it wakes, if we may; for one that sleeps nearly always. Or ends that.
 pub fn run_at_once(at_once: bool) {
     let (policy, sched_priority) = if at_once {
