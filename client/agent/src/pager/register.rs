@@ -23,6 +23,8 @@ const STACK_MOST_BYTES: u64 = 64 << 20;
 /// Inaccessible memory of this size behind a plain mapping may be what an allocator's heap grows into: libc's are of 64 MiB
 /// in all. Others reserve terabytes, and looking what is present in those takes time.
 const RESERVE_BYTES: RangeInclusive<u64> = GUARD_MOST_BYTES + 1..=64 << 20;
+/// The rest after a look at mappings that were just being changed.
+const CHANGING_REST: Duration = Duration::from_micros(200);
 /// How often a look at the mappings is begun anew because the program changed them meanwhile.
 const LOOKS: usize = 8;
 /// How long a look waits for the helper's batch to be over.
@@ -148,6 +150,9 @@ impl Pager {
             }
             self.settle_batch();
             self.read_messages();
+            // The program's thread that has been told of takes its change back itself, and needs a processor for it: one
+            // that this one, which goes before it, does not keep.
+            std::thread::sleep(CHANGING_REST);
         }
         match settled {
             Some(mappings) => {
@@ -303,6 +308,7 @@ impl Pager {
             }
             self.settle_batch();
             self.read_messages();
+            std::thread::sleep(CHANGING_REST);
         }
         false
     }
