@@ -30,12 +30,12 @@ pub(crate) struct Shortage {
 }
 
 impl Shortage {
-    /// No slot was to be had.
-    pub(super) fn go_on(&mut self) {
+    /// No slot was to be had. While a node is silent that does not say that there are none: the time begins when it is back.
+    pub(super) fn go_on(&mut self, a_node_is_silent: bool) {
         let now = Instant::now();
         let since = self
             .asked
-            .filter(|(_, last)| last.elapsed() < LAPSE)
+            .filter(|(_, last)| !a_node_is_silent && last.elapsed() < LAPSE)
             .map_or(now, |(since, _)| since);
         self.asked = Some((since, now));
     }

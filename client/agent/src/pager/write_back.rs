@@ -275,7 +275,7 @@ impl Pager {
             }
         }
         self.staging.areas[area].homeless = left;
-        self.shortage.go_on();
+        self.shortage.go_on(self.shared.far.any_unreachable());
     }
 
     /// Posts what of a run's writes can be. A copy whose node cannot be reached is done without where there is another.
