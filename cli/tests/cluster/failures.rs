@@ -258,17 +258,6 @@ fn forks_beside_a_silent_node_wait_for_it_as_faults_do() {
     patient.built();
     assert_eq!(patient.check(), native[0]);
 
-    // Who is gone is not waited for.
-    let ended = start_and_stop_the_node("ended", "3600");
-    sys::kill(ended.child.id() as i32, libc::SIGTERM);
-    let (status, errors) = ended.end();
-    assert_eq!(status.signal(), Some(libc::SIGTERM), "{status}: {errors}");
-    eventually("the agent knows that it is gone", || {
-        let status = cluster.status();
-        status["agents"][0]["processes"].as_array().unwrap().len() == 1
-    });
-    sys::kill(node, libc::SIGCONT);
-
     let hasty = start_and_stop_the_node("hasty", "2");
     let (status, errors) = hasty.end();
     // Its fork is what waits, unless a touch of its own, or of its child, began to wait before.

@@ -87,7 +87,7 @@ impl Pager {
     /// get at a far page but through us, so the clone below is as if made at that moment: pages on their way
     /// out are settled first, pages on their way in are found far by the child.
     pub(super) fn forked(&mut self, uffd: Uffd, at: Option<u32>) {
-        let kept = self.settle();
+        let kept = self.settle(true);
         self.handle.forked();
         self.settle_for_the_guess();
         let registered = self.registered.clone();

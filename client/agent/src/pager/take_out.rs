@@ -314,7 +314,7 @@ impl Pager {
 
     /// Waits until nothing is being taken out or written back, for as long as a fault would wait for its page. Events are read
     /// only as far as the helper waits for that, and what comes is returned, in order, to be handled afterwards.
-    pub(super) fn settle(&mut self) -> Vec<Noted> {
+    pub(super) fn settle(&mut self, has_heir: bool) -> Vec<Noted> {
         let began = Instant::now();
         let mut kept = Vec::new();
         self.job.settles(true);
@@ -327,19 +327,19 @@ impl Pager {
                 rest_while_settling(began);
             }
             if began.elapsed() > SETTLED_SOON {
-                self.give_up_settling(began);
+                self.give_up_settling(began, has_heir);
             }
         }
         self.job.settles(false);
         kept
     }
 
-    /// Nobody's pages are waited for when he is gone. Whose pages have had no place to go for too long is ended, and his user is
-    /// told why.
-    fn give_up_settling(&mut self, began: Instant) {
+    /// Nobody's pages are waited for when he is gone, unless a child of his has them too. Whose pages have had no place to go for
+    /// too long is ended, and his user is told why.
+    fn give_up_settling(&mut self, began: Instant, has_heir: bool) {
         let full = self.shortage.is_lasting() && !self.shared.far.any_unreachable();
         let late = began.elapsed() > self.job.limits.fault_deadline;
-        if !self.is_alive() {
+        if !has_heir && !self.is_alive() {
             self.closing = true;
         } else if full || late {
             let why = if full { FAR_MEMORY_FULL } else { PAST_DEADLINE };
