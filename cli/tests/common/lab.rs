@@ -39,10 +39,10 @@ pub fn serve() {
                     node = start_node(&mut cluster);
                     "started".to_owned()
                 }
-                "hurry" => {
+                "shorten" => {
                     coordinator.kill();
                     coordinator = start_coordinator(&mut cluster, SHORT_LEASE_SECONDS);
-                    "hurried".to_owned()
+                    "shortened".to_owned()
                 }
                 "cpu" => cpu(&node),
                 other => panic!("{other}"),
@@ -173,7 +173,7 @@ impl Other {
 
     /// From now on leases end soon.
     pub fn shorten_leases(&mut self) {
-        assert_eq!(self.ask("hurry"), "hurried");
+        assert_eq!(self.ask("shorten"), "shortened");
     }
 
     /// What the node's process has used.

@@ -109,7 +109,7 @@ impl Pager {
             .collect();
         let evicting = |(_, entry): &(Page, Entry)| entry.state() == State::Evicting;
         let kept = if in_transit.iter().any(evicting) {
-            self.settle(false)
+            self.settle(None)
         } else {
             Vec::new()
         };

@@ -87,7 +87,7 @@ impl Pager {
     /// get at a far page but through us, so the clone below is as if made at that moment: pages on their way
     /// out are settled first, pages on their way in are found far by the child.
     pub(super) fn forked(&mut self, uffd: Uffd, at: Option<u32>) {
-        let kept = self.settle(true);
+        let kept = self.settle(Some(&uffd));
         self.handle.forked();
         self.settle_for_the_guess();
         let registered = self.registered.clone();
@@ -102,6 +102,8 @@ impl Pager {
         let everything = Page(0)..Page(u64::MAX >> 12);
         for (page, entry) in self.table.touched(everything).collect::<Vec<_>>() {
             let Some((ours, theirs)) = entry.forked() else {
+                // It was not waited for any longer: what was on its way out the child cannot have.
+                child.change(page, |_| Some(entry.poisoned()));
                 continue;
             };
             self.table.change(page, |_| Some(ours));

@@ -11,6 +11,7 @@ use super::batch::{Batch, TakeOut};
 use super::failure::{FAR_MEMORY_FULL, PAST_DEADLINE};
 use super::{Noted, Pager};
 use crate::entry::Entry;
+use crate::sys::uffd::Uffd;
 use crate::table::Page;
 
 /// Frames kept free, as a share of the limit, and its bounds: so much may be installed before an eviction must
@@ -313,8 +314,9 @@ impl Pager {
     }
 
     /// Waits until nothing is being taken out or written back, for as long as a fault would wait for its page. Events are read
-    /// only as far as the helper waits for that, and what comes is returned, in order, to be handled afterwards.
-    pub(super) fn settle(&mut self, has_heir: bool) -> Vec<Noted> {
+    /// only as far as the helper waits for that, and what comes is returned, in order, to be handled afterwards. An heir is a
+    /// child that is to have the same pages.
+    pub(super) fn settle(&mut self, heir: Option<&Uffd>) -> Vec<Noted> {
         let began = Instant::now();
         let mut kept = Vec::new();
         self.job.settles(true);
@@ -327,7 +329,7 @@ impl Pager {
                 rest_while_settling(began);
             }
             if began.elapsed() > SETTLED_SOON {
-                self.give_up_settling(began, has_heir);
+                self.give_up_settling(began, heir);
             }
         }
         self.job.settles(false);
@@ -336,10 +338,11 @@ impl Pager {
 
     /// Nobody's pages are waited for when he is gone, unless a child of his has them too. Whose pages have had no place to go for
     /// too long is ended, and his user is told why.
-    fn give_up_settling(&mut self, began: Instant, has_heir: bool) {
+    fn give_up_settling(&mut self, began: Instant, heir: Option<&Uffd>) {
         let full = self.shortage.is_lasting() && !self.shared.far.any_unreachable();
         let late = began.elapsed() > self.job.limits.fault_deadline;
-        if !has_heir && !self.is_alive() {
+        let is_alive = self.is_alive();
+        if !is_alive && !heir.is_some_and(Uffd::is_alive) {
             self.closing = true;
         } else if full || late {
             let why = if full { FAR_MEMORY_FULL } else { PAST_DEADLINE };
@@ -350,7 +353,7 @@ impl Pager {
                 nodes = %self.links.condition(),
                 "a process is ended, whose pages on their way out had to be waited for"
             );
-            if let Some(process) = &self.process {
+            if let Some(process) = self.process.as_ref().filter(|_| is_alive) {
                 process.signal(libc::SIGKILL);
             }
             self.closing = true;
