@@ -276,6 +276,10 @@ pub const CASES: &[Case] = &[
     case("growth", "populate", "memory populated by one call").both(),
     case("growth", "given_back", "a stack above the limit that is given back in time").both().unbounded(),
 
+    case("hints", "will_need", "MADV_WILLNEED brings far memory home").both(),
+    case("hints", "page_out", "MADV_PAGEOUT has memory go far").both(),
+    case("hints", "cold", "MADV_COLD has memory go before other memory").both(),
+
     case("threads", "same_pages", "threads touch the same far pages").both(),
     case("threads", "different_pages", "threads write their own parts").both(),
     case("threads", "sums", "no addition is lost in pages that leave").both(),

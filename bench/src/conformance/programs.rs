@@ -20,6 +20,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("fork_tree", include_str!("../../c/fork_tree.c")),
     ("forks", include_str!("../../c/forks.c")),
     ("growth", include_str!("../../c/growth.c")),
+    ("hints", include_str!("../../c/hints.c")),
     ("hostile", include_str!("../../c/hostile.c")),
     ("kernel_access", include_str!("../../c/kernel_access.c")),
     ("memory_calls", include_str!("../../c/memory_calls.c")),

@@ -8,6 +8,7 @@
 use core::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
 
 use crate::PAGE_BYTES;
+use crate::hints::{Hint, Hints};
 use crate::sys::calls;
 
 /// The most pages that one batch takes out: long enough to spread the cost of a wake-up, short enough
@@ -102,7 +103,7 @@ pub struct Control {
     /// Agent to program, a futex: the report that was last answered.
     pub report_ack: AtomicU32,
 
-    /// Agent and program to helper, a futex: counts new commands and new reports.
+    /// Agent and program to helper, a futex: counts new commands, reports and hints.
     pub bell: AtomicU32,
     /// Agent to helper: the batch handed over, numbered on and on together with those of [`Self::landing_command`].
     pub command: AtomicU32,
@@ -139,6 +140,9 @@ pub struct Control {
 
     /// The batch of [`Self::command`].
     pub batch: Batch,
+
+    /// Program to agent: what it has said of pages to come.
+    pub hints: Hints,
 }
 
 const _: () = assert!(core::mem::size_of::<Control>() <= CONTROL_BYTES);
@@ -169,12 +173,30 @@ impl Control {
         self.is_managed() || self.headroom.fetch_sub(bytes, Ordering::Relaxed) < bytes
     }
 
+    /// Counts what the program has reported and what it has said of pages to come, all told.
+    #[must_use]
+    pub fn news(&self) -> u32 {
+        let reports = self.report.load(Ordering::SeqCst);
+        reports.wrapping_add(self.hints.given.load(Ordering::SeqCst))
+    }
+
+    /// The program's side of a hint; it waits for nothing.
+    pub fn hint(&self, hint: Hint) {
+        self.hints.give(hint);
+        self.ring();
+    }
+
+    /// Wakes the helper, which tells the agent.
+    fn ring(&self) {
+        self.bell.fetch_add(1, Ordering::SeqCst);
+        calls::futex_wake(&self.bell);
+    }
+
     /// The program's side of a new mapping: asks the agent to look at the address space and waits for it to
     /// have done so, at most [`REPORT_LIMIT_MS`]; later is only less punctual, never wrong.
     pub fn report_mapping(&self) {
         let mine = self.report.fetch_add(1, Ordering::AcqRel).wrapping_add(1);
-        self.bell.fetch_add(1, Ordering::SeqCst);
-        calls::futex_wake(&self.bell);
+        self.ring();
         let mut waited = 0;
         while waited < REPORT_LIMIT_MS {
             let ack = self.report_ack.load(Ordering::Acquire);

@@ -103,13 +103,13 @@ fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
     empty_holding(args, 0, BATCH_PAGES);
     let mut lander = None;
     let mut last = 0u32;
-    let mut reported = 0u32;
+    let mut told = 0u32;
     let mut seconds_alone = 0u32;
     loop {
-        let command = next_command(control, last, reported);
-        let report = control.report.load(Ordering::Acquire);
-        if report != reported {
-            reported = report;
+        let command = next_command(control, last, told);
+        let news = control.news();
+        if news != told {
+            told = news;
             calls::signal_event(fd::EVENT);
         }
         match command {
@@ -144,13 +144,11 @@ fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
     }
 }
 
-/// Sleeps until there is a batch or a report. `None` for a report, and after a heartbeat without either.
-fn next_command(control: &Control, last: u32, reported: u32) -> Option<u32> {
+/// Sleeps until there is a batch or the program has news. `None` for news, and after a heartbeat without either.
+fn next_command(control: &Control, last: u32, told: u32) -> Option<u32> {
     control.helper_sleeps.store(1, Ordering::SeqCst);
     let bell = control.bell.load(Ordering::SeqCst);
-    if control.command.load(Ordering::SeqCst) == last
-        && control.report.load(Ordering::SeqCst) == reported
-    {
+    if control.command.load(Ordering::SeqCst) == last && control.news() == told {
         calls::futex_wait(&control.bell, bell, HEARTBEAT_MS);
     }
     control.helper_sleeps.store(0, Ordering::SeqCst);

@@ -13,6 +13,7 @@
 pub mod attach;
 pub mod control;
 pub mod helper;
+pub mod hints;
 pub mod landing;
 pub mod message;
 pub mod sys;

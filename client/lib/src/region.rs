@@ -3,6 +3,7 @@
 use std::ops::{Deref, DerefMut, Range};
 
 use farpage_attach::attach::{AttachError, Attached, attach};
+use farpage_attach::hints::{self, Hint};
 use farpage_attach::message::{Packet, kind, tag};
 use farpage_attach::sys::socket;
 
@@ -18,7 +19,8 @@ const PAGE: usize = 4096;
 pub enum Advice {
     /// Soon: brings the pages home and returns when they are here. More than the local limit is in vain.
     WillNeed,
-    /// Not soon. A hint to the kernel; which pages leave is the agent's decision, from what it sees of their use.
+    /// Not soon: when something has to go within the next 10 s, this goes first. Under `farpage run` the kernel alone is told,
+    /// which knows nothing of that.
     Cold,
     /// Never again: the contents are given up, here and far; the next read gets zeros.
     DontNeed,
@@ -84,8 +86,16 @@ impl Region {
             return Ok(());
         }
         self.mapping
-            .advise(pages, advice)
-            .map_err(Error::system("advising the kernel"))
+            .advise(pages.clone(), advice)
+            .map_err(Error::system("advising the kernel"))?;
+        if let (Advice::Cold, Some(managed)) = (advice, &self.managed) {
+            managed.attached.control.hint(Hint {
+                advice: hints::COLD,
+                from: (self.as_slice().as_ptr().addr() + pages.start) as u64,
+                bytes: pages.len() as u64,
+            });
+        }
+        Ok(())
     }
 
     /// The pages that `range` touches and that were written since [`Self::clear_soft_dirty`] (if that was never called,

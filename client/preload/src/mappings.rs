@@ -3,6 +3,7 @@
 use core::ffi::{c_int, c_void};
 use core::sync::atomic::{AtomicUsize, Ordering};
 
+use farpage_attach::hints::{self, Hint};
 use farpage_attach::sys::memory;
 
 use crate::lifecycle::control;
@@ -49,11 +50,22 @@ pub(crate) fn grew(len: usize) {
 }
 
 /// After `madvise`. What guard pages replace is gone, and that raises no event; dropping what lay there does, and leaves the
-/// guard pages in place.
+/// guard pages in place. Of what the kernel does with a hint nobody is told: it has no far pages to do anything with.
 pub(crate) fn advised(address: *mut c_void, len: usize, advice: c_int, result: c_int) {
-    const MADV_GUARD_INSTALL: c_int = 102;
-    if advice == MADV_GUARD_INSTALL && result == 0 && control().is_some() {
-        memory::discard(address.addr(), len);
+    const MADV_GUARD_INSTALL: u32 = 102;
+    let (0, Some(control)) = (result, control()) else {
+        return;
+    };
+    match advice.cast_unsigned() {
+        MADV_GUARD_INSTALL => memory::discard(address.addr(), len),
+        advice @ (hints::WILLNEED | hints::COLD | hints::PAGEOUT) if control.is_managed() => {
+            control.hint(Hint {
+                advice,
+                from: address.addr() as u64,
+                bytes: len as u64,
+            });
+        }
+        _ => {}
     }
 }
 

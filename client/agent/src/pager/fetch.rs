@@ -48,6 +48,8 @@ pub(super) struct Fetch {
     pub(super) retries: u8,
     /// A thread waits for it (else it was read ahead).
     pub(super) wanted: bool,
+    /// The program has asked for it without waiting for it.
+    hinted: bool,
     pub(super) waiters: Vec<Fault>,
 }
 
@@ -65,6 +67,7 @@ impl Fetch {
             checked: false,
             retries: 0,
             wanted: false,
+            hinted: false,
             waiters: Vec::with_capacity(USUAL_WAITERS),
         }
     }
@@ -77,7 +80,8 @@ impl Fetch {
         self.waiters.clear();
         (self.active, self.first) = (true, first);
         (self.dropped, self.outstanding, self.retries) = (0, 0, 0);
-        (self.failed, self.checked, self.wanted) = (false, false, false);
+        (self.failed, self.checked) = (false, false);
+        (self.wanted, self.hinted) = (false, false);
     }
 
     /// Has all of its pages read again.
@@ -176,6 +180,12 @@ impl Fetches {
         self.places
             .iter()
             .any(|fetch| fetch.active && fetch.wanted && fetch.is_complete())
+    }
+
+    /// How many are under way because the program asked for them.
+    pub(super) fn hinted(&self) -> usize {
+        let hinted = self.places.iter().filter(|it| it.active && it.hinted);
+        hinted.count()
     }
 
     fn find(&self, page: Page) -> Option<usize> {
@@ -282,6 +292,19 @@ impl Pager {
             .fetch_add(claimed, Relaxed);
         self.fetches.ahead.push_back(place);
         self.post_reads(place);
+    }
+
+    /// Reads pages for which no thread waits, from a far one on, to be installed as they arrive. Returns how many, or nothing
+    /// where there is no place for that now.
+    pub(super) fn start_hinted(&mut self, page: Page, most: u64) -> Option<u64> {
+        let place = self.fetches.places.iter().position(|it| !it.active)?;
+        if self.links.credits() < 2 {
+            return None;
+        }
+        let claimed = self.claim_run(place, page, Way::Up, most);
+        self.fetches.places[place].hinted = true;
+        self.post_reads(place);
+        Some(claimed)
     }
 
     /// A place for a fetch; one that was read ahead and not asked for gives way.
@@ -419,7 +442,8 @@ impl Pager {
             return false;
         };
         // Never more than there is room for; the frames keep it until eviction has made some.
-        if !fetch.wanted || self.room() < fetch.slots.len() as i64 {
+        let asked_for = fetch.wanted || fetch.hinted;
+        if !asked_for || self.room() < fetch.slots.len() as i64 {
             return false;
         }
         while let Some((index, len)) = self.next_run(place) {

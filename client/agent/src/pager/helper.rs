@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use farpage_attach::control::{Control, method};
+use farpage_attach::hints::Hint;
 
 use super::wakeups::Source;
 use super::{Pager, Wakeups};
@@ -34,6 +35,7 @@ pub(crate) struct Helper {
     own: [Range<u64>; 3],
     _lifeline: OwnedFd,
     reported: u32,
+    hints_seen: u32,
 }
 
 impl Helper {
@@ -55,6 +57,7 @@ impl Helper {
             ],
             _lifeline: offer.lifeline,
             reported: 0,
+            hints_seen: 0,
         };
         (helper, offer.process)
     }
@@ -79,6 +82,12 @@ impl Helper {
 
     pub(super) fn pid(&self) -> Option<i32> {
         self.process.as_ref().map(Process::pid)
+    }
+
+    /// What the program has said of pages to come since this was last asked.
+    pub(super) fn new_hints(&mut self) -> impl Iterator<Item = Hint> + '_ {
+        let control = self.shared.control();
+        control.hints.since(&mut self.hints_seen)
     }
 
     pub(super) fn is_ready(&self) -> bool {
@@ -246,7 +255,7 @@ impl Pager {
         self.handle.set_record(place.record().clone());
     }
 
-    /// The helper has news: a finished batch or a report, which the next turn finds, or its end.
+    /// The helper has news: a finished batch, a report or a hint, which the next turn finds, or its end.
     pub(super) fn quiet_helper(&mut self) {
         let Some(helper) = &mut self.helper else {
             return;

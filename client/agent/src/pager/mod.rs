@@ -9,8 +9,8 @@
 //!
 //! A fault's way through the files: `mod` (read) → [`fault`] (what is the page?) → [`fetch`] (bring it) →
 //! [`install`] (put it there, wake); what cannot be answered yet goes to [`waiting`]. Memory's way out: [`take_out`]
-//! (victims, helper) → [`write_back`] (hash, slot, write); [`shortage`] is of slots. [`event`] and [`fork`] follow the
-//! program; [`register`] finds what to manage; [`soft_dirty`] says what was written.
+//! (victims, helper) → [`write_back`] (hash, slot, write); [`shortage`] is of slots. [`event`], [`fork`] and [`hints`] follow
+//! the program; [`register`] finds what to manage; [`soft_dirty`] says what was written.
 
 mod batch;
 mod between;
@@ -21,6 +21,7 @@ mod fault;
 mod fetch;
 mod fork;
 mod helper;
+mod hints;
 mod install;
 mod journal;
 mod links;
@@ -68,6 +69,7 @@ pub(crate) use fault::Fault;
 pub(crate) use fetch::Fetches;
 pub(crate) use fork::Inheritance;
 pub(crate) use helper::Helper;
+pub(crate) use hints::Hints;
 pub(crate) use journal::{Journal, Noted};
 pub(crate) use links::Links;
 pub(crate) use recovered::NotRecovered;
@@ -138,6 +140,7 @@ pub struct Pager {
     uncharged: u64,
     residents: Residents,
     prefetcher: Prefetcher,
+    hints: Hints,
     links: Links,
     fetches: Fetches,
     waiting: VecDeque<Fault>,
@@ -216,6 +219,7 @@ impl Pager {
             uncharged: 0,
             residents: Residents::default(),
             prefetcher: Prefetcher::default(),
+            hints: Hints::default(),
             links,
             fetches: Fetches::default(),
             waiting: VecDeque::new(),
@@ -279,6 +283,7 @@ impl Pager {
         worked |= self.compare_with_memory();
         worked |= self.put_back_replaced();
         worked |= self.retry_waiting();
+        worked |= self.bring_needed();
         worked |= self.evict_ahead();
         worked |= self.retry_writes();
         worked |= self.serve_requests();
@@ -380,6 +385,7 @@ impl Pager {
             }
         }
         self.answer_report();
+        self.take_hints();
         worked
     }
 

@@ -117,6 +117,16 @@ impl Pager {
             (false, true) => method::UNSHARE_AND_MOVE,
             (_, false) => method::REMAP,
         };
+        while how != method::UNSHARE_AND_MOVE
+            && pages.len() < most
+            && let Some(page) = self.next_cold()
+        {
+            if !self.pinned.contains(&page.0)
+                && self.table.change(page, Entry::claim_evict).is_some()
+            {
+                pages.push(page);
+            }
+        }
         let mut looked_at = self.residents.len();
         while how != method::UNSHARE_AND_MOVE && pages.len() < most && looked_at > 0 {
             looked_at -= 1;
