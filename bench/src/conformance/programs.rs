@@ -26,6 +26,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("memory_calls", include_str!("../../c/memory_calls.c")),
     ("outage", include_str!("../../c/outage.c")),
     ("outage_alone", include_str!("../../c/outage_alone.c")),
+    ("outage_heir", include_str!("../../c/outage_heir.c")),
     ("parts", include_str!("../../c/parts.c")),
     ("random_calls", include_str!("../../c/random_calls.c")),
     ("soft_dirty", include_str!("../../c/soft_dirty.c")),

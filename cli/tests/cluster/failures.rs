@@ -8,8 +8,11 @@ use farpage_bench::conformance::programs::compile;
 
 use super::common::cluster::{BUILD_AND_CHECK, Cluster, PATIENCE, PYTHON, Program};
 use super::common::programs_in_c::SLACK_BYTES;
-use super::common::{alone, eventually, marked, sys, without_program};
+use super::common::{alone, eventually, marked, patience, sys, without_program};
 use super::{LOCAL, PIECES, SMALL, cannot_run, granted};
+
+/// A race that ends as it should more often than not is run so often.
+const TRIES: usize = 12;
 
 #[test]
 fn an_agent_without_a_coordinator_says_so_and_leaves_nothing() {
@@ -272,6 +275,41 @@ fn forks_beside_a_silent_node_wait_for_it_as_faults_do() {
     for name in ["patient", "hasty"] {
         assert_eq!(cluster.summary(name)["far_slots_in_use_at_exit"], 0);
     }
+    cluster.stop();
+}
+
+/// A fork that has waited for its pages in vain ends its program; in the child they are pages that cannot be had, not zeros.
+/// It may be a touch that ends the program before it forks: then it is tried again.
+#[test]
+fn pages_that_a_fork_gave_up_are_lost_to_its_child() {
+    let test = "pages_that_a_fork_gave_up_are_lost_to_its_child";
+    if cannot_run(test) || without_program(test, "cc") {
+        return;
+    }
+    let cluster = Cluster::start("tcp", &["256M"]);
+    let path = compile("outage_heir", cluster.folder()).unwrap();
+    let node = cluster.nodes[0].child.id() as i32;
+    let orphaned = (0..TRIES).find_map(|_| {
+        let mut command = cluster.run_command(LOCAL, "heir");
+        command.args(["--fault-deadline", "2", "--"]).arg(&path);
+        let mut program = Program::start(command);
+        program.built();
+        sys::kill(node, libc::SIGSTOP);
+        program.ask();
+        let alone = program.line_within(patience(Duration::from_secs(10)));
+        sys::kill(node, libc::SIGCONT);
+        alone.map(|_| program)
+    });
+    let mut program = orphaned.expect("a fork that gives up");
+    let pages = program.check();
+    assert!(pages.ends_with(" wrong 0"), "{pages}");
+    assert!(!pages.contains(" lost 0 "), "{pages}");
+    let (status, errors) = program.end();
+    assert_eq!(status.signal(), Some(libc::SIGKILL), "{errors}");
+    assert!(errors.contains("a fork or a move"), "{errors}");
+    eventually("nothing of it is left", || {
+        with_far_pages(&cluster).is_empty()
+    });
     cluster.stop();
 }
 

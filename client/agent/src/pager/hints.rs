@@ -24,6 +24,8 @@ const MOST_KEPT: usize = 64;
 const MOST_FETCHES: usize = 4;
 /// Entries looked at in one go: some 10 us.
 const SLICE_PAGES: usize = 512;
+/// So often while a thread may wait.
+const SLICES: usize = 32;
 
 /// Pages, and until when something is wanted of them.
 #[derive(Debug)]
@@ -79,13 +81,13 @@ pub(crate) struct Hints {
 }
 
 impl Pager {
-    /// Takes in what the program has said since it was last looked at.
-    pub(super) fn take_hints(&mut self) {
+    /// Takes in what the program has said since it was last looked at. Returns whether that was anything.
+    pub(super) fn take_hints(&mut self) -> bool {
         let Some(helper) = &mut self.helper else {
-            return;
+            return false;
         };
         let given: SmallVec<[Hint; RING]> = helper.new_hints().collect();
-        for hint in given {
+        for hint in &given {
             let pages = pages_of(hint.from..hint.from.saturating_add(hint.bytes));
             self.hints.needed.forget(&pages);
             self.hints.cold.forget(&pages);
@@ -100,28 +102,28 @@ impl Pager {
                 hints::PAGEOUT => {
                     let here = self.table.touched(pages.clone());
                     let here = here.filter(|(_, entry)| entry.state() == State::Local);
-                    self.shrink += here.count() as u64;
+                    let asked = self.shrink.saturating_add(here.count() as u64);
+                    self.shrink = asked.min(self.table.local_pages());
                     self.hints.cold.add(pages);
                 }
                 _ => {}
             }
         }
+        !given.is_empty()
     }
 
     /// Brings home what the program has said it will need. Returns whether there was something to do.
     pub(super) fn bring_needed(&mut self) -> bool {
-        let mut worked = false;
-        while self.waiting.is_empty()
-            && self.is_inheritance_known()
-            && self.fetches.hinted() < MOST_FETCHES
-            && let Some(pages) = self.hints.needed.first()
-        {
+        for slice in 0..SLICES {
             // Half of the room is left to faults.
             let most = (self.room() / 2).clamp(0, MAX_WINDOW as i64) as u64;
-            if most == 0 {
-                break;
-            }
-            worked = true;
+            let may_fetch = most > 0
+                && self.waiting.is_empty()
+                && self.is_inheritance_known()
+                && self.fetches.hinted() < MOST_FETCHES;
+            let Some(pages) = self.hints.needed.first().filter(|_| may_fetch) else {
+                return slice > 0;
+            };
             let (far, seen) = self.look_for(&pages, |state| {
                 matches!(state, State::FarRead | State::FarWrite)
             });
@@ -130,20 +132,26 @@ impl Pager {
                 None => Some(0),
             };
             let Some(brought) = brought else {
-                return false;
+                return slice > 0;
             };
             self.hints.needed.seen_to(seen.plus(brought));
         }
-        worked
+        true
     }
 
     /// The next page here that the program has said it does not use.
     pub(super) fn next_cold(&mut self) -> Option<Page> {
-        let pages = self.hints.cold.first()?;
-        let (page, seen) = self.look_for(&pages, |state| state == State::Local);
-        let seen = seen.plus(page.map_or(0, |_| 1));
-        self.hints.cold.seen_to(seen);
-        page
+        for _ in 0..SLICES {
+            let pages = self.hints.cold.first()?;
+            let (page, seen) = self.look_for(&pages, |state| state == State::Local);
+            self.hints
+                .cold
+                .seen_to(page.map_or(seen, |page| page.plus(1)));
+            if page.is_some() {
+                return page;
+            }
+        }
+        None
     }
 
     /// The first page of a range that is in such a state, looking at a slice of it; and the page up to which there is none.

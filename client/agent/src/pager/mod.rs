@@ -385,8 +385,7 @@ impl Pager {
             }
         }
         self.answer_report();
-        self.take_hints();
-        worked
+        worked | self.take_hints()
     }
 
     /// While pages are being moved no event may be read, so there is little to look for: the helper gets the
