@@ -104,7 +104,7 @@ fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
     let mut lander = None;
     let mut last = 0u32;
     let mut told = 0u32;
-    let mut seconds_alone = 0u32;
+    let mut alone_since = None;
     loop {
         let command = next_command(control, last, told);
         let news = control.news();
@@ -131,13 +131,13 @@ fn serve(args: &HelperArgs, control: &Control, program: i32) -> ! {
                     calls::exit(1);
                 }
                 if calls::peer_gone(fd::LIFELINE) {
-                    seconds_alone += 1;
-                    if seconds_alone > control.dead_man_seconds.load(Ordering::Relaxed) {
+                    let alone = calls::seconds() - *alone_since.get_or_insert_with(calls::seconds);
+                    if alone >= i64::from(control.dead_man_seconds.load(Ordering::Relaxed)) {
                         calls::kill(program, calls::SIGKILL);
                         calls::exit(1);
                     }
                 } else {
-                    seconds_alone = 0;
+                    alone_since = None;
                 }
             }
         }

@@ -173,6 +173,19 @@ impl<M: ChunkMemory> PageTable<M> {
             .filter(move |(page, entry)| range.contains(page) && *entry != Entry::UNTOUCHED)
     }
 
+    /// The front of `range` up to which so many chunks have entries, so that going through it takes no longer than that.
+    #[must_use]
+    pub fn slice(&self, range: Range<Page>, chunks: usize) -> Range<Page> {
+        if range.is_empty() {
+            return range;
+        }
+        let first = range.start.0 >> CHUNK_SHIFT;
+        let last = (range.end.0 - 1) >> CHUNK_SHIFT;
+        let next = self.chunks.range(first..=last).nth(chunks);
+        let end = next.map_or(range.end, |(number, _)| Page(number << CHUNK_SHIFT));
+        range.start..end
+    }
+
     /// Forgets every entry of `range`, handing each to `released`. Chunks left empty are freed.
     pub fn discard(&mut self, range: Range<Page>, mut released: impl FnMut(Page, Entry)) {
         let touched: Vec<(Page, Entry)> = self.touched(range.clone()).collect();
@@ -286,6 +299,31 @@ mod tests {
             prop_assert_eq!(&all, &model);
             let local = model.values().filter(|entry| entry.state() == State::Local);
             prop_assert_eq!(table.local_pages(), local.count() as u64);
+        }
+    }
+    proptest! {
+        #[test]
+        fn slices_make_up_the_range(
+            touched in proptest::collection::vec(0u64..40_000, 0..40),
+            (from, len) in (0u64..40_000, 0u64..40_000),
+            chunks in 1usize..5,
+        ) {
+            let mut table = PageTable::default();
+            for page in touched {
+                table.change(Page(page), Entry::filled_with_zeros);
+            }
+            let whole = Page(from)..Page(from + len);
+            let (mut left, mut found) = (whole.clone(), Vec::new());
+            while !left.is_empty() {
+                let slice = table.slice(left.clone(), chunks);
+                prop_assert!(slice.start == left.start && slice.end > left.start && slice.end <= left.end);
+                let chunks_of: std::collections::BTreeSet<u64> =
+                    table.touched(slice.clone()).map(|(page, _)| page.0 >> CHUNK_SHIFT).collect();
+                prop_assert!(chunks_of.len() <= chunks);
+                found.extend(table.touched(slice.clone()));
+                left.start = slice.end;
+            }
+            prop_assert_eq!(found, table.touched(whole).collect::<Vec<_>>());
         }
     }
 }

@@ -53,11 +53,12 @@ pub(crate) fn grew(len: usize) {
 /// guard pages in place. Of what the kernel does with a hint nobody is told: it has no far pages to do anything with.
 pub(crate) fn advised(address: *mut c_void, len: usize, advice: c_int, result: c_int) {
     const MADV_GUARD_INSTALL: u32 = 102;
-    let (0, Some(control)) = (result, control()) else {
+    let Some(control) = control().filter(|_| len > 0) else {
         return;
     };
     match advice.cast_unsigned() {
-        MADV_GUARD_INSTALL => memory::discard(address.addr(), len),
+        MADV_GUARD_INSTALL if result == 0 => memory::discard(address.addr(), len),
+        // The kernel refuses one for want of swap, or for a gap, and the agent has no need of either.
         advice @ (hints::WILLNEED | hints::COLD | hints::PAGEOUT) if control.is_managed() => {
             control.hint(Hint {
                 advice,

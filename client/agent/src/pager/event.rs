@@ -153,8 +153,9 @@ impl Pager {
         }
     }
 
-    /// Discards leave pages behind in the queues; when those are the greater part, they are swept.
-    fn tidy_residents(&mut self) {
+    /// Discards leave pages behind in the queues, and so does what goes because the program wants it to; when those are the
+    /// greater part, they are swept.
+    pub(super) fn tidy_residents(&mut self) {
         let local = self.table.local_pages() as usize;
         if self.residents.len() > 2 * local + SWEEP_SLACK {
             let table = &self.table;

@@ -139,7 +139,7 @@ impl Pager {
         let (late, rest): (Vec<Fault>, Vec<Fault>) = waiters.into_iter().partition(is_late);
         if rest.is_empty() {
             // What arrives after all is as good as read ahead.
-            fetch.wanted = false;
+            (fetch.wanted, fetch.hinted) = (false, false);
             self.fetches.ahead.push_back(place);
         } else {
             fetch.waiters = rest;

@@ -13,7 +13,7 @@ use farpage_fabric::memory::{MemoryOptions, RegisteredMemory};
 use smallvec::SmallVec;
 
 use super::install::Installed;
-use super::links::Work;
+use super::links::{WINDOW, Work};
 use super::{Fault, Pager};
 use crate::entry::{Entry, Slot, State};
 use crate::far::{CopyId, MAX_COPIES};
@@ -49,7 +49,7 @@ pub(super) struct Fetch {
     /// A thread waits for it (else it was read ahead).
     pub(super) wanted: bool,
     /// The program has asked for it without waiting for it.
-    hinted: bool,
+    pub(super) hinted: bool,
     pub(super) waiters: Vec<Fault>,
 }
 
@@ -182,10 +182,12 @@ impl Fetches {
             .any(|fetch| fetch.active && fetch.wanted && fetch.is_complete())
     }
 
-    /// How many are under way because the program asked for them.
-    pub(super) fn hinted(&self) -> usize {
+    /// Those that are under way because the program asked for them: how many, and of how many pages.
+    pub(super) fn hinted(&self) -> (usize, usize) {
         let hinted = self.places.iter().filter(|it| it.active && it.hinted);
-        hinted.count()
+        hinted.fold((0, 0), |(count, pages), it| {
+            (count + 1, pages + it.slots.len())
+        })
     }
 
     fn find(&self, page: Page) -> Option<usize> {
@@ -298,7 +300,8 @@ impl Pager {
     /// where there is no place for that now.
     pub(super) fn start_hinted(&mut self, page: Page, most: u64) -> Option<u64> {
         let place = self.fetches.places.iter().position(|it| !it.active)?;
-        if self.links.credits() < 2 {
+        // Half of what may be asked for at once is left to faults.
+        if self.links.credits() < WINDOW / 2 {
             return None;
         }
         let claimed = self.claim_run(place, page, Way::Up, most);
@@ -317,7 +320,11 @@ impl Pager {
             .ahead
             .iter()
             .copied()
-            .find(|place| self.fetches.places[*place].outstanding == 0)?;
+            .find(|place| self.fetches.places[*place].outstanding == 0)
+            .or_else(|| {
+                let unneeded = |it: &Fetch| it.hinted && !it.wanted && it.outstanding == 0;
+                self.fetches.places.iter().position(unneeded)
+            })?;
         self.drop_fetch(oldest);
         Some(oldest)
     }
@@ -442,8 +449,15 @@ impl Pager {
             return false;
         };
         // Never more than there is room for; the frames keep it until eviction has made some.
-        let asked_for = fetch.wanted || fetch.hinted;
-        if !asked_for || self.room() < fetch.slots.len() as i64 {
+        let (wanted, hinted, pages) = (fetch.wanted, fetch.hinted, fetch.slots.len() as i64);
+        let room = if wanted {
+            self.room()
+        } else if hinted && self.waiting.is_empty() && !self.fetches.any_to_install() {
+            self.job.room()
+        } else {
+            return false;
+        };
+        if room < pages {
             return false;
         }
         while let Some((index, len)) = self.next_run(place) {

@@ -45,6 +45,8 @@ impl Helper {
         control
             .dead_man_seconds
             .store(DEAD_MAN_SECONDS, Ordering::Relaxed);
+        // What another agent was told is not said to this one.
+        let hints_seen = control.hints.given.load(Ordering::Acquire);
         let helper = Self {
             shared: offer.shared,
             event: offer.event,
@@ -57,7 +59,7 @@ impl Helper {
             ],
             _lifeline: offer.lifeline,
             reported: 0,
-            hints_seen: 0,
+            hints_seen,
         };
         (helper, offer.process)
     }

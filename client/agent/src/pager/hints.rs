@@ -22,10 +22,10 @@ const HINT_LASTS: Duration = Duration::from_secs(10);
 const MOST_KEPT: usize = 64;
 /// Fetches under way for hints: a part of all, so that faults find places.
 const MOST_FETCHES: usize = 4;
-/// Entries looked at in one go: some 10 us.
-const SLICE_PAGES: usize = 512;
+/// Chunks of the table looked at in one go: some 5 us.
+const SLICE_CHUNKS: usize = 4;
 /// So often while a thread may wait.
-const SLICES: usize = 32;
+const SLICES: usize = 16;
 
 /// Pages, and until when something is wanted of them.
 #[derive(Debug)]
@@ -40,6 +40,9 @@ struct Wishes(VecDeque<Wish>);
 
 impl Wishes {
     fn add(&mut self, pages: Range<Page>) {
+        if pages.is_empty() {
+            return;
+        }
         if self.0.len() == MOST_KEPT {
             self.0.pop_front();
         }
@@ -65,10 +68,16 @@ impl Wishes {
         self.0.front().map(|it| it.pages.clone())
     }
 
+    /// How many pages all of them are of.
+    fn pages(&self) -> u64 {
+        let pages = self.0.iter().map(|it| it.pages.end.0 - it.pages.start.0);
+        pages.sum()
+    }
+
     /// Of the oldest, everything before `page` has been seen to.
     fn seen_to(&mut self, page: Page) {
         if let Some(it) = self.0.front_mut() {
-            it.pages.start = page;
+            it.pages.start = page.min(it.pages.end);
         }
     }
 }
@@ -77,7 +86,49 @@ impl Wishes {
 #[derive(Debug, Default)]
 pub(crate) struct Hints {
     needed: Wishes,
+    leaving: Wishes,
     cold: Wishes,
+}
+
+impl Hints {
+    /// Takes one in. Of what is needed no more than `most` pages are kept: what comes home beyond that would drive out what
+    /// came before it.
+    fn take(&mut self, hint: &Hint, most: u64) {
+        let pages = pages_of(hint.from..hint.from.saturating_add(hint.bytes));
+        if pages.is_empty() {
+            return;
+        }
+        match hint.advice {
+            hints::WILLNEED => {
+                self.leaving.forget(&pages);
+                self.cold.forget(&pages);
+                let most = most.saturating_sub(self.needed.pages());
+                let end = pages.end.min(pages.start.plus(most));
+                self.needed.add(pages.start..end);
+            }
+            hints::COLD => {
+                self.needed.forget(&pages);
+                self.cold.add(pages);
+            }
+            hints::PAGEOUT => {
+                self.needed.forget(&pages);
+                self.leaving.add(pages);
+            }
+            _ => {}
+        }
+    }
+
+    fn unneeded(&mut self, is_leaving: bool) -> &mut Wishes {
+        match is_leaving {
+            true => &mut self.leaving,
+            false => &mut self.cold,
+        }
+    }
+
+    /// Whether anything is to go at once.
+    pub(super) fn any_leaving(&mut self) -> bool {
+        self.leaving.first().is_some()
+    }
 }
 
 impl Pager {
@@ -87,27 +138,9 @@ impl Pager {
             return false;
         };
         let given: SmallVec<[Hint; RING]> = helper.new_hints().collect();
+        let most = self.job.local_pages() / 2;
         for hint in &given {
-            let pages = pages_of(hint.from..hint.from.saturating_add(hint.bytes));
-            self.hints.needed.forget(&pages);
-            self.hints.cold.forget(&pages);
-            match hint.advice {
-                hints::WILLNEED => {
-                    // What comes home beyond this would drive out what came before it.
-                    let most = self.job.local_pages() / 2;
-                    let end = pages.end.min(pages.start.plus(most));
-                    self.hints.needed.add(pages.start..end);
-                }
-                hints::COLD => self.hints.cold.add(pages),
-                hints::PAGEOUT => {
-                    let here = self.table.touched(pages.clone());
-                    let here = here.filter(|(_, entry)| entry.state() == State::Local);
-                    let asked = self.shrink.saturating_add(here.count() as u64);
-                    self.shrink = asked.min(self.table.local_pages());
-                    self.hints.cold.add(pages);
-                }
-                _ => {}
-            }
+            self.hints.take(hint, most);
         }
         !given.is_empty()
     }
@@ -115,18 +148,20 @@ impl Pager {
     /// Brings home what the program has said it will need. Returns whether there was something to do.
     pub(super) fn bring_needed(&mut self) -> bool {
         for slice in 0..SLICES {
+            let (under_way, coming) = self.fetches.hinted();
             // Half of the room is left to faults.
-            let most = (self.room() / 2).clamp(0, MAX_WINDOW as i64) as u64;
+            let most = self.job.room() / 2 - coming as i64;
             let may_fetch = most > 0
                 && self.waiting.is_empty()
                 && self.is_inheritance_known()
-                && self.fetches.hinted() < MOST_FETCHES;
+                && under_way < MOST_FETCHES;
             let Some(pages) = self.hints.needed.first().filter(|_| may_fetch) else {
                 return slice > 0;
             };
             let (far, seen) = self.look_for(&pages, |state| {
                 matches!(state, State::FarRead | State::FarWrite)
             });
+            let most = most.cast_unsigned().min(MAX_WINDOW);
             let brought = match far {
                 Some(page) => self.start_hinted(page, most.min(pages.end.0 - page.0)),
                 None => Some(0),
@@ -139,14 +174,17 @@ impl Pager {
         true
     }
 
-    /// The next page here that the program has said it does not use.
-    pub(super) fn next_cold(&mut self) -> Option<Page> {
+    /// The next page here that the program wants to go, or, where something has to go, that it does not use.
+    pub(super) fn next_unneeded(&mut self, is_short: bool) -> Option<Page> {
         for _ in 0..SLICES {
-            let pages = self.hints.cold.first()?;
+            let is_leaving = self.hints.any_leaving();
+            if !is_leaving && !is_short {
+                return None;
+            }
+            let pages = self.hints.unneeded(is_leaving).first()?;
             let (page, seen) = self.look_for(&pages, |state| state == State::Local);
-            self.hints
-                .cold
-                .seen_to(page.map_or(seen, |page| page.plus(1)));
+            let seen = page.map_or(seen, |page| page.plus(1));
+            self.hints.unneeded(is_leaving).seen_to(seen);
             if page.is_some() {
                 return page;
             }
@@ -156,14 +194,65 @@ impl Pager {
 
     /// The first page of a range that is in such a state, looking at a slice of it; and the page up to which there is none.
     fn look_for(&self, pages: &Range<Page>, such: impl Fn(State) -> bool) -> (Option<Page>, Page) {
-        let mut seen = 0;
-        let mut up_to = pages.start;
-        for (page, entry) in self.table.touched(pages.clone()).take(SLICE_PAGES) {
-            if such(entry.state()) {
-                return (Some(page), page);
-            }
-            (seen, up_to) = (seen + 1, page.plus(1));
+        let slice = self.table.slice(pages.clone(), SLICE_CHUNKS);
+        let end = slice.end;
+        let found = self.table.touched(slice).find(|(_, it)| such(it.state()));
+        found.map_or((None, end), |(page, _)| (Some(page), page))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hint(advice: u32, from: u64, pages: u64) -> Hint {
+        Hint {
+            advice,
+            from: from << 12,
+            bytes: pages << 12,
         }
-        (None, if seen < SLICE_PAGES { pages.end } else { up_to })
+    }
+
+    #[test]
+    fn what_is_needed_is_not_cold_any_more_and_the_other_way_round() {
+        let mut hints = Hints::default();
+        hints.take(&hint(hints::COLD, 10, 4), 100);
+        hints.take(&hint(hints::PAGEOUT, 20, 4), 100);
+        assert_eq!(hints.cold.first(), Some(Page(10)..Page(14)));
+        assert!(hints.any_leaving());
+        hints.take(&hint(hints::WILLNEED, 12, 10), 100);
+        assert_eq!(hints.cold.first(), None);
+        assert!(!hints.any_leaving());
+        hints.take(&hint(hints::COLD, 12, 1), 100);
+        assert_eq!(hints.needed.first(), None);
+    }
+
+    #[test]
+    fn no_more_is_needed_than_fits() {
+        let mut hints = Hints::default();
+        (0..10).for_each(|piece| hints.take(&hint(hints::WILLNEED, piece * 40, 40), 100));
+        assert_eq!(hints.needed.pages(), 100);
+    }
+
+    #[test]
+    fn what_nobody_can_mean_is_nothing() {
+        let mut hints = Hints::default();
+        let everywhere = [0, 1, 4095, 4096, u64::MAX - 1, u64::MAX];
+        for (from, bytes) in everywhere
+            .iter()
+            .flat_map(|it| everywhere.map(|to| (*it, to)))
+        {
+            for advice in [0, hints::WILLNEED, hints::COLD, hints::PAGEOUT, u32::MAX] {
+                let hint = Hint {
+                    advice,
+                    from,
+                    bytes,
+                };
+                hints.take(&hint, 100);
+                assert!(hints.needed.pages() <= 100);
+            }
+        }
+        (0..1000).for_each(|at| hints.take(&hint(hints::COLD, at, 1), 100));
+        assert_eq!(hints.cold.0.len(), MOST_KEPT);
     }
 }

@@ -47,7 +47,7 @@ impl Pager {
             return false;
         }
         let need = self.pages_to_evict();
-        if need == 0 {
+        if need == 0 && !self.hints.any_leaving() {
             return false;
         }
         if self.rest_until.is_some_and(|until| Instant::now() < until) {
@@ -66,7 +66,11 @@ impl Pager {
                 .last_fault
                 .is_some_and(|at| at.elapsed() < super::BUSY_GAP);
         let most = if busy { BUSY_BATCH } else { BATCH_PAGES };
-        let (pages, how) = self.choose_victims(most.min(need as usize));
+        let (pages, how) = self.choose_victims(most, most.min(need as usize));
+        self.tidy_residents();
+        if need == 0 && pages.is_empty() {
+            return true;
+        }
         self.no_victims = pages.is_empty();
         if pages.is_empty() {
             self.rest_until = Some(Instant::now() + REST);
@@ -90,9 +94,16 @@ impl Pager {
             .min(self.table.local_pages())
     }
 
-    fn choose_victims(&mut self, most: usize) -> (Batch, u32) {
+    /// Chooses so many pages as are needed, and up to `most` that the program wants to go.
+    fn choose_victims(&mut self, most: usize, needed: usize) -> (Batch, u32) {
         let mut pages = Batch::new();
-        while pages.len() < most {
+        // Some of what the program wants to go may be waiting here for another way to go.
+        let others = if self.hints.any_leaving() {
+            most
+        } else {
+            needed
+        };
+        while pages.len() < others {
             let Some(page) = self.staging.next_unmovable() else {
                 break;
             };
@@ -104,7 +115,7 @@ impl Pager {
             pages.sort_unstable();
             return (pages, method::REMAP);
         }
-        while pages.len() < most {
+        while pages.len() < others {
             let Some(page) = self.staging.next_shared() else {
                 break;
             };
@@ -119,7 +130,7 @@ impl Pager {
         };
         while how != method::UNSHARE_AND_MOVE
             && pages.len() < most
-            && let Some(page) = self.next_cold()
+            && let Some(page) = self.next_unneeded(pages.len() < needed)
         {
             if !self.pinned.contains(&page.0)
                 && self.table.change(page, Entry::claim_evict).is_some()
@@ -128,7 +139,7 @@ impl Pager {
             }
         }
         let mut looked_at = self.residents.len();
-        while how != method::UNSHARE_AND_MOVE && pages.len() < most && looked_at > 0 {
+        while how != method::UNSHARE_AND_MOVE && pages.len() < needed && looked_at > 0 {
             looked_at -= 1;
             let Some(page) = self.residents.next_victim() else {
                 break;

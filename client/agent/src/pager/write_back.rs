@@ -3,7 +3,7 @@
 //! A run of pages is written to all copies of its extent that answer. It is far once each of them has it or has failed; one
 //! that failed does not count as having it, and is filled later (`mover`).
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -55,7 +55,7 @@ pub(crate) struct Staging {
     /// Pages of mappings that are not plain read-write any more, which `mremap` takes.
     unmovable: VecDeque<Page>,
     /// Pages that the program has locked, and when one was last found to be.
-    stuck: Vec<Page>,
+    stuck: BTreeSet<Page>,
     stuck_found: Option<Instant>,
     /// What runs kept their pages in that are over, for the next ones.
     spare: Vec<Vec<Staged>>,
@@ -106,7 +106,7 @@ impl Staging {
     }
 
     pub(super) fn stuck_page(&mut self, page: Page) {
-        self.stuck.push(page);
+        self.stuck.insert(page);
         self.stuck_found = Some(Instant::now());
     }
 
@@ -119,7 +119,7 @@ impl Staging {
         {
             return Vec::new();
         }
-        std::mem::take(&mut self.stuck)
+        std::mem::take(&mut self.stuck).into_iter().collect()
     }
 
     /// Whether nothing is left that could go: what is here is locked, as the program wanted.

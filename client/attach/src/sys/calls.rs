@@ -230,6 +230,21 @@ pub fn has_ended(pid: i32) -> bool {
     .is_ok_and(|it| it != 0)
 }
 
+/// Seconds on a clock that is never set.
+#[must_use]
+pub fn seconds() -> i64 {
+    let mut now = k::__kernel_timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let _ = call!(
+        k::__NR_clock_gettime,
+        k::CLOCK_MONOTONIC,
+        core::ptr::from_mut(&mut now)
+    );
+    now.tv_sec
+}
+
 /// Sleeps while `word` holds `value`, at most `milliseconds`.
 pub fn futex_wait(word: &AtomicU32, value: u32, milliseconds: u64) {
     let timeout = k::__kernel_timespec {
