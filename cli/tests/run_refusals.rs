@@ -314,3 +314,32 @@ fn an_account_without_privilege_is_told_the_remedy() {
         assert!(text(&out.stderr).contains(remedy), "{}", text(&out.stderr));
     }
 }
+
+/// In a container, root may have userfaultfd by the system call; programs, which make their own, may not.
+#[test]
+fn without_the_device_it_says_how_to_have_it() {
+    let alone = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && exec \"$@\"";
+    let in_a_container = |words: &[&str]| {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", alone, "sh"]);
+        command.arg(farpage()).args(words).stdin(Stdio::null());
+        command.output().unwrap()
+    };
+    if !in_a_container(&["--version"]).status.success() {
+        skip(
+            "without_the_device_it_says_how_to_have_it",
+            "mounts of its own take root",
+        );
+        return;
+    }
+    let out = in_a_container(&["run", "--local", "16M", "--", "/bin/true"]);
+    let said = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("/dev/userfaultfd is not there") && said.contains("--device"),
+        "{said}"
+    );
+    let out = in_a_container(&["doctor"]);
+    let said = text(&out.stdout);
+    assert!(said.contains("MISSING userfaultfd"), "{said}");
+}

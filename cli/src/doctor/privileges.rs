@@ -11,8 +11,7 @@ const CAP_SYS_PTRACE: u32 = 19;
 
 pub(crate) fn check(report: &mut Report) {
     device(report);
-    let sysctl =
-        "userfaultfd for every account, by the system call; the device is the narrower way";
+    let sysctl = "userfaultfd for every account, by the system call, which is not farpage's way: it uses the device";
     match std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd")
         .as_deref()
         .map(str::trim)
@@ -76,8 +75,8 @@ fn device(report: &mut Report) {
             }
         }
         Err(error) => {
-            let remedy = "Linux 6.1 or newer with devtmpfs; in a container, pass the device in; else root's system \
-                          call is used";
+            let remedy = "Linux 6.1 or newer with devtmpfs; in a container, pass the device in (docker run --device \
+                          /dev/userfaultfd ...)";
             report.optional(id, error.to_string(), purpose, remedy);
         }
     }

@@ -32,9 +32,10 @@ pub(crate) fn userfaultfd_from(device: &File) -> io::Result<OwnedFd> {
     owned(unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, libc::O_CLOEXEC) }.into())
 }
 
-/// A userfaultfd from the system call; `full` also answers faults that the kernel takes on the program's behalf.
-pub(crate) fn userfaultfd(full: bool) -> io::Result<OwnedFd> {
-    let flags = libc::O_CLOEXEC | if full { 0 } else { UFFD_USER_MODE_ONLY };
+/// A userfaultfd from the system call, which everybody may have: it answers no faults that the kernel takes on the program's
+/// behalf.
+pub(crate) fn userfaultfd_for_user_mode() -> io::Result<OwnedFd> {
+    let flags = libc::O_CLOEXEC | UFFD_USER_MODE_ONLY;
     // SAFETY: the call takes flags by value.
     owned(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) })
 }

@@ -26,12 +26,17 @@ pub(crate) enum UserfaultfdError {
     )]
     Absent,
     #[error(
-        "this account may not use userfaultfd ({DEVICE}: {device}; the system call: {call}); run farpage as root \
+        "{DEVICE} is not there; use Linux 6.1 or newer with devtmpfs; in a container, pass the device in \
+         (docker run --device {DEVICE} ...)"
+    )]
+    NoDevice,
+    #[error(
+        "this account may not use userfaultfd ({DEVICE}: {0}); run farpage as root \
          (sudo farpage ...), or have root start an agent (sudo farpage agent --coordinator URL --socket \
          /run/farpage/agent.sock --group farpage), join its group and use farpage run --agent \
          /run/farpage/agent.sock"
     )]
-    Denied { device: io::Error, call: io::Error },
+    Denied(io::Error),
     #[error(
         "this account may use userfaultfd but not follow a program's forks, which takes CAP_SYS_PTRACE; run farpage \
          as root (sudo farpage ...), or have root start an agent (sudo farpage agent --coordinator URL --socket \
@@ -57,15 +62,16 @@ pub(crate) fn usable() -> Result<(), UserfaultfdError> {
     }
 }
 
-/// A userfaultfd that also answers faults which the kernel takes on a program's behalf.
+/// A userfaultfd that also answers faults which the kernel takes on a program's behalf. The agent hands the open device on to
+/// programs, which make their own from it: that root may do without it by the system call is of no use to them.
 fn full() -> Result<OwnedFd, UserfaultfdError> {
-    let device = match from_device() {
-        Ok(fd) => return Ok(fd),
-        Err(error) => error,
-    };
-    sys::userfaultfd(true).map_err(|call| match call.raw_os_error() {
-        Some(libc::ENOSYS) => UserfaultfdError::Absent,
-        _ => UserfaultfdError::Denied { device, call },
+    from_device().map_err(|device| {
+        let call = sys::userfaultfd_for_user_mode().err();
+        match (call.and_then(|call| call.raw_os_error()), device.kind()) {
+            (Some(libc::ENOSYS), _) => UserfaultfdError::Absent,
+            (_, io::ErrorKind::NotFound) => UserfaultfdError::NoDevice,
+            _ => UserfaultfdError::Denied(device),
+        }
     })
 }
 
@@ -152,7 +158,7 @@ const FEATURES: [Feature; 10] = [
 pub(crate) fn check(report: &mut Report) {
     access(report);
     // One for user-mode faults only may be had by everybody and knows the same features.
-    let fd = full().or_else(|_| sys::userfaultfd(false));
+    let fd = full().or_else(|_| sys::userfaultfd_for_user_mode());
     let features = fd.and_then(|fd| sys::userfaultfd_api(&fd, 0));
     for (bit, id, purpose, since, needed) in FEATURES {
         match &features {
@@ -188,7 +194,7 @@ fn access(report: &mut Report) {
             );
         }
         Err(error) => {
-            let found = if matches!(error, UserfaultfdError::Denied { .. }) {
+            let found = if matches!(error, UserfaultfdError::Denied(_)) {
                 "denied"
             } else {
                 "unusable"

@@ -433,8 +433,6 @@ impl ControlPlane {
                 managed_pages: figures.managed_pages,
                 total_pages: figures.local_pages + figures.far_pages,
                 faults: figures.faults,
-                evicted_pages: 0,
-                poisoned_pages: 0,
                 local_limit_bytes: figures.local_limit_bytes,
             })
             .collect();

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 
 use crate::sys::uffd::{Uffd, feature};
 
-/// Where a uffd is had without the right to make one by system call.
+/// Where programs have their uffds from, handed on to them.
 const DEVICE: &str = "/dev/userfaultfd";
 
 /// An override for tests: run as on a kernel without `UFFDIO_MOVE`.
@@ -26,8 +26,8 @@ pub struct Kernel {
 pub enum KernelError {
     /// The device cannot be opened.
     #[error(
-        "cannot open {DEVICE}: {0}; run the agent as root, or give its user access (a udev rule for the device, \
-         or vm.unprivileged_userfaultfd=1) and CAP_SYS_PTRACE; farpage doctor tells more"
+        "cannot open {DEVICE}: {0}; run the agent as root, or give its user access (a udev rule for the device) \
+         and CAP_SYS_PTRACE; in a container, pass the device in; farpage doctor tells more"
     )]
     Device(io::Error),
     /// The features that every kernel since 5.11 has are refused.

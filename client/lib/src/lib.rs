@@ -48,7 +48,7 @@
 //!
 //! # What to know
 //!
-//! - A page that cannot be brought home within a minute, because its memory node is lost, raises `SIGBUS`.
+//! - A page whose memory node is lost raises `SIGBUS` at once; one whose node does not answer, after a minute.
 //! - If the agent dies and none takes over in time, the program is ended: nobody could bring its pages any more.
 //! - A forked child does not inherit regions.
 //! - Each region has a thread in the agent and a small helper process that shares this program's memory.

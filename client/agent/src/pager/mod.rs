@@ -10,7 +10,10 @@
 //! A fault's way through the files: `mod` (read) → [`fault`] (what is the page?) → [`fetch`] (bring it) →
 //! [`install`] (put it there, wake); what cannot be answered yet goes to [`waiting`]. Memory's way out: [`take_out`]
 //! (victims, helper) → [`write_back`] (hash, slot, write); [`shortage`] is of slots. [`event`], [`fork`] and [`hints`] follow
-//! the program; [`register`] finds what to manage; [`soft_dirty`] says what was written.
+//! the program; [`register`] finds what to manage; [`soft_dirty`] says what was written. [`links`] has the connections ([`dial`] makes them,
+//! [`patience`] and [`wakeups`] say how to wait), [`failure`] what becomes of a fault that cannot be answered. [`helper`], [`batch`] and
+//! [`between`] are the helper's side, [`run`] is a write; [`journal`] and [`recovered`] are for the next agent, [`survey`] counts what is
+//! shared.
 
 mod batch;
 mod between;
