@@ -425,8 +425,9 @@ impl Pager {
             if fetch.posted() < fetch.slots.len() && !fetch.failed {
                 self.post_reads(place);
             }
-            worked |= self.give_up_late(place);
+            // In this order: where this thread was kept from running for longer than a fault may wait, what it finds now still counts.
             worked |= self.try_install(place);
+            worked |= self.give_up_late(place);
         }
         worked
     }
