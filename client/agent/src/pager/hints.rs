@@ -18,7 +18,7 @@ use crate::table::{Page, pages_of};
 
 /// What is not done by then is not done: the program has gone on meanwhile.
 const HINT_LASTS: Duration = Duration::from_secs(10);
-/// Hints kept of either kind; the oldest gives way.
+/// Hints kept of each kind; the oldest gives way.
 const MOST_KEPT: usize = 64;
 /// Fetches under way for hints: a part of all, so that faults find places.
 const MOST_FETCHES: usize = 4;
@@ -138,16 +138,23 @@ impl Pager {
             return false;
         };
         let given: SmallVec<[Hint; RING]> = helper.new_hints().collect();
+        if given.is_empty() {
+            return false;
+        }
         let most = self.job.local_pages() / 2;
         for hint in &given {
             self.hints.take(hint, most);
         }
-        !given.is_empty()
+        true
     }
 
     /// Brings home what the program has said it will need. Returns whether there was something to do.
     pub(super) fn bring_needed(&mut self) -> bool {
         for slice in 0..SLICES {
+            // Mostly there is nothing, which is seen first: every fault passes here.
+            let Some(pages) = self.hints.needed.first() else {
+                return slice > 0;
+            };
             let (under_way, coming) = self.fetches.hinted();
             // Half of the room is left to faults.
             let most = self.job.room() / 2 - coming as i64;
@@ -155,9 +162,9 @@ impl Pager {
                 && self.waiting.is_empty()
                 && self.is_inheritance_known()
                 && under_way < MOST_FETCHES;
-            let Some(pages) = self.hints.needed.first().filter(|_| may_fetch) else {
+            if !may_fetch {
                 return slice > 0;
-            };
+            }
             let (far, seen) = self.look_for(&pages, |state| {
                 matches!(state, State::FarRead | State::FarWrite)
             });
