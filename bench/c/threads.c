@@ -159,7 +159,7 @@ static void robust_mutex(void)
 	pthread_mutexattr_t attributes;
 	pthread_mutexattr_init(&attributes);
 	pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
-	char *memory = map(MIB);
+	char *memory = map(20 * 5 * PAGE);
 	for (int turn = 0; turn < 20; turn++) {
 		robust = (pthread_mutex_t *)(memory + (size_t)turn * 5 * PAGE);
 		pthread_mutex_init(robust, &attributes);

@@ -413,6 +413,9 @@ pub(crate) struct BenchArgs {
     /// Each case once, as this kernel does it, not also as older ones would (bench conformance)
     #[arg(long)]
     pub(crate) plain: bool,
+    /// A quarter of the memory for the cases that bear it, for emulated machines (bench conformance)
+    #[arg(long)]
+    pub(crate) small: bool,
     /// What the cases that draw lots begin with (bench conformance)
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,

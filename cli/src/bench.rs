@@ -158,6 +158,7 @@ fn judged(options: &Options, args: &BenchArgs) -> Result<Verdicts, BenchError> {
         names: args.cases.clone(),
         long: args.long,
         plain: args.plain,
+        small: args.small,
         seed: args.seed,
     };
     let verdicts = conformance::run(options, &choice, &mut |verdict| {

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use common::cluster::{Cluster, Program};
 use common::lab::{self, Other};
 use common::{eventually, patience, sys};
+use farpage_bench::conformance::programs::{Size, compile};
 
 /// 9 MB of data in a program of some 20 MB: a quarter of its peak may stay.
 const PIECES: u32 = 3_000;
@@ -178,7 +179,7 @@ fn same_as_native(cluster: &Cluster, other: &mut Other, native: &str) {
 
 /// `outage.c`: four threads that read 24 MiB of which 5 may stay.
 fn start_threads(cluster: &Cluster) -> Program {
-    let path = farpage_bench::conformance::programs::compile("outage", cluster.folder()).unwrap();
+    let path = compile("outage", Size::Whole, cluster.folder()).unwrap();
     let mut command = cluster.run_command(LOCAL, "threads");
     command.arg("--").arg(path);
     let mut program = Program::start(command);

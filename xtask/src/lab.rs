@@ -212,7 +212,8 @@ fn conformance(tally: &mut Tally, kernel: &str, choice: &Choice) {
         .args(["--timeout", &timeout.to_string()])
         .args(["--env", "FARPAGE_TEST_PATIENCE", "--"])
         .arg(release_folder().join("farpage"))
-        .args(["bench", "conformance", "--plain", "--fabric", fabric])
+        .args(["bench", "conformance", "--plain", "--small"])
+        .args(["--fabric", fabric])
         .args(choice.cases.iter().flat_map(|case| ["--case", case]))
         .env("FARPAGE_TEST_PATIENCE", CASE_SECONDS.to_string());
     let failed_before = tally.failed;
@@ -254,7 +255,7 @@ fn on(kernel: &str, choice: &Choice, programs: &Programs) -> Run {
         step().args(["--peer", &serve, "--", "bash", "-c", &endure])
     };
     let farpage = release_folder().join("farpage");
-    let bench = format!("'{}' bench conformance --plain", farpage.display());
+    let bench = format!("'{}' bench conformance --plain --small", farpage.display());
     let cases = CASES
         .iter()
         .fold(bench.clone(), |words, case| words + " --case " + case);

@@ -2,8 +2,12 @@
 
 use std::time::Duration;
 
+use super::programs::Size;
+
 /// What most programs may keep here: a third of their data.
 const LOCAL: u64 = 16 << 20;
+/// The least that `farpage run` takes.
+const LEAST_LOCAL: u64 = 4 << 20;
 /// A case that takes longer hangs.
 const DEADLINE: Duration = Duration::from_secs(90);
 /// A long one that takes longer does.
@@ -55,6 +59,8 @@ pub struct Case {
     pub bounded: bool,
     /// Whether it has pages pinned, which only kernels with `UFFDIO_MOVE` say of a page.
     pub pins: bool,
+    /// Whether it shows what it is to show on a quarter of the memory too.
+    shrinks: bool,
     forms: &'static [Form],
 }
 
@@ -71,6 +77,7 @@ const fn case(program: &'static str, name: &'static str, shows: &'static str) ->
         twin: &[],
         bounded: true,
         pins: false,
+        shrinks: true,
         forms: &[Form::Plain],
     }
 }
@@ -93,6 +100,13 @@ impl Case {
 
     const fn pinning(self) -> Self {
         Self { pins: true, ..self }
+    }
+
+    const fn whole(self) -> Self {
+        Self {
+            shrinks: false,
+            ..self
+        }
     }
 
     const fn ending(self, status: i32) -> Self {
@@ -120,6 +134,25 @@ impl Case {
             long: true,
             deadline: LONG_DEADLINE,
             ..self
+        }
+    }
+
+    /// The size it is run at where smaller ones are asked for.
+    #[must_use]
+    pub fn smallest(&self) -> Size {
+        if self.shrinks {
+            Size::Quarter
+        } else {
+            Size::Whole
+        }
+    }
+
+    /// What may stay here of it, bytes.
+    #[must_use]
+    pub fn local_at(&self, size: Size) -> u64 {
+        match size {
+            Size::Whole => self.local,
+            Size::Quarter => (self.local / 4).max(LEAST_LOCAL),
         }
     }
 
@@ -181,7 +214,7 @@ pub const CASES: &[Case] = &[
     case("anon", "remap", "mremap before and after a fault, with and without MREMAP_DONTUNMAP").both(),
     case("anon", "unpopulated", "protection of pages never touched").both(),
     case("anon", "zeros", "pages of zeros come back as zeros, and are written").both(),
-    case("anon", "on_fork", "MADV_WIPEONFORK wipes and MADV_DONTFORK leaves out, in the child alone").both(),
+    case("anon", "on_fork", "MADV_WIPEONFORK wipes and MADV_DONTFORK leaves out, in the child alone").both().whole(),
     case("anon", "advice", "COLD, PAGEOUT, WILLNEED, POPULATE_READ and POPULATE_WRITE keep contents").both(),
     case("anon", "populate", "what MADV_POPULATE_* and MAP_POPULATE are for is there as they return").both(),
     case("anon", "locked", "locked pages come home, stay, and go once unlocked").both().unbounded(),
@@ -203,7 +236,7 @@ pub const CASES: &[Case] = &[
     case("memory_calls", "protect_read", "read-only memory keeps its contents").both(),
     case("memory_calls", "protect_some", "read-only memory among other").both(),
     case("memory_calls", "protect_key", "memory under a protection key").both(),
-    case("memory_calls", "reuse", "what is written where memory is just leaving stays").both(),
+    case("memory_calls", "reuse", "what is written where memory is just leaving stays").both().whole(),
     case("memory_calls", "exit", "exit frees every far slot").both(),
     case("memory_calls", "killed", "SIGKILL frees every far slot").both().ending(128 + 9),
     case("memory_calls", "exec", "exec frees the old image's far slots").both(),
@@ -297,7 +330,7 @@ pub const CASES: &[Case] = &[
     case("hostile", "other_user", "another user").both(),
     case("hostile", "title", "a title over the environment"),
     case("hostile", "limited", "an address space limited"),
-    case("hostile", "lock_all", "mlockall of what is there").both().unbounded(),
+    case("hostile", "lock_all", "mlockall of what is there").both().unbounded().whole(),
     case("hostile", "lock_future", "mlockall of what is to come").both().unbounded(),
 
     // Each at eight stages: filling, fetching, writing, forking, discarding, moving, protecting, unmapping.

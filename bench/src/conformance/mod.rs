@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use crate::{BenchError, Options};
 pub use cases::{CASES, Case, Form};
-use programs::CompileError;
+use programs::{CompileError, Size};
 
 /// What the tree may have above its limit: the larger of this and a twentieth of the limit.
 const SLACK_BYTES: u64 = 16 << 20;
@@ -44,6 +44,8 @@ pub struct Choice {
     pub long: bool,
     /// Only as this kernel does it, not also as older ones would.
     pub plain: bool,
+    /// On a quarter of the memory, those that bear it.
+    pub small: bool,
     /// What the cases that draw lots begin with.
     pub seed: u64,
 }
@@ -227,7 +229,7 @@ impl Runner<'_> {
         choice: &Choice,
         tell: &mut dyn FnMut(&Verdict) -> io::Result<()>,
     ) -> Result<Vec<Verdict>, BenchError> {
-        let mut compiled: BTreeMap<&str, Result<PathBuf, CompileError>> = BTreeMap::new();
+        let mut compiled: BTreeMap<(&str, Size), Result<PathBuf, CompileError>> = BTreeMap::new();
         let mut verdicts = Vec::new();
         for case in CASES.iter().filter(|case| case.long == choice.long) {
             for form in case.forms() {
@@ -239,16 +241,21 @@ impl Runner<'_> {
                 {
                     continue;
                 }
+                let size = if choice.small {
+                    case.smallest()
+                } else {
+                    Size::Whole
+                };
                 let program = compiled
-                    .entry(case.program)
-                    .or_insert_with(|| programs::compile(case.program, self.folder));
+                    .entry((case.program, size))
+                    .or_insert_with(|| programs::compile(case.program, size, self.folder));
                 let (result, reason) = match (self.machine.keeps_from(case, *form), program) {
                     (Some(why), _) => (Outcome::Skip, why),
                     (None, Err(error @ CompileError::NoCompiler(_))) => {
                         (Outcome::Skip, error.to_string())
                     }
                     (None, Err(error)) => (Outcome::Fail, error.to_string()),
-                    (None, Ok(program)) => self.one(case, *form, program)?,
+                    (None, Ok(program)) => self.one(case, *form, size, program)?,
                 };
                 let verdict = Verdict {
                     name,
@@ -267,13 +274,15 @@ impl Runner<'_> {
         &self,
         case: &Case,
         form: Form,
+        size: Size,
         program: &Path,
     ) -> Result<(Outcome, String), BenchError> {
+        let local = case.local_at(size);
         let account = self.folder.join("account.json");
         let _ = std::fs::remove_file(&account);
         let mut command = Command::new(&self.options.farpage);
         command
-            .args(["run", "--local", &case.local.to_string(), "--fabric"])
+            .args(["run", "--local", &local.to_string(), "--fabric"])
             .arg(&self.options.fabric)
             .args(["--summary", "json", "--summary-file"])
             .arg(&account)
@@ -299,7 +308,7 @@ impl Runner<'_> {
         }
         let account = std::fs::read(&account).unwrap_or_default();
         let account: Value = serde_json::from_slice(&account).unwrap_or(Value::Null);
-        let judged = match judge(case, &account) {
+        let judged = match judge(case, local, &account) {
             Ok(()) if !case.twin.is_empty() => self.twin(case, program)?,
             judged => judged,
         };
@@ -352,7 +361,7 @@ impl Runner<'_> {
 }
 
 /// What every run must come to, by farpage's own account of it.
-fn judge(case: &Case, account: &Value) -> Result<(), String> {
+fn judge(case: &Case, local: u64, account: &Value) -> Result<(), String> {
     let number = |key: &str| {
         let value = account[key].as_u64();
         value.ok_or_else(|| format!("the summary has no {key}: {account}"))
@@ -364,7 +373,7 @@ fn judge(case: &Case, account: &Value) -> Result<(), String> {
     if number("pages_evicted")? == 0 {
         return Err("nothing went far".to_owned());
     }
-    let (peak, allowed) = (number("local_peak_bytes")?, allowed_bytes(case.local));
+    let (peak, allowed) = (number("local_peak_bytes")?, allowed_bytes(local));
     // Between two samples the account guesses what a fork's processes share: their peaks are judged by the tests, from outside.
     if number("processes")? == 1 && case.bounded && peak > allowed {
         return Err(format!("{peak} bytes were here, {allowed} were allowed"));

@@ -34,6 +34,33 @@ const SOURCES: &[(&str, &str)] = &[
     ("threads", include_str!("../../c/threads.c")),
 ];
 
+/// How much memory the programs work on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Size {
+    /// What they were written for.
+    #[default]
+    Whole,
+    /// A quarter of that, for machines on which every page costs a millisecond.
+    Quarter,
+}
+
+impl Size {
+    /// What a program is told of it.
+    fn flags(self) -> &'static [&'static str] {
+        match self {
+            Self::Whole => &[],
+            Self::Quarter => &["-DMIB=(256ul<<10)"],
+        }
+    }
+
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Whole => "",
+            Self::Quarter => ".quarter",
+        }
+    }
+}
+
 /// Why there is no program to run.
 #[derive(Debug, thiserror::Error)]
 pub enum CompileError {
@@ -65,7 +92,7 @@ pub enum CompileError {
 ///
 /// # Errors
 /// [`CompileError`].
-pub fn compile(program: &str, folder: &Path) -> Result<PathBuf, CompileError> {
+pub fn compile(program: &str, size: Size, folder: &Path) -> Result<PathBuf, CompileError> {
     let found = SOURCES.iter().find(|(name, _)| *name == program);
     let (_, source) = found.ok_or_else(|| CompileError::Unknown(program.to_owned()))?;
     // A folder of its own until it is whole.
@@ -94,6 +121,7 @@ pub fn compile(program: &str, folder: &Path) -> Result<PathBuf, CompileError> {
             "program",
             "program.c",
         ])
+        .args(size.flags())
         .current_dir(&fresh)
         .stdin(Stdio::null())
         .output();
@@ -104,7 +132,7 @@ pub fn compile(program: &str, folder: &Path) -> Result<PathBuf, CompileError> {
             stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
         });
     }
-    let path = folder.join(program);
+    let path = folder.join(format!("{program}{}", size.suffix()));
     std::fs::rename(fresh.join("program"), &path).map_err(|error| CompileError::File {
         path: path.clone(),
         error,

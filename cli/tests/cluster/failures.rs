@@ -4,7 +4,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use farpage_bench::conformance::programs::compile;
+use farpage_bench::conformance::programs::{Size, compile};
 
 use super::common::cluster::{BUILD_AND_CHECK, Cluster, PATIENCE, PYTHON, Program};
 use super::common::programs_in_c::SLACK_BYTES;
@@ -230,7 +230,7 @@ fn forks_beside_a_silent_node_wait_for_it_as_faults_do() {
         return;
     }
     let cluster = Cluster::start("tcp", &["256M"]);
-    let path = compile("outage_alone", cluster.folder()).unwrap();
+    let path = compile("outage_alone", Size::Whole, cluster.folder()).unwrap();
     let native = Program::start(Command::new(&path)).complete(1);
     let node = cluster.nodes[0].child.id() as i32;
     let start_and_stop_the_node = |name: &str, deadline: &str| {
@@ -287,7 +287,7 @@ fn pages_that_a_fork_gave_up_are_lost_to_its_child() {
         return;
     }
     let cluster = Cluster::start("tcp", &["256M"]);
-    let path = compile("outage_heir", cluster.folder()).unwrap();
+    let path = compile("outage_heir", Size::Whole, cluster.folder()).unwrap();
     let node = cluster.nodes[0].child.id() as i32;
     let orphaned = (0..TRIES).find_map(|_| {
         let mut command = cluster.run_command(LOCAL, "heir");

@@ -31,7 +31,7 @@ fn folder() -> &'static Path {
 
 /// Compiles a program of `bench/c`, and returns where it is.
 pub fn compiled(name: &str) -> PathBuf {
-    programs::compile(name, folder()).unwrap()
+    programs::compile(name, programs::Size::Whole, folder()).unwrap()
 }
 
 /// How a case is run and what it must come to.

@@ -137,7 +137,7 @@ impl Pager {
                     write,
                     protected,
                     thread,
-                    std::time::Instant::now(),
+                    self.attention.moment(std::time::Instant::now()),
                 )),
                 message => self.later.push(Noted { message, ..noted }),
             }

@@ -5,7 +5,9 @@
 //! reached its pages' faults wait, at most until their deadline. Where another node has a copy none of this begins: that one
 //! is asked, at once.
 
-use super::{Fault, Pager};
+use std::time::Instant;
+
+use super::{Fault, Moment, Pager};
 use crate::table::Page;
 
 /// How often a page whose bytes fail their check is read again before it counts as lost.
@@ -23,7 +25,12 @@ pub(super) const FAR_MEMORY_FULL: &str =
 impl Pager {
     /// Whether a fault has waited for as long as its job lets it.
     pub(super) fn is_late(&self, fault: &Fault) -> bool {
-        fault.began.elapsed() > self.job.limits.fault_deadline
+        self.is_past_deadline(fault.began)
+    }
+
+    /// Whether what began then has waited for as long as a fault may.
+    pub(super) fn is_past_deadline(&self, began: Moment) -> bool {
+        self.attention.waited(began, Instant::now()) > self.job.limits.fault_deadline
     }
 
     /// Why such a fault has waited for so long: where its page's bytes are here and there is room for them, for a frame.
@@ -41,7 +48,7 @@ impl Pager {
             page = format_args!("{:#x}", fault.page.address()),
             pid = self.pid(),
             why,
-            waited = ?fault.began.elapsed(),
+            waited = ?fault.began.at.elapsed(),
             entry = ?self.table.get(fault.page),
             room = self.room(),
             batch = self.take_out.is_some(),
@@ -130,7 +137,8 @@ impl Pager {
         let Some(fetch) = self.fetches.get(place) else {
             return false;
         };
-        let is_late = |fault: &Fault| fault.began.elapsed() > deadline;
+        let (attention, now) = (&self.attention, Instant::now());
+        let is_late = |fault: &Fault| attention.waited(fault.began, now) > deadline;
         if !fetch.waiters.iter().any(is_late) {
             return false;
         }

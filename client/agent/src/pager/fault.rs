@@ -12,9 +12,7 @@
 //! What cannot be answered now (no room, no free frame, an event unread) is kept and tried again until its
 //! deadline.
 
-use std::time::Instant;
-
-use super::Pager;
+use super::{Moment, Pager};
 use crate::entry::{Entry, Slot, State};
 use crate::table::Page;
 
@@ -25,7 +23,7 @@ pub(crate) struct Fault {
     pub(crate) write: bool,
     pub(crate) protected: bool,
     pub(crate) thread: u32,
-    pub(crate) began: Instant,
+    pub(crate) began: Moment,
     /// Its fetch has failed once: its page is brought without others, whose nodes may be what failed.
     pub(crate) alone: bool,
 }
@@ -36,7 +34,7 @@ impl Fault {
         write: bool,
         protected: bool,
         thread: u32,
-        began: Instant,
+        began: Moment,
     ) -> Self {
         Self {
             page: Page::of(address),
@@ -145,7 +143,7 @@ impl Pager {
         use std::sync::atomic::Ordering::Relaxed;
         self.job.counters.faults.fetch_add(1, Relaxed);
         self.handle.figures.faults.fetch_add(1, Relaxed);
-        self.job.latencies.add(fault.began.elapsed());
+        self.job.latencies.add(fault.began.at.elapsed());
     }
 
     /// Ends a fault with SIGBUS: by a poison marker where the kernel has one, else by a signal to the thread.

@@ -15,6 +15,7 @@
 //! [`between`] are the helper's side, [`run`] is a write; [`journal`] and [`recovered`] are for the next agent, [`survey`] counts what is
 //! shared.
 
+mod attention;
 mod batch;
 mod between;
 pub(crate) mod dial;
@@ -62,6 +63,7 @@ use crate::sys::uffd::{MAX_MESSAGES, Message, Uffd};
 use farpage_attach::control::method;
 use farpage_fabric::{Completion, OwnDevice};
 
+use attention::{Attention, Moment};
 use between::Replaced;
 use patience::Patience;
 use waiting::Starved;
@@ -145,6 +147,7 @@ pub struct Pager {
     prefetcher: Prefetcher,
     hints: Hints,
     links: Links,
+    attention: Attention,
     fetches: Fetches,
     waiting: VecDeque<Fault>,
     gate: Gate,
@@ -224,6 +227,7 @@ impl Pager {
             prefetcher: Prefetcher::default(),
             hints: Hints::default(),
             links,
+            attention: Attention::since(Instant::now()),
             fetches: Fetches::default(),
             waiting: VecDeque::new(),
             gate: Gate::default(),
@@ -280,6 +284,7 @@ impl Pager {
     /// One round: whatever can be done now is done. Returns whether there was anything.
     fn turn(&mut self) -> bool {
         self.all_is_followed();
+        self.attention.look(Instant::now());
         let mut worked = self.poll_links();
         worked |= self.poll_helper();
         let read = self.uffd_has_news && self.read_messages();
@@ -309,7 +314,7 @@ impl Pager {
         }
         // Fewer than fit are all; if more come, the next sleep is none. Between moves not all that there is may be read.
         self.uffd_has_news = self.is_remapping() || matches!(read, Ok(MAX_MESSAGES..));
-        let began = Instant::now();
+        let began = self.attention.moment(Instant::now());
         let mut faults = std::mem::take(&mut self.arrived);
         self.following = true;
         for noted in messages.drain(..) {
@@ -329,10 +334,10 @@ impl Pager {
         self.following = false;
         self.messages = messages;
         if !faults.is_empty() {
-            self.next_fault.came(began);
+            self.next_fault.came(began.at);
         }
         for fault in faults.drain(..) {
-            self.last_fault = Some(began);
+            self.last_fault = Some(began.at);
             self.answer_or_keep(fault);
         }
         self.arrived = faults;

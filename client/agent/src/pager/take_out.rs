@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 
 use super::batch::{Batch, TakeOut};
 use super::failure::{FAR_MEMORY_FULL, PAST_DEADLINE};
-use super::{Noted, Pager};
+use super::{Moment, Noted, Pager};
 use crate::entry::Entry;
 use crate::sys::uffd::Uffd;
 use crate::table::Page;
@@ -338,18 +338,19 @@ impl Pager {
     /// only as far as the helper waits for that, and what comes is returned, in order, to be handled afterwards. An heir is a
     /// child that is to have the same pages.
     pub(super) fn settle(&mut self, heir: Option<&Uffd>) -> Vec<Noted> {
-        let began = Instant::now();
+        let began = self.attention.moment(Instant::now());
         let mut kept = Vec::new();
         self.job.settles(true);
         while (self.take_out.is_some() || self.staging.is_busy()) && !self.closing {
+            self.attention.look(Instant::now());
             let mut worked = self.poll_links() | self.poll_helper() | self.retry_writes();
             if self.is_remapping() {
                 worked |= matches!(self.read_uffd(&mut kept), Ok(1..));
             }
             if !worked {
-                rest_while_settling(began);
+                rest_while_settling(began.at);
             }
-            if began.elapsed() > SETTLED_SOON {
+            if began.at.elapsed() > SETTLED_SOON {
                 self.give_up_settling(began, heir);
             }
         }
@@ -359,9 +360,9 @@ impl Pager {
 
     /// Nobody's pages are waited for when he is gone, unless a child of his has them too. Whose pages have had no place to go for
     /// too long is ended, and his user is told why.
-    fn give_up_settling(&mut self, began: Instant, heir: Option<&Uffd>) {
+    fn give_up_settling(&mut self, began: Moment, heir: Option<&Uffd>) {
         let full = self.shortage.is_lasting() && !self.shared.far.any_unreachable();
-        let late = began.elapsed() > self.job.limits.fault_deadline;
+        let late = self.is_past_deadline(began);
         let is_alive = self.is_alive();
         if !is_alive && !heir.is_some_and(Uffd::is_alive) {
             self.closing = true;
