@@ -10,7 +10,7 @@ mod common;
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
@@ -410,5 +410,109 @@ fn no_process_and_no_file_is_left_behind() {
         eventually("shared memory is gone", || {
             shared().iter().all(|file| before.contains(file))
         });
+    }
+}
+
+/// Longer than a helper may take over a batch (`pager/take_out.rs`).
+const SUSPENDED: Duration = Duration::from_secs(33);
+
+/// The helper of a program.
+fn helper_of(program: u32) -> u32 {
+    let is_its = |pid: &u32| {
+        let parent = status_field(*pid, "PPid").and_then(|parent| parent.parse().ok());
+        parent == Some(program) && status_field(*pid, "Name").as_deref() == Some("farpage-helper")
+    };
+    let all = std::fs::read_dir("/proc").unwrap();
+    let pids = all.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.into_iter().find(is_its).unwrap()
+}
+
+/// Suspends a program at long work, its helper first, so that a batch is in its hands, and sees it end well all the same.
+fn is_suspended(how: &dyn Fn(u32), how_it_goes_on: &dyn Fn(u32)) {
+    let folder = tempfile::tempdir().unwrap();
+    let ready = folder.path().join("long_work.ready");
+    let mut launcher = Command::new(farpage())
+        .args(["run", "--local", &LOCAL.to_string(), "--summary", "none"])
+        .arg("--")
+        .arg(compiled("hostile"))
+        .arg("long_work")
+        .env_remove("FARPAGE_AGENT")
+        .current_dir(folder.path())
+        .spawn()
+        .unwrap();
+    let program = at_long_work(&ready);
+    let helper = helper_of(program);
+    how(helper);
+    eventually("the program waits for pages to go", || {
+        std::fs::read_to_string(format!("/proc/{program}/wchan"))
+            .is_ok_and(|what| what.contains("userfault"))
+    });
+    how(program);
+    std::thread::sleep(SUSPENDED);
+    how_it_goes_on(program);
+    how_it_goes_on(helper);
+    std::fs::remove_file(ready).unwrap();
+    assert!(launcher.wait().unwrap().success());
+}
+
+/// As batch systems do it that take a job's processors away for a while.
+#[test]
+fn a_program_that_is_stopped_for_long_goes_on() {
+    const TEST: &str = "a_program_that_is_stopped_for_long_goes_on";
+    if without_privilege(TEST) || without_program(TEST, "cc") {
+        return;
+    }
+    is_suspended(&|pid| sys::kill(pid as i32, libc::SIGSTOP), &|pid| {
+        sys::kill(pid as i32, libc::SIGCONT);
+    });
+}
+
+/// As containers are paused.
+#[test]
+fn a_program_that_is_frozen_for_long_goes_on() {
+    const TEST: &str = "a_program_that_is_frozen_for_long_goes_on";
+    if without_privilege(TEST) || without_program(TEST, "cc") {
+        return;
+    }
+    let Some(groups) = Cgroups::mount() else {
+        return skip(TEST, "cgroups of version 2 cannot be mounted here");
+    };
+    let frozen = groups.frozen();
+    is_suspended(
+        &|pid| std::fs::write(frozen.join("cgroup.procs"), pid.to_string()).unwrap(),
+        &|pid| std::fs::write(groups.folder().join("cgroup.procs"), pid.to_string()).unwrap(),
+    );
+    std::fs::remove_dir(frozen).unwrap();
+}
+
+/// Cgroups of version 2, mounted for a test.
+struct Cgroups(tempfile::TempDir);
+
+impl Cgroups {
+    fn mount() -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "cgroup2", "none"]).arg(folder.path());
+        mount.status().unwrap().success().then(|| Self(folder))
+    }
+
+    fn folder(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// A group of which nobody runs.
+    fn frozen(&self) -> PathBuf {
+        let group = self
+            .folder()
+            .join(format!("farpage-frozen-{}", std::process::id()));
+        std::fs::create_dir(&group).unwrap();
+        std::fs::write(group.join("cgroup.freeze"), "1").unwrap();
+        group
+    }
+}
+
+impl Drop for Cgroups {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.folder()).status();
     }
 }

@@ -210,6 +210,43 @@ fn a_silent_node_ends_faults_at_their_deadline_and_not_before() {
     cluster.stop();
 }
 
+/// What a fault waits for it waits for while somebody could bring it: not while its agent stood still.
+#[test]
+fn a_fault_does_not_end_for_the_time_that_its_agent_stood_still() {
+    if cannot_run("a_fault_does_not_end_for_the_time_that_its_agent_stood_still") {
+        return;
+    }
+    let _alone = alone();
+    let mut cluster = Cluster::start("tcp", &["128M"]);
+    let native = cluster.run_native(PIECES).complete(1);
+    let mut program = {
+        let mut command = cluster.run_command(LOCAL, "summary");
+        command.args(["--fault-deadline", "4", "--", PYTHON]);
+        command
+            .arg(cluster.path("program.py"))
+            .arg(PIECES.to_string());
+        Program::start(command)
+    };
+    program.built();
+    assert_eq!(program.check(), native[0]);
+
+    let node = cluster.nodes[0].child.id() as i32;
+    let agent = cluster.agent.as_ref().unwrap().child.id() as i32;
+    sys::kill(node, libc::SIGSTOP);
+    program.ask();
+    assert_eq!(program.line_within(Duration::from_secs(1)), None);
+    sys::kill(agent, libc::SIGSTOP);
+    std::thread::sleep(Duration::from_secs(5));
+    sys::kill(agent, libc::SIGCONT);
+    // It is past the deadline, and has to be found so or not, before the node can answer.
+    std::thread::sleep(Duration::from_millis(500));
+    sys::kill(node, libc::SIGCONT);
+    assert_eq!(program.line_within(PATIENCE), Some(native[0].clone()));
+    assert!(program.end().0.success());
+    assert_eq!(cluster.summary("summary")["far_slots_in_use_at_exit"], 0);
+    cluster.stop();
+}
+
 /// The processes that have far pages.
 fn with_far_pages(cluster: &Cluster) -> Vec<u64> {
     let status = cluster.status();

@@ -103,6 +103,25 @@ pub fn membership(pid: i32) -> Option<String> {
     (flags.parse::<u64>().ok()? & PF_EXITING == 0).then_some(text)
 }
 
+/// Whether a process is in a group that is frozen. Version 1 shows its processes in an uninterruptible sleep instead.
+#[must_use]
+pub fn is_frozen(pid: i32) -> bool {
+    let membership = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    froze(&membership, &mounts)
+}
+
+fn froze(membership: &str, mounts: &str) -> bool {
+    let mounts = mounts.lines().filter_map(Mount::parse);
+    let mut of_two = mounts.filter(|mount| *mount.version == TWO);
+    of_two.any(|mount| {
+        let mine = membership.lines().find_map(|line| mount.group_of(line));
+        let events = mine.map(|group| mount.folder.join(group).join("cgroup.events"));
+        let events = events.and_then(|file| std::fs::read_to_string(file).ok());
+        events.is_some_and(|text| text.lines().any(|line| line == "frozen 1"))
+    })
+}
+
 /// The groups with a limit among those that a process of this membership is in, innermost first.
 #[must_use]
 pub fn limited_above(membership: &str) -> Vec<LimitedGroup> {
@@ -237,6 +256,19 @@ mod tests {
         assert_eq!(found[0].folder, top.path().join("a/b/c"));
         assert_eq!(found[0].held_bytes(), 5321);
         assert_eq!(found[1].held_bytes(), 0);
+    }
+
+    #[test]
+    fn a_frozen_group_is_told_from_others() {
+        let top = tree(&[
+            ("paused/cgroup.events", "populated 1\nfrozen 1\n"),
+            ("runs/cgroup.events", "populated 1\nfrozen 0\n"),
+        ]);
+        let mounts = mount(top.path(), "/", "cgroup2 cgroup2 rw");
+        assert!(froze("1:cpu:/runs\n0::/paused\n", &mounts));
+        assert!(!froze("1:cpu:/paused\n0::/runs\n", &mounts));
+        assert!(!froze("0::/\n", &mounts) && !froze("0::/gone\n", &mounts));
+        assert!(!froze("0::/paused\n", ""));
     }
 
     #[test]

@@ -1,12 +1,12 @@
-//! How long a fault has waited while its pager was there to do something for it.
+//! How long something has waited while those were there who could do something for it.
 //!
 //! A pager that has not run (its machine stood still, its agent was stopped or got no processor) has not asked any node for
-//! anything meanwhile. That time is the fault's misfortune, not its deadline's: once the pager runs again its nodes have as long
-//! to answer as they had left before.
+//! anything meanwhile, and a helper that is stopped or frozen with its program moves no page. Such time counts for nobody's
+//! deadline: afterwards there is as much left as before.
 
 use std::time::{Duration, Instant};
 
-/// Between two looks: more was not spent waiting for something, of which a pager looks up more often.
+/// The longest time between two looks of a pager that runs: it looks up from whatever it waits for.
 const PRESENT: Duration = Duration::from_secs(1);
 
 /// When something began to wait, as the pager's own time goes.
@@ -37,12 +37,17 @@ impl Attention {
         let away = now.saturating_duration_since(self.looked);
         if away > PRESENT {
             self.missed += away;
-            tracing::warn!(
+            tracing::info!(
                 ?away,
-                "this agent has not run, or its machine stood still; nobody's deadline goes on meanwhile"
+                "nothing was looked after for so long: this agent, or its machine, stood still"
             );
         }
         self.looked = now;
+    }
+
+    /// Until now, since then, what was waited for could not go on.
+    pub(super) fn miss_since(&mut self, then: Moment, now: Instant) {
+        self.missed += self.waited(then, now);
     }
 
     pub(super) fn moment(&self, at: Instant) -> Moment {
@@ -78,6 +83,20 @@ mod tests {
         let now = start + 61 * SECOND;
         assert_eq!(attention.waited(before, now), SECOND * 3 / 2);
         assert_eq!(attention.waited(after, now), SECOND);
+    }
+
+    /// Both have been stopped: that is the same time.
+    #[test]
+    fn what_is_missed_twice_counts_once() {
+        let start = Instant::now();
+        let mut attention = Attention::since(start);
+        let before = attention.moment(start);
+        let now = start + 60 * SECOND;
+        attention.look(now);
+        attention.miss_since(before, now);
+        assert_eq!(attention.waited(before, now), Duration::ZERO);
+        attention.miss_since(attention.moment(now), now + 3 * SECOND);
+        assert_eq!(attention.waited(before, now + 4 * SECOND), SECOND);
     }
 
     #[test]

@@ -1,15 +1,19 @@
 //! A batch of pages that the helper takes out.
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use farpage_attach::control::{BATCH_PAGES, Control};
 use smallvec::SmallVec;
 
+use super::Moment;
 use crate::table::Page;
 
 /// The pages of a batch, in the order of their addresses. No batch needs memory from the allocator, as no fault does.
 pub(super) type Batch = SmallVec<[Page; BATCH_PAGES]>;
+
+/// How often it is looked whether the helper can go on at all.
+const DOUBT: Duration = Duration::from_secs(1);
 
 /// A batch with the helper.
 #[derive(Debug)]
@@ -18,7 +22,9 @@ pub(crate) struct TakeOut {
     pub(super) pages: Batch,
     pub(super) area: usize,
     pub(super) method: u32,
-    pub(super) since: Instant,
+    pub(super) since: Moment,
+    /// When it was last looked whether the helper can go on.
+    doubted: Moment,
     /// What became of which pages is in the table already, done by the agent before this one: one bit each.
     pub(super) settled: u64,
     /// When something was last read between its moves.
@@ -30,25 +36,39 @@ pub(crate) struct TakeOut {
 const _: () = assert!(BATCH_PAGES <= u64::BITS as usize);
 
 impl TakeOut {
-    pub(super) fn new(command: u32, how: u32, area: usize, pages: Batch) -> Self {
+    pub(super) fn new(command: u32, how: u32, area: usize, pages: Batch, since: Moment) -> Self {
         Self {
             command,
             pages,
             area,
             method: how,
-            since: Instant::now(),
+            since,
+            doubted: since,
             settled: 0,
-            read: Instant::now(),
+            read: since.at,
             remap_seen: None,
         }
     }
 
     /// The batch that another agent has handed over.
-    pub(super) fn left(command: u32, how: u32, area: usize, pages: Batch, settled: u64) -> Self {
+    pub(super) fn left(
+        command: u32,
+        how: u32,
+        area: usize,
+        pages: Batch,
+        settled: u64,
+        since: Moment,
+    ) -> Self {
         Self {
             settled,
-            ..Self::new(command, how, area, pages)
+            ..Self::new(command, how, area, pages, since)
         }
+    }
+
+    /// If it has been a while that it was looked after its helper: since when. It is now.
+    pub(super) fn doubt(&mut self, now: Moment) -> Option<Moment> {
+        let due = now.at.saturating_duration_since(self.doubted.at) > DOUBT;
+        due.then(|| std::mem::replace(&mut self.doubted, now))
     }
 
     /// Pages of which it is still to be seen what became.

@@ -101,6 +101,12 @@ impl Helper {
         self.process.as_ref().is_some_and(Process::has_exited)
     }
 
+    /// Whether it is kept from running, as its program is by whoever stops or freezes that.
+    pub(super) fn is_held(&self) -> bool {
+        let pid = self.process.as_ref().map(Process::pid);
+        pid.is_some_and(|pid| crate::sys::process::is_held(pid) || crate::cgroup::is_frozen(pid))
+    }
+
     /// Makes the eventfd quiet, and answers strays in the drain range with zeros.
     pub(super) fn quiet(&mut self) {
         let mut count = [0u8; 8];

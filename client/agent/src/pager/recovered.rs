@@ -259,7 +259,8 @@ impl Pager {
             settled,
             "a batch was under way"
         );
-        let batch = TakeOut::left(command, how, area, pages, settled);
+        let now = self.attention.moment(std::time::Instant::now());
+        let batch = TakeOut::left(command, how, area, pages, settled, now);
         self.take_out = Some(batch);
         unsettled
     }

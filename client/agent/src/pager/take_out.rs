@@ -33,8 +33,8 @@ const REST: Duration = Duration::from_millis(2);
 const SETTLED_SOON: Duration = Duration::from_micros(200);
 const SETTLE_REST: Duration = Duration::from_micros(100);
 
-/// How long the helper may take over a batch before the program counts as broken. It may be stopped or
-/// starved for a while on a loaded machine.
+/// How long the helper may take over a batch before the program counts as broken, the time apart in which it is stopped or frozen.
+/// It may be starved for a while on a loaded machine.
 const HELPER_DEADLINE: Duration = Duration::from_secs(30);
 
 impl Pager {
@@ -173,7 +173,13 @@ impl Pager {
         self.place.note_batch(command, how, area, &pages);
         write_batch(control, &pages, area, how);
         helper.publish(command, how);
-        self.take_out = Some(TakeOut::new(command, how, area, pages));
+        self.take_out = Some(TakeOut::new(
+            command,
+            how,
+            area,
+            pages,
+            self.attention.moment(Instant::now()),
+        ));
         true
     }
 
@@ -186,9 +192,7 @@ impl Pager {
             return false;
         };
         if helper.control().done.load(Ordering::Acquire) != batch.command {
-            if helper.is_dead() || batch.since.elapsed() > HELPER_DEADLINE {
-                self.helper_failed();
-            }
+            self.doubt_helper();
             return false;
         }
         let Some(batch) = self.take_out.take() else {
@@ -299,12 +303,28 @@ impl Pager {
         }
     }
 
+    /// A batch is not done yet. Whoever stops or freezes a program does that to its helper too: that time counts for nobody's deadline.
+    fn doubt_helper(&mut self) {
+        let (Some(helper), Some(batch)) = (&self.helper, &mut self.take_out) else {
+            return;
+        };
+        let now = self.attention.moment(Instant::now());
+        if let Some(doubted) = batch.doubt(now)
+            && helper.is_held()
+        {
+            self.attention.miss_since(doubted, now.at);
+        }
+        if helper.is_dead() || self.attention.waited(batch.since, now.at) > HELPER_DEADLINE {
+            self.helper_failed();
+        }
+    }
+
     /// The helper is dead, or stuck with pages in hand: the program cannot go on.
     pub(super) fn helper_failed(&mut self) {
         // A program's own end takes its helper along.
         if self.is_alive() {
             let dead = self.helper.as_ref().is_some_and(super::Helper::is_dead);
-            let taking = self.take_out.as_ref().map(|batch| batch.since.elapsed());
+            let taking = self.take_out.as_ref().map(|batch| batch.since.at.elapsed());
             tracing::error!(
                 pid = self.pid(),
                 dead,

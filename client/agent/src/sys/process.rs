@@ -226,6 +226,12 @@ pub fn is_ending(pid: i32) -> bool {
     !is_running(pid) || state_and_flags(pid).is_none_or(|(_, flags)| flags & EXITING != 0)
 }
 
+/// Whether a process is kept from running: stopped, traced, frozen (by a cgroup of version 1), or waiting for the kernel itself.
+#[must_use]
+pub fn is_held(pid: i32) -> bool {
+    state_and_flags(pid).is_some_and(|(state, _)| matches!(state, 'T' | 't' | 'D'))
+}
+
 /// Ends a process.
 pub fn kill(pid: i32) {
     // SAFETY: integers only.
