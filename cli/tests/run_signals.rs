@@ -443,9 +443,12 @@ fn is_suspended(how: &dyn Fn(u32), how_it_goes_on: &dyn Fn(u32)) {
     let program = at_long_work(&ready);
     let helper = helper_of(program);
     how(helper);
+    let mut looks_in_vain = 0;
     eventually("the program waits for pages to go", || {
-        std::fs::read_to_string(format!("/proc/{program}/wchan"))
-            .is_ok_and(|what| what.contains("userfault"))
+        let what = std::fs::read_to_string(format!("/proc/{program}/wchan"));
+        let waits = what.is_ok_and(|what| what.contains("userfault"));
+        looks_in_vain = if waits { looks_in_vain + 1 } else { 0 };
+        looks_in_vain > 50
     });
     how(program);
     std::thread::sleep(SUSPENDED);
