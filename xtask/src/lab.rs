@@ -35,7 +35,7 @@ pub(crate) enum Part {
     Semantics,
     /// Whole programs with their pages on another machine
     Programs,
-    /// Every case of farpage bench conformance, hours: only where it is asked for
+    /// Every case of farpage bench conformance, most of an hour: only where it is asked for
     Conformance,
 }
 

@@ -217,7 +217,7 @@ fn a_fault_does_not_end_for_the_time_that_its_agent_stood_still() {
         return;
     }
     let _alone = alone();
-    let mut cluster = Cluster::start("tcp", &["128M"]);
+    let cluster = Cluster::start("tcp", &["128M"]);
     let native = cluster.run_native(PIECES).complete(1);
     let mut program = {
         let mut command = cluster.run_command(LOCAL, "summary");
