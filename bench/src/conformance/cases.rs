@@ -301,7 +301,7 @@ pub const CASES: &[Case] = &[
 
     case("growth", "mapping", "one mapping written at full speed").both(),
     case("growth", "huge", "the same with huge pages").both(),
-    case("growth", "huge_before", "what lay in huge pages before memory was short goes far and comes home").both(),
+    case("growth", "huge_before", "what lay in huge pages before memory was short goes far and comes home").both().whole(),
     case("growth", "two_threads", "two threads that write at full speed").both(),
     case("growth", "many_mappings", "many mappings").both(),
     case("growth", "small_blocks", "malloc of small blocks").both(),
