@@ -59,7 +59,7 @@ impl Attention {
 
     /// How long has been waited since then, the time apart in which there was no pager.
     pub(super) fn waited(&self, since: Moment, now: Instant) -> Duration {
-        let missed = self.missed - since.missed;
+        let missed = self.missed.saturating_sub(since.missed);
         now.saturating_duration_since(since.at)
             .saturating_sub(missed)
     }

@@ -65,7 +65,7 @@ impl Pager {
             return false;
         };
         let (corrupt, alone) = (!fetch.failed, fetch.slots.len() == 1);
-        let (first, wanted, tried) = (fetch.first(), fetch.wanted, fetch.retries);
+        let (first, wanted, tried) = (fetch.first, fetch.wanted, fetch.retries);
         let elsewhere = match corrupt {
             true => self.doubt_sources(place) || alone && wanted,
             false => {

@@ -15,6 +15,7 @@
 //! [`between`] are the helper's side, [`run`] is a write; [`journal`] and [`recovered`] are for the next agent, [`survey`] counts what is
 //! shared.
 
+mod arrival;
 mod attention;
 mod batch;
 mod between;
