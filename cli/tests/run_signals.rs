@@ -18,7 +18,7 @@ use common::programs_in_c::{LOCAL, compiled};
 use common::pty::Shell;
 use common::{
     eventually, farpage, farpage_run, is_over, listing, marked, skip, state, status_field, sys,
-    without_program,
+    without_move, without_program,
 };
 
 /// Says so and returns true if this account cannot bring far memory up.
@@ -462,7 +462,7 @@ fn is_suspended(how: &dyn Fn(u32), how_it_goes_on: &dyn Fn(u32)) {
 #[test]
 fn a_program_that_is_stopped_for_long_goes_on() {
     const TEST: &str = "a_program_that_is_stopped_for_long_goes_on";
-    if without_privilege(TEST) || without_program(TEST, "cc") {
+    if without_privilege(TEST) || without_program(TEST, "cc") || without_move(TEST) {
         return;
     }
     is_suspended(&|pid| sys::kill(pid as i32, libc::SIGSTOP), &|pid| {
@@ -474,7 +474,7 @@ fn a_program_that_is_stopped_for_long_goes_on() {
 #[test]
 fn a_program_that_is_frozen_for_long_goes_on() {
     const TEST: &str = "a_program_that_is_frozen_for_long_goes_on";
-    if without_privilege(TEST) || without_program(TEST, "cc") {
+    if without_privilege(TEST) || without_program(TEST, "cc") || without_move(TEST) {
         return;
     }
     let Some(groups) = Cgroups::mount() else {

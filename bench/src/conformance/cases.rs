@@ -201,8 +201,8 @@ pub const CASES: &[Case] = &[
     case("anon", "write_prot", "read-only memory refuses writes until it is writable again").both(),
     case("anon", "write_child", "parent and child write privately").both(),
     case("anon", "write_child_shared", "shared memory is seen by both, private memory beside it is not").both(),
-    case("anon", "write_huge", "memory for huge pages is read and written"),
-    case("anon", "huge_parts", "huge pages untouched, zero and given back by MADV_FREE"),
+    case("anon", "write_huge", "memory for huge pages is read and written").whole(),
+    case("anon", "huge_parts", "huge pages untouched, zero and given back by MADV_FREE").whole(),
     case("anon", "files", "file mappings, shared and private, are left alone"),
     case("anon", "round_trips", "ten times out and home, half of it changed each time").both(),
     case("anon", "teardown", "threads touch what is unmapped and what the process ends with").both(),
@@ -269,7 +269,7 @@ pub const CASES: &[Case] = &[
     case("atomics", "exclusive_cow", "the same while the process forks, and in its children").both(),
 
     // In each of the states again.
-    case("parts", "huge_unmap", "pieces cut out of huge pages").both(),
+    case("parts", "huge_unmap", "pieces cut out of huge pages").both().whole(),
     case("parts", "locked_on_fault", "mlock2 locks what is touched, and brings nothing home").both().unbounded(),
     case("parts", "remap_grown", "mappings that grow, move and shrink, partly managed").both(),
     case("parts", "remap_pieces", "pieces of one mapping moved apart, each with its protection").both(),
@@ -343,6 +343,6 @@ pub const CASES: &[Case] = &[
     case("fork_tree", "verify", "6 generations, 200 processes, 256 MiB").with(&["long", SEED]).within(64 << 20).long(),
     case("fork_tree", "kill", "the same with processes killed at any moment").with(&["long", SEED]).within(64 << 20).long(),
 
-    case("random_calls", "run", "20 s of memory calls drawn by lot, against a model and a process of plain memory").with(&["20", SEED]).with_twin().both().unbounded(),
+    case("random_calls", "run", "10 s of memory calls drawn by lot, against a model and a process of plain memory").with(&["10", SEED]).with_twin().both().unbounded(),
     case("random_calls", "run", "10 minutes of the same").with(&["600", SEED]).with_twin().both().unbounded().long(),
 ];

@@ -104,11 +104,23 @@ pub fn without_far_memory(test: &str) -> bool {
 
 /// Says so and returns true if this kernel has no `UFFDIO_MOVE`, and so does not say which pages are pinned.
 pub fn without_pins(test: &str) -> bool {
+    lacks_move(test, "before Linux 6.8 pinned pages are not known")
+}
+
+/// Says so and returns true if pages leave by a helper's helper here.
+pub fn without_move(test: &str) -> bool {
+    lacks_move(
+        test,
+        "before Linux 6.8 the helper leaves its work to another",
+    )
+}
+
+fn lacks_move(test: &str, reason: &str) -> bool {
     let missing = doctors_checks()
         .iter()
         .any(|check| check["id"] == "uffd_move" && check["found"] == "not in this kernel");
     if missing {
-        skip(test, "before Linux 6.8 pinned pages are not known");
+        skip(test, reason);
     }
     missing
 }

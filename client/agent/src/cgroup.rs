@@ -103,7 +103,8 @@ pub fn membership(pid: i32) -> Option<String> {
     (flags.parse::<u64>().ok()? & PF_EXITING == 0).then_some(text)
 }
 
-/// Whether a process is in a group that is frozen. Version 1 shows its processes in an uninterruptible sleep instead.
+/// Whether a process is in a group that is frozen, or is to be: one in which somebody waits for the kernel is not for as long.
+/// Version 1 shows its processes in an uninterruptible sleep instead.
 #[must_use]
 pub fn is_frozen(pid: i32) -> bool {
     let membership = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
@@ -116,9 +117,10 @@ fn froze(membership: &str, mounts: &str) -> bool {
     let mut of_two = mounts.filter(|mount| *mount.version == TWO);
     of_two.any(|mount| {
         let mine = membership.lines().find_map(|line| mount.group_of(line));
-        let events = mine.map(|group| mount.folder.join(group).join("cgroup.events"));
-        let events = events.and_then(|file| std::fs::read_to_string(file).ok());
-        events.is_some_and(|text| text.lines().any(|line| line == "frozen 1"))
+        mine.is_some_and(|group| {
+            let mut groups = mount.up_from(group);
+            groups.any(|folder| number(&folder.join("cgroup.freeze")) == Some(1))
+        })
     })
 }
 
@@ -134,15 +136,8 @@ fn above(membership: &str, mounts: &str) -> Vec<LimitedGroup> {
     for mount in mounts.lines().filter_map(Mount::parse) {
         let mine = membership.lines().find_map(|line| mount.group_of(line));
         let Some(group) = mine else { continue };
-        let inside = mount.folder.join(group);
-        let up_to_mount = inside
-            .ancestors()
-            .take_while(|folder| folder.starts_with(&mount.folder));
-        found.extend(
-            up_to_mount
-                .take(MAX_DEPTH)
-                .filter_map(|folder| LimitedGroup::at(folder, mount.version)),
-        );
+        let groups = mount.up_from(group);
+        found.extend(groups.filter_map(|folder| LimitedGroup::at(&folder, mount.version)));
     }
     found
 }
@@ -173,6 +168,18 @@ impl Mount {
             root: unescaped(root),
             folder: unescaped(folder).into(),
         })
+    }
+
+    /// The folders of a group and of those above it, up to this mount.
+    fn up_from(&self, group: &Path) -> impl Iterator<Item = PathBuf> {
+        let inside = self.folder.join(group);
+        let up: Vec<PathBuf> = inside
+            .ancestors()
+            .take_while(|folder| folder.starts_with(&self.folder))
+            .take(MAX_DEPTH)
+            .map(Path::to_owned)
+            .collect();
+        up.into_iter()
     }
 
     /// The group that a line of a membership (`NUMBER:CONTROLLERS:PATH`) names, relative to this mount; none where it is of
@@ -261,11 +268,13 @@ mod tests {
     #[test]
     fn a_frozen_group_is_told_from_others() {
         let top = tree(&[
-            ("paused/cgroup.events", "populated 1\nfrozen 1\n"),
-            ("runs/cgroup.events", "populated 1\nfrozen 0\n"),
+            ("paused/cgroup.freeze", "1\n"),
+            ("paused/inside/cgroup.freeze", "0\n"),
+            ("runs/cgroup.freeze", "0\n"),
         ]);
         let mounts = mount(top.path(), "/", "cgroup2 cgroup2 rw");
         assert!(froze("1:cpu:/runs\n0::/paused\n", &mounts));
+        assert!(froze("0::/paused/inside\n", &mounts));
         assert!(!froze("1:cpu:/paused\n0::/runs\n", &mounts));
         assert!(!froze("0::/\n", &mounts) && !froze("0::/gone\n", &mounts));
         assert!(!froze("0::/paused\n", ""));

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use farpage_attach::message::{Packet, kind, tag};
+use rustix::io::retry_on_intr;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use crate::protocol::{Account, JobReply, JobRequest, Lowered, MAX_PACKET, ProcessFigures};
@@ -188,7 +189,8 @@ fn ask(socket: &OwnedFd, request: &JobRequest) -> Result<JobReply, ClientError> 
 
 fn receive<T: serde::de::DeserializeOwned>(socket: &OwnedFd) -> Result<T, ClientError> {
     let mut bytes = vec![0u8; MAX_PACKET];
-    let (got, _) = recv(socket, &mut bytes, RecvFlags::empty()).map_err(io::Error::from)?;
+    let got = retry_on_intr(|| recv(socket, &mut bytes, RecvFlags::empty()));
+    let (got, _) = got.map_err(io::Error::from)?;
     let bytes = &bytes[..got];
     if got == 0 {
         return Err(ClientError::Unreachable(

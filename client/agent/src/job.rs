@@ -449,6 +449,16 @@ impl Job {
         self.lock().clone()
     }
 
+    /// Whether somebody has stopped or frozen a process of it: what it cannot do now it may be able to do afterwards.
+    #[must_use]
+    pub fn is_suspended(&self) -> bool {
+        let is_held = |pid| crate::sys::process::is_stopped(pid) || crate::cgroup::is_frozen(pid);
+        self.spaces()
+            .iter()
+            .filter_map(|space| space.pid())
+            .any(is_held)
+    }
+
     /// The account so far. Address spaces whose process has just ended are given a moment to give back what
     /// they held.
     #[must_use]

@@ -97,6 +97,7 @@ impl WatchedJob {
             .get_or_insert_with(Instant::now)
             .elapsed()
             > CROWDED_DEADLINE
+            && !job.is_suspended()
         {
             let mib = |pages: u64| (pages * 4096) >> 20;
             job.fail(format!(

@@ -20,21 +20,22 @@ pub(crate) struct Moment {
 /// A pager's own time.
 #[derive(Debug)]
 pub(super) struct Attention {
-    looked: Instant,
+    looked: Moment,
     missed: Duration,
 }
 
 impl Attention {
     pub(super) fn since(now: Instant) -> Self {
+        let missed = Duration::ZERO;
         Self {
-            looked: now,
-            missed: Duration::ZERO,
+            looked: Moment { at: now, missed },
+            missed,
         }
     }
 
     /// The pager is there. To be called in each loop in which it may wait, before anything is judged late.
     pub(super) fn look(&mut self, now: Instant) {
-        let away = now.saturating_duration_since(self.looked);
+        let away = self.waited(self.looked, now);
         if away > PRESENT {
             self.missed += away;
             tracing::info!(
@@ -42,7 +43,7 @@ impl Attention {
                 "nothing was looked after for so long: this agent, or its machine, stood still"
             );
         }
-        self.looked = now;
+        self.looked = self.moment(now);
     }
 
     /// Until now, since then, what was waited for could not go on.
@@ -95,7 +96,9 @@ mod tests {
         attention.look(now);
         attention.miss_since(before, now);
         assert_eq!(attention.waited(before, now), Duration::ZERO);
-        attention.miss_since(attention.moment(now), now + 3 * SECOND);
+        let at_once = attention.moment(now);
+        attention.miss_since(at_once, now + 3 * SECOND);
+        attention.look(now + 3 * SECOND);
         assert_eq!(attention.waited(before, now + 4 * SECOND), SECOND);
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use farpage_attach::control::{BATCH_PAGES, Control};
 use smallvec::SmallVec;
 
-use super::Moment;
+use super::attention::{Attention, Moment};
 use crate::table::Page;
 
 /// The pages of a batch, in the order of their addresses. No batch needs memory from the allocator, as no fault does.
@@ -25,6 +25,8 @@ pub(crate) struct TakeOut {
     pub(super) since: Moment,
     /// When it was last looked whether the helper can go on.
     doubted: Moment,
+    /// Whether it was found that it cannot.
+    pub(super) is_held: bool,
     /// What became of which pages is in the table already, done by the agent before this one: one bit each.
     pub(super) settled: u64,
     /// When something was last read between its moves.
@@ -44,6 +46,7 @@ impl TakeOut {
             method: how,
             since,
             doubted: since,
+            is_held: false,
             settled: 0,
             read: since.at,
             remap_seen: None,
@@ -65,10 +68,21 @@ impl TakeOut {
         }
     }
 
-    /// If it has been a while that it was looked after its helper: since when. It is now.
-    pub(super) fn doubt(&mut self, now: Moment) -> Option<Moment> {
-        let due = now.at.saturating_duration_since(self.doubted.at) > DOUBT;
-        due.then(|| std::mem::replace(&mut self.doubted, now))
+    /// Looks every now and then whether the helper is kept from going on. What it has been kept from since the last look is missed.
+    pub(super) fn doubt(
+        &mut self,
+        attention: &mut Attention,
+        now: Instant,
+        is_held: impl FnOnce() -> bool,
+    ) {
+        if now.saturating_duration_since(self.doubted.at) <= DOUBT {
+            return;
+        }
+        self.is_held = is_held();
+        if self.is_held {
+            attention.miss_since(self.doubted, now);
+        }
+        self.doubted = attention.moment(now);
     }
 
     /// Pages of which it is still to be seen what became.
@@ -79,5 +93,33 @@ impl TakeOut {
     /// Whether the moves are over.
     pub(super) fn is_taken(&self, control: &Control) -> bool {
         control.taken.load(Ordering::Acquire) == self.command
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every second look counted for nothing, so that the helper of a program that was stopped for a minute had failed.
+    #[test]
+    fn a_helper_that_is_held_misses_all_of_it() {
+        let start = Instant::now();
+        let mut attention = Attention::since(start);
+        let since = attention.moment(start);
+        let mut batch = TakeOut::new(1, 0, 0, Batch::new(), since);
+        let mut now = start;
+        for _ in 0..100_000 {
+            now += Duration::from_millis(7);
+            attention.look(now);
+            batch.doubt(&mut attention, now, || true);
+        }
+        assert!(attention.waited(since, now) <= DOUBT + Duration::from_millis(7));
+        let free = attention.moment(now);
+        for _ in 0..1000 {
+            now += Duration::from_millis(7);
+            attention.look(now);
+            batch.doubt(&mut attention, now, || false);
+        }
+        assert_eq!(attention.waited(free, now), Duration::from_secs(7));
     }
 }

@@ -7,11 +7,12 @@
 //! out (`settle`), and a look at the mappings, which waits for the helper's batch: reads and writes of far memory and the helper's batches are under way while the
 //! loop goes round, and a fault that cannot be answered yet waits in a queue with a deadline.
 //!
-//! A fault's way through the files: `mod` (read) → [`fault`] (what is the page?) → [`fetch`] (bring it) →
-//! [`install`] (put it there, wake); what cannot be answered yet goes to [`waiting`]. Memory's way out: [`take_out`]
+//! A fault's way through the files: `mod` (read) → [`fault`] (what is the page?) → [`fetch`] (ask for it) →
+//! [`arrival`] (check it) → [`install`] (put it there, wake); what cannot be answered yet goes to [`waiting`]. Memory's way out: [`take_out`]
 //! (victims, helper) → [`write_back`] (hash, slot, write); [`shortage`] is of slots. [`event`], [`fork`] and [`hints`] follow
 //! the program; [`register`] finds what to manage; [`soft_dirty`] says what was written. [`links`] has the connections ([`dial`] makes them,
-//! [`patience`] and [`wakeups`] say how to wait), [`failure`] what becomes of a fault that cannot be answered. [`helper`], [`batch`] and
+//! [`patience`] and [`wakeups`] say how to wait), [`failure`] what becomes of a fault that cannot be answered and
+//! [`attention`] what of the time counts. [`helper`], [`batch`] and
 //! [`between`] are the helper's side, [`run`] is a write; [`journal`] and [`recovered`] are for the next agent, [`survey`] counts what is
 //! shared.
 
@@ -96,6 +97,9 @@ const MAX_SLEEP: Duration = Duration::from_millis(100);
 
 /// How long the moves of a batch are waited for before everything else is looked at again.
 const MOVES_WAIT: Duration = Duration::from_micros(500);
+
+/// The same while the program's user has it stopped or frozen.
+const HELD_WAIT: Duration = Duration::from_millis(10);
 
 /// Between two looks whether the program has replaced itself by another.
 const EXEC_CHECK: Duration = Duration::from_millis(20);
@@ -413,7 +417,8 @@ impl Pager {
             take_out::rest_while_settling(batch.read);
             return true;
         }
-        crate::sys::control::futex_wait(&control.taken, taken, MOVES_WAIT);
+        let limit = if batch.is_held { HELD_WAIT } else { MOVES_WAIT };
+        crate::sys::control::futex_wait(&control.taken, taken, limit);
         true
     }
 

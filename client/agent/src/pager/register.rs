@@ -370,6 +370,7 @@ impl Pager {
     fn settle_batch(&mut self) {
         let began = Instant::now();
         while self.take_out.is_some() && !self.closing && began.elapsed() < SETTLE_BATCH {
+            self.attention.look(Instant::now());
             if !self.poll_helper() && !self.read_messages() {
                 super::take_out::rest_while_settling(began);
             }

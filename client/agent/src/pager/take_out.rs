@@ -308,13 +308,9 @@ impl Pager {
         let (Some(helper), Some(batch)) = (&self.helper, &mut self.take_out) else {
             return;
         };
-        let now = self.attention.moment(Instant::now());
-        if let Some(doubted) = batch.doubt(now)
-            && helper.is_held()
-        {
-            self.attention.miss_since(doubted, now.at);
-        }
-        if helper.is_dead() || self.attention.waited(batch.since, now.at) > HELPER_DEADLINE {
+        let now = Instant::now();
+        batch.doubt(&mut self.attention, now, || helper.is_held());
+        if helper.is_dead() || self.attention.waited(batch.since, now) > HELPER_DEADLINE {
             self.helper_failed();
         }
     }

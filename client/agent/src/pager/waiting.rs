@@ -102,7 +102,12 @@ impl Pager {
         let before = self.starved.filter(|before| before.evicted == evicted);
         let starved = before.map_or(Starved::begun(evicted), |before| before.go_on(on_their_way));
         self.starved = Some(starved);
-        if starved.in_vain > STARVED_DEADLINE {
+        if starved.in_vain <= STARVED_DEADLINE {
+            return;
+        }
+        if self.job.is_suspended() {
+            self.starved = None;
+        } else {
             self.end_starved();
         }
     }

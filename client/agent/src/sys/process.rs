@@ -232,6 +232,12 @@ pub fn is_held(pid: i32) -> bool {
     state_and_flags(pid).is_some_and(|(state, _)| matches!(state, 'T' | 't' | 'D'))
 }
 
+/// Whether somebody has stopped a process, or traces it.
+#[must_use]
+pub fn is_stopped(pid: i32) -> bool {
+    state_and_flags(pid).is_some_and(|(state, _)| matches!(state, 'T' | 't'))
+}
+
 /// Ends a process.
 pub fn kill(pid: i32) {
     // SAFETY: integers only.

@@ -17,6 +17,7 @@ const MSG_NOSIGNAL: usize = 0x4000;
 const SUN_PATH: usize = 108;
 const ENAMETOOLONG: u32 = 36;
 const EPROTO: u32 = 71;
+const EINTR: u32 = 4;
 const ECONNRESET: u32 = 104;
 
 /// How long the agent may take over any one step of the handshake.
@@ -189,17 +190,23 @@ pub fn receive(fd: i32) -> Result<Received, Errno> {
         control_len: core::mem::size_of::<Rights>(),
         flags: 0,
     };
-    let got = call(
-        k::__NR_recvmsg,
-        [
-            fd as usize,
-            core::ptr::from_mut(&mut header) as usize,
-            MSG_CMSG_CLOEXEC,
-            0,
-            0,
-            0,
-        ],
-    )?;
+    let got = loop {
+        let got = call(
+            k::__NR_recvmsg,
+            [
+                fd as usize,
+                core::ptr::from_mut(&mut header) as usize,
+                MSG_CMSG_CLOEXEC,
+                0,
+                0,
+                0,
+            ],
+        );
+        // With a deadline on the socket a process that is stopped and continued gets this too, without any handler.
+        if got != Err(Errno(EINTR)) {
+            break got?;
+        }
+    };
     let mut fds = [-1i32; MAX_FDS];
     if header.control_len >= RIGHTS_HEADER && rights.kind == SCM_RIGHTS {
         let count = (rights.len.saturating_sub(RIGHTS_HEADER) / 4).min(MAX_FDS);
