@@ -35,10 +35,9 @@ const SOURCES: &[(&str, &str)] = &[
 ];
 
 /// How much memory the programs work on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Size {
     /// What they were written for.
-    #[default]
     Whole,
     /// A quarter of that, for machines on which every page costs a millisecond.
     Quarter,

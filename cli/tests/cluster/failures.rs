@@ -166,14 +166,7 @@ fn a_silent_node_ends_faults_at_their_deadline_and_not_before() {
     let mut cluster = Cluster::start("tcp", &["128M"]);
     let native = cluster.run_native(PIECES).complete(1);
     let mut patient = cluster.run_program(LOCAL, PIECES, "patient");
-    let mut hasty = {
-        let mut command = cluster.run_command(LOCAL, "hasty");
-        command.args(["--fault-deadline", "2", "--", PYTHON]);
-        command
-            .arg(cluster.path("program.py"))
-            .arg(PIECES.to_string());
-        Program::start(command)
-    };
+    let mut hasty = cluster.run_program_with(&["--fault-deadline", "2"], LOCAL, PIECES, "hasty");
     patient.built();
     hasty.built();
     assert_eq!(
@@ -219,14 +212,8 @@ fn a_fault_does_not_end_for_the_time_that_its_agent_stood_still() {
     let _alone = alone();
     let cluster = Cluster::start("tcp", &["128M"]);
     let native = cluster.run_native(PIECES).complete(1);
-    let mut program = {
-        let mut command = cluster.run_command(LOCAL, "summary");
-        command.args(["--fault-deadline", "4", "--", PYTHON]);
-        command
-            .arg(cluster.path("program.py"))
-            .arg(PIECES.to_string());
-        Program::start(command)
-    };
+    let mut program =
+        cluster.run_program_with(&["--fault-deadline", "4"], LOCAL, PIECES, "summary");
     program.built();
     assert_eq!(program.check(), native[0]);
 

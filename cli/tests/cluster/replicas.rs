@@ -248,14 +248,7 @@ fn bits_flipped_on_a_node_are_healed_from_the_other() {
     let _alone = alone();
     let cluster = Cluster::start("tcp", &["128M", "128M"]);
     let native = cluster.run_native(PIECES).complete(1);
-    let mut program = {
-        let mut command = cluster.run_command(LOCAL, "summary");
-        command.args(["--replicas", "2", "--", PYTHON]);
-        command
-            .arg(cluster.path("program.py"))
-            .arg(PIECES.to_string());
-        Program::start(command)
-    };
+    let mut program = cluster.run_program_with(&["--replicas", "2"], LOCAL, PIECES, "summary");
     program.built();
     assert_eq!(program.check(), native[0]);
     let pool = Pool::of(cluster.nodes[0].child.id());

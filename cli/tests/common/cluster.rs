@@ -286,8 +286,20 @@ impl Cluster {
 
     /// Runs [`BUILD_AND_CHECK`] as the unprivileged user.
     pub fn run_program(&self, local: &str, pieces: u32, summary: &str) -> Program {
+        self.run_program_with(&[], local, pieces, summary)
+    }
+
+    /// The same with more options of `farpage run`.
+    pub fn run_program_with(
+        &self,
+        options: &[&str],
+        local: &str,
+        pieces: u32,
+        summary: &str,
+    ) -> Program {
         let mut command = self.run_command(local, summary);
         command
+            .args(options)
             .args(["--", PYTHON])
             .arg(self.path("program.py"))
             .arg(pieces.to_string());
